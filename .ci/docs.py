@@ -1,0 +1,77 @@
+"""mkdocs hook: the navigation by floors, from the notebooks themselves, and equations that need no script.
+
+A notebook's number says its floor and its first heading is its title, so a new room is in the navigation by being there.
+"""
+
+import html
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import latex2mathml.converter
+
+FLOORS = {
+    "0": "0 · Mathematics",
+    "1": "1 · Inputs",
+    "2": "2 · Method parts",
+    "3": "2 · Method parts",
+    "4": "3 · Systems",
+    "5": "4 · Work",
+    "6": "5 · Faces",
+}
+FOLDERS = {"explore": "Explore", "train": "Train"}
+
+CODE_OR_MATH = re.compile(
+    r"(?P<keep><(pre|code|script|style|svg)\b.*?</\2>)|\$\$(?P<display>[^$]+)\$\$|(?<![\\\w$])\$(?P<inline>[^$\n<]*[^$\s<])\$(?![\w$])",
+    re.DOTALL)
+SCRIPT = re.compile(r"<script\b.*?</script>", re.DOTALL)
+FROM_A_CDN = re.compile(r"mathjax|mermaid|require\.min|<script src=\"\">", re.IGNORECASE)
+
+
+def title(path: Path) -> str:
+    "The first heading of a notebook, or its name."
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        heading = re.match(r"#\s+(.+)", "".join(cell["source"]))
+        if cell["cell_type"] == "markdown" and heading:
+            return heading.group(1).strip()
+    return path.stem
+
+
+def section(path: Path) -> str | None:
+    "The heading of the navigation under which a notebook belongs, from its folder or its number."
+    return FOLDERS.get(path.parent.name) or FLOORS.get(path.name[0])
+
+
+def navigation(docs: Path) -> list[dict[str, Any]]:
+    "mkdocs' `nav`: home, the notebooks to explore, those that train, then the rooms floor by floor."
+    sections: dict[str, list[dict[str, str]]] = {name: [] for name in [*FOLDERS.values(), *FLOORS.values()]}
+    for path in sorted(docs.rglob("*.ipynb")):
+        name = section(path)
+        if name and ".ipynb_checkpoints" not in path.parts:
+            sections[name].append({title(path): path.relative_to(docs).as_posix()})
+    return [{"Home": "index.md"}, *({name: pages} for name, pages in sections.items() if pages)]
+
+
+def mathml(match: re.Match[str]) -> str:
+    "A TeX equation as MathML, which browsers draw by themselves; code passes through, and so does what is no TeX."
+    if match["keep"]:
+        return match["keep"]
+    tex, display = html.unescape(match["display"] or match["inline"]), "block" if match["display"] else "inline"
+    try:
+        return latex2mathml.converter.convert(tex.strip(), display=display)
+    except Exception:  # an equation drawn as its source is better than no page
+        return match[0]
+
+
+def on_config(config: Any) -> Any:
+    "Called by mkdocs once the configuration is read."
+    config["nav"] = navigation(Path(config["docs_dir"]))
+    return config
+
+
+def on_page_content(content: str, page: Any, config: Any, files: Any) -> str:
+    "Called by mkdocs with a page's HTML: equations drawn, links between notebooks mended, scripts from a CDN left out."
+    content = SCRIPT.sub(lambda block: "" if FROM_A_CDN.search(block[0]) else block[0], content)
+    content = re.sub(r'href="(?!\w+:)([^"#]+)\.ipynb(#[^"]*)?"', r'href="\1.html\2"', content)
+    return CODE_OR_MATH.sub(mathml, content)
