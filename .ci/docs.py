@@ -26,7 +26,7 @@ CODE_OR_MATH = re.compile(
     r"(?P<keep><(pre|code|script|style|svg)\b.*?</\2>)|\$\$(?P<display>[^$]+)\$\$|(?<![\\\w$])\$(?P<inline>[^$\n<]*[^$\s<])\$(?![\w$])",
     re.DOTALL)
 SCRIPT = re.compile(r"<script\b.*?</script>", re.DOTALL)
-FROM_A_CDN = re.compile(r"mathjax|mermaid|require\.min|<script src=\"\">", re.IGNORECASE)
+FROM_A_CDN = re.compile(r"https://(?:cdn|unpkg)|mathjax|mermaid|<script src=\"\">", re.IGNORECASE)
 
 
 def title(path: Path) -> str:

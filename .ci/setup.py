@@ -60,6 +60,7 @@ PIP_FAILURES = (
      "memory ran out",
      "Close other programs and run the same command again."),
 )
+UNKNOWN = (r"", "pip failed", "The lines below say why. Mend that and run the same command again.")
 
 
 class SetupError(Exception):
@@ -207,16 +208,11 @@ def pip(*arguments: str) -> str:
 
 def pip_failure(output: str) -> SetupError:
     "Why pip failed, from what it printed."
-    for pattern, reason, remedy in PIP_FAILURES:
-        found = re.search(pattern, output)
-        if found:
-            reason = reason.format(**found.groupdict())
-            break
-    else:
-        reason, remedy = "pip failed", "The lines below say why. Mend that and run the same command again."
+    pattern, reason, remedy = next(failure for failure in (*PIP_FAILURES, UNKNOWN) if re.search(failure[0], output))
     lines = [line.strip()[:160] for line in output.splitlines() if line.strip()]
     told = [line for line in lines if re.match(r"(?i)(\S+ )?(fatal )?error", line)] or lines
-    return SetupError(reason, "{}\nFrom .venv/setup.log:\n{}".format(remedy, "\n".join(told[-5:])))
+    return SetupError(reason.format(**re.search(pattern, output).groupdict()),
+                      "{}\nFrom .venv/setup.log:\n{}".format(remedy, "\n".join(told[-5:])))
 
 
 def install_package(extra: str) -> None:

@@ -3,10 +3,10 @@
 Both explain y = softmax(s cos(z, t)) over the present classes and 25 background prompts, z = mean of the projected patches, at
 the last block's `ln_1` (WeCLIP). The maps are compared before the times are. Random weights: time does not depend on them.
 
-    python benchmarks/bench_gradcam.py          both peers and the ratio of their medians
-    pytest benchmarks/bench_gradcam.py          the same through pytest-benchmark
+    python benchmarks/bench_gradcam.py [rounds]   both peers and the ratio of their medians
+    pytest benchmarks/bench_gradcam.py            the same through pytest-benchmark
 """
-import copy, statistics, time, warnings
+import copy, statistics, sys, time, warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -17,7 +17,7 @@ from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
 
-from freqseg.cam import grad_cam
+from freqseg.cam import grad_cam, normalise_cam
 from freqseg.clip import Backbone, load_clip, resize_position_embedding
 
 IMAGES, CLASSES, BACKGROUND, SIZE = 8, 2, 25, 320
@@ -54,7 +54,8 @@ def prepare(size: int = SIZE) -> tuple[Callable[[], np.ndarray], Callable[[], np
     def ours() -> np.ndarray:
         with torch.no_grad(): features = backbone.encode(images, joint=False, last_input=True)
         cam = grad_cam(backbone, features, prompts[:CLASSES], present, prompts[CLASSES:])
-        return F.interpolate(cam, size=(size, size), mode="bilinear", align_corners=False).numpy()
+        cam = F.interpolate(cam, size=(size, size), mode="bilinear", align_corners=False)
+        return normalise_cam(cam).numpy()   # pytorch_grad_cam scales once more after enlarging
 
     def theirs() -> np.ndarray:
         return np.stack([peer(images, [ClassifierOutputTarget(c)] * IMAGES) for c in range(CLASSES)], 1)
@@ -74,20 +75,21 @@ def test_gradcam_speed(benchmark, peers, who):
     assert maps.shape == (IMAGES, CLASSES, SIZE, SIZE) and np.isfinite(maps).all()
 
 
-def main() -> None:
+def main(rounds: int = 3) -> None:
     ours, theirs = prepare()
     warnings.simplefilter("ignore")
-    ours(), theirs()   # warm up
+    difference = np.abs(ours() - theirs()).max()   # also the warm-up
+    assert difference < 1e-3, f"the peers disagree by {difference:.1e}: their times cannot be compared"
     times: dict[Callable, list[float]] = {ours: [], theirs: []}
-    for _ in range(3):
+    for _ in range(rounds):
         for peer, seconds in times.items():
             start = time.perf_counter()
             peer()
             seconds.append(time.perf_counter() - start)
     fast, slow = (statistics.median(seconds) for seconds in times.values())
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, maps equal to {difference:.1e}")
     print(f"freqseg           {fast:7.2f} s")
     print(f"pytorch_grad_cam  {slow:7.2f} s   ratio {slow / fast:.1f}")
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__": main(*map(int, sys.argv[1:]))

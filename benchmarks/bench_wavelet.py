@@ -14,6 +14,7 @@ from freqseg.wavelet import WaveletConv2d, wavedec2, waverec2
 
 SHAPE = (8, 256, 40, 40)
 WAVELETS = ("haar", "db2", "db8")
+pytestmark = pytest.mark.benchmark
 
 
 def ours(x: Tensor, wavelet: str) -> Tensor:

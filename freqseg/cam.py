@@ -8,7 +8,7 @@ __all__ = ['IGNORE', 'contrast_direction', 'grad_cam_weights', 'patch_activation
            'cosine_map', 'patch_text_similarity', 'background_score', 'pseudo_labels', 'band_cams',
            'similarity_evidence']
 
-# %% ../nbs/22_cam.ipynb #06b0870c
+# %% ../nbs/22_cam.ipynb #c372e32c
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +20,7 @@ from .clip import Backbone, Features, attention_weights, merge_heads, split_qkv
 from .files import InputError
 from .spectra import band_stack
 
-# %% ../nbs/22_cam.ipynb #9d5b5269
+# %% ../nbs/22_cam.ipynb #578ea650
 def contrast_direction(
     z: Tensor,                # (B, E) image embeddings
     text: Tensor,             # (K, E) unit-norm class embeddings
@@ -45,14 +45,14 @@ def contrast_direction(
     direction = direction * scale * y * (1 - y) / length if exact else F.normalize(direction, dim=-1)
     return direction * present[..., None]
 
-# %% ../nbs/22_cam.ipynb #7db2d325
+# %% ../nbs/22_cam.ipynb #d4f28c33
 def _pack(present: Tensor) -> tuple[Tensor, Tensor]:
     "Class index and validity, each (B, S), of the present classes moved to the front; S = largest count in the batch."
     order = present.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
     order = order[:, :max(1, int(present.sum(1).max()))]
     return order, present.gather(1, order)
 
-# %% ../nbs/22_cam.ipynb #9fa8cf0b
+# %% ../nbs/22_cam.ipynb #6f792c93
 def _image_embedding(backbone: Backbone, tokens: Tensor, pool: str) -> Tensor:
     "(B, E) from the last block's output (B, N+1, D)."
     if pool == "patches": return backbone.project(tokens[:, 1:]).mean(1)
@@ -66,7 +66,7 @@ def _check_cam_inputs(features: Features, text: Tensor, present: Tensor) -> None
     if tuple(present.shape) != expected or present.dtype != torch.bool:
         raise InputError(f"present must be bool {expected} (images, classes); it is {present.dtype} {tuple(present.shape)}.")
 
-# %% ../nbs/22_cam.ipynb #371f04f3
+# %% ../nbs/22_cam.ipynb #ef89e586
 def grad_cam_weights(
     backbone: Backbone,
     features: Features,            # encoded with joint=True or last_input=True
@@ -94,7 +94,7 @@ def grad_cam_weights(
     packed = torch.cat(parts).transpose(0, 1) * valid[..., None] / (len(ln1[0]) - 1 if exact else 1)
     return packed.new_zeros(*present.shape, packed.shape[-1]).scatter_add_(1, slots[..., None].expand_as(packed), packed)
 
-# %% ../nbs/22_cam.ipynb #9ec93015
+# %% ../nbs/22_cam.ipynb #f5b6c7b7
 def patch_activations(features: Features) -> Tensor:
     "What GradCAM weighs: the last block's ln_1 output as maps (B, D, h, w), CLS dropped."
     return features.last_ln1[:, 1:].transpose(1, 2).unflatten(2, features.grid)
@@ -107,7 +107,7 @@ def grad_cam_evidence(
     weights = grad_cam_weights(backbone, features, text, present, background, **options)
     return torch.einsum("bkd,bdhw->bkhw", weights, patch_activations(features).to(weights.dtype))
 
-# %% ../nbs/22_cam.ipynb #d0779956
+# %% ../nbs/22_cam.ipynb #9a65dec4
 def normalise_cam(
     evidence: Tensor,      # (B, K, h, w)
     positive: bool = True, # ReLU first, as GradCAM; False for similarities, whose zero means nothing
@@ -118,7 +118,7 @@ def normalise_cam(
     low, high = evidence.amin((-2, -1), keepdim=True), evidence.amax((-2, -1), keepdim=True)
     return (evidence - low) / (high - low + eps)
 
-# %% ../nbs/22_cam.ipynb #32d4979c
+# %% ../nbs/22_cam.ipynb #f09fe5bf
 def grad_cam(
     backbone: Backbone,
     features: Features,              # encoded with joint=True or last_input=True
@@ -133,7 +133,7 @@ def grad_cam(
     Raises `InputError` for features without the last block's input and for shapes that disagree."""
     return normalise_cam(grad_cam_evidence(backbone, features, text, present, background, **options), eps=eps)
 
-# %% ../nbs/22_cam.ipynb #923c00df
+# %% ../nbs/22_cam.ipynb #e5c24306
 def value_path(
     backbone: Backbone,
     features: Features,       # encoded with joint=True or last_input=True
@@ -150,7 +150,7 @@ def value_path(
         x = x + block.ls_2(block.mlp(block.ln_2(x)))
     return backbone.project(x[:, 1:]).transpose(1, 2).unflatten(2, features.grid)
 
-# %% ../nbs/22_cam.ipynb #fec97d6a
+# %% ../nbs/22_cam.ipynb #b9647205
 def intra_attention(features: Features, block: int) -> Tensor:
     "Mean of softmax(QQ^T), softmax(KK^T), softmax(VV^T), scaled by 1/sqrt(d): (B, heads, N+1, N+1) of a block encoded with qkv."
     parts = [features.of(found, block, name) for found, name in
@@ -175,7 +175,7 @@ def intra_correlation(
     if residual and first > 0: x = x + features.of(features.tokens, first - 1, "tokens").flatten(2).transpose(1, 2)
     return backbone.project(x).transpose(1, 2).unflatten(2, features.grid)
 
-# %% ../nbs/22_cam.ipynb #b7e3d578
+# %% ../nbs/22_cam.ipynb #40651f61
 def similarity_request(backbone: Backbone, source: str = "value", blocks: int = 5) -> dict[str, Any]:
     "Arguments for `Backbone.encode` that give `patch_embeddings` what it needs. Raises `InputError` for an unknown source."
     first = backbone.depth - min(blocks, backbone.depth)
@@ -197,7 +197,7 @@ def patch_embeddings(
     if features.patch_embedding is None: raise InputError("these features lack patch embeddings: encode with joint=True.")
     return features.patch_embedding
 
-# %% ../nbs/22_cam.ipynb #69b85dfa
+# %% ../nbs/22_cam.ipynb #6d1f9a0e
 def cosine_map(embeddings: Tensor, text: Tensor) -> Tensor:
     "Cosine of every patch (B, E, h, w) with every prompt (K, E), unit norm: (B, K, h, w) in [-1, 1]."
     return torch.einsum("behw,ke->bkhw", F.normalize(embeddings, dim=1), text.to(embeddings.dtype))
@@ -230,7 +230,7 @@ def _softmax_similarity(backbone: Backbone, features: Features, cosines: Tensor,
         logits = torch.cat([logits, cosine_map(patch_embeddings(backbone, features, source, **options), background)], 1)
     return (backbone.logit_scale * logits).softmax(1)[:, :cosines.shape[1]].nan_to_num(0.0)   # nan: no class present
 
-# %% ../nbs/22_cam.ipynb #c89f47f2
+# %% ../nbs/22_cam.ipynb #57eff520
 def background_score(
     cam: Tensor,          # (B, K, h, w) in [0, 1]
     power: float = 1.0,   # above 1: less background
@@ -238,7 +238,7 @@ def background_score(
     "What no class claims: (1 - max_c CAM_c)^power (WeCLIP with power 1)."
     return (1 - cam.amax(1, keepdim=True)).clamp(0, 1) ** power
 
-# %% ../nbs/22_cam.ipynb #5a66ead6
+# %% ../nbs/22_cam.ipynb #fa999ab9
 IGNORE = 255   # label that neither losses nor metrics count
 
 def pseudo_labels(
@@ -263,7 +263,7 @@ def pseudo_labels(
     best = cam.amax(1)
     return labels.masked_fill((best >= ignore[0]) & (best < ignore[1]), IGNORE)
 
-# %% ../nbs/22_cam.ipynb #d96a8636
+# %% ../nbs/22_cam.ipynb #414ea81f
 def band_cams(
     evidence: Tensor,                        # (B, K, h, w) signed, before ReLU: of `grad_cam_evidence`, or similarity numerators
     edges: Sequence[float] = (0.1, 0.25),    # rising cut-offs in cycles per token
@@ -277,7 +277,7 @@ def band_cams(
     bands = band_stack(evidence, edges, shape)
     return bands if length is None else bands / length
 
-# %% ../nbs/22_cam.ipynb #d41eaba0
+# %% ../nbs/22_cam.ipynb #d13b8d8e
 def similarity_evidence(embeddings: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     "Numerator (B, K, h, w) and patch norms (B, 1, h, w) of the cosines of patches (B, E, h, w) with prompts (K, E), for `band_cams`."
     numerator = torch.einsum("behw,ke->bkhw", embeddings, text.to(embeddings.dtype))

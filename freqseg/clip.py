@@ -8,7 +8,7 @@ __all__ = ['WECLIP_TEMPLATE', 'split_qkv', 'attention_weights', 'merge_heads', '
            'native_tower', 'read_weights', 'fit_weights', 'named_config', 'build_clip', 'build_world_clip', 'save_clip',
            'read_metadata', 'check_sha256', 'fetch_published', 'load_clip']
 
-# %% ../nbs/14_clip.ipynb #c26cdc93
+# %% ../nbs/14_clip.ipynb #529443ca
 import difflib, hashlib, json, pickle, re, zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from .files import InputError, atomic_write, sha256, shipped
 
-# %% ../nbs/14_clip.ipynb #dfc4edab
+# %% ../nbs/14_clip.ipynb #85d3a7bf
 def split_qkv(block: nn.Module, ln1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     "Queries, keys and values, each (B, heads, n, d), of `block` from the output of its first LayerNorm `ln1` (B, n, D)."
     attn = block.attn
@@ -36,12 +36,12 @@ def split_qkv(block: nn.Module, ln1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if hasattr(attn, "ln_q"): query, key = attn.ln_q(query), attn.ln_k(key)   # open_clip's blocks with qk_norm
     return query, key, value
 
-# %% ../nbs/14_clip.ipynb #7fdbaae3
+# %% ../nbs/14_clip.ipynb #b37b3950
 def attention_weights(query: Tensor, key: Tensor) -> Tensor:
     "softmax(Q K^T / sqrt d) over the keys: (B, heads, n, d) twice -> (B, heads, n, n), rows sum to 1."
     return (query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(dim=-1)
 
-# %% ../nbs/14_clip.ipynb #41deae3b
+# %% ../nbs/14_clip.ipynb #11f76fb3
 def merge_heads(block: nn.Module, context: Tensor) -> Tensor:
     "The attention branch of `block` after mixing the values: `context` (B, heads, n, d) -> (B, n, D), to be added to the residual."
     attn = block.attn
@@ -52,12 +52,12 @@ def merge_heads(block: nn.Module, context: Tensor) -> Tensor:
     if hasattr(block, "ln_attn"): x = block.ln_attn(x)
     return block.ls_1(x)
 
-# %% ../nbs/14_clip.ipynb #93e02ec7
+# %% ../nbs/14_clip.ipynb #03fcec5b
 def feed_forward(block: nn.Module, x: Tensor) -> Tensor:
     "Second half of `block`, residual included: (B, n, D) -> (B, n, D)."
     return x + block.ls_2(block.mlp(block.ln_2(x)))
 
-# %% ../nbs/14_clip.ipynb #cbed4b1b
+# %% ../nbs/14_clip.ipynb #de9a449c
 def resize_position_embedding(
     table: Tensor,                # (1 + h0*w0, D): CLS row first, then the trained grid, row-major
     native: tuple[int, int],      # (h0, w0), the trained grid
@@ -70,12 +70,12 @@ def resize_position_embedding(
     patches = F.interpolate(patches, size=tuple(grid), mode=mode, align_corners=False)
     return torch.cat([table[:1], patches[0].flatten(1).T.to(table.dtype)])
 
-# %% ../nbs/14_clip.ipynb #f84df6e0
+# %% ../nbs/14_clip.ipynb #1c7cca9f
 def nearest_multiple(side: int, patch: int) -> int:
     "The multiple of `patch` nearest to `side`, at least one patch."
     return max(1, round(side / patch)) * patch
 
-# %% ../nbs/14_clip.ipynb #122cea3b
+# %% ../nbs/14_clip.ipynb #a8294bc1
 def pad_to_patch(
     images: Tensor,        # (B, C, H, W)
     patch: int,            # patch side in pixels
@@ -85,7 +85,7 @@ def pad_to_patch(
     height, width = images.shape[-2:]
     return F.pad(images, (0, -width % patch, 0, -height % patch), value=value), (height, width)
 
-# %% ../nbs/14_clip.ipynb #c1e8b22e
+# %% ../nbs/14_clip.ipynb #7f00775e
 @dataclass
 class Features:
     """What `Backbone.encode` was asked for; the rest is empty or None. Dictionaries are keyed by block index 0..depth-1.
@@ -118,7 +118,7 @@ class Features:
         raise InputError(f"no {name} of block {block} in these features (there: {sorted(found) or 'none'}): "
                          f"pass {'qkv' if name in ('queries', 'keys', 'values') else name}=({block},) to encode.")
 
-# %% ../nbs/14_clip.ipynb #0774ffba
+# %% ../nbs/14_clip.ipynb #9a6432a4
 @dataclass(frozen=True)
 class _Request:
     "Which blocks have to give what, and therefore how far the tower must run."
@@ -140,7 +140,7 @@ class _Request:
         "Must block `index` be run to its end, or is a look at its input enough?"
         return self.joint or index < self.last or index in self.tokens
 
-# %% ../nbs/14_clip.ipynb #6347c8bf
+# %% ../nbs/14_clip.ipynb #8e7e8b46
 WECLIP_TEMPLATE = "a clean origami {}."   # the one template of WeCLIP, inherited from CLIP-ES
 
 def class_prompts(
@@ -157,7 +157,7 @@ def class_prompts(
     described = [described] if isinstance(described, str) else described
     return tuple(template.replace("{}", alias) for alias in described for template in templates)
 
-# %% ../nbs/14_clip.ipynb #4c23a0db
+# %% ../nbs/14_clip.ipynb #399bd144
 class WorldTokenizer:
     """Words to ids over a stored vocabulary. Ids: 0 padding, 1 start, 2 end, then the words in their stored order.
 
@@ -199,7 +199,7 @@ class WorldTokenizer:
     def __call__(self, texts: str|Sequence[str]) -> Tensor:
         return torch.tensor([self.encode(text) for text in ([texts] if isinstance(texts, str) else texts)])
 
-# %% ../nbs/14_clip.ipynb #c627ad41
+# %% ../nbs/14_clip.ipynb #e5ca5b99
 def _forget_texts(backbone: "Backbone", incompatible: Any) -> None:
     "After new weights are loaded, the cached text embeddings belong to the old ones."
     backbone._text_cache.clear()
@@ -250,7 +250,7 @@ class Backbone(nn.Module):
         return (f"Backbone({self.name}: {self.depth} blocks x {self.heads} heads, width {self.width}, joint {self.embed_dim}, "
                 f"patch {self.patch_size}, native {self.native_size})")
 
-# %% ../nbs/14_clip.ipynb #418b0612
+# %% ../nbs/14_clip.ipynb #5cb14bc3
 def native_tower(model: nn.Module, name: str) -> VisionTransformer:
     "The ViT of an open_clip model. Raises `InputError` for timm, ResNet, attention-pooled and scaled-cosine towers."
     visual = getattr(model, "visual", None)
@@ -264,7 +264,7 @@ def native_tower(model: nn.Module, name: str) -> VisionTransformer:
     raise InputError(f"{name} cannot be used: {reason}. freqseg reads open_clip's own vision transformers, "
                      "for example ViT-B-16, ViT-B-32 or ViT-L-14.")
 
-# %% ../nbs/14_clip.ipynb #4d699067
+# %% ../nbs/14_clip.ipynb #d89adfbf
 def _as_picture(picture: Image.Image|np.ndarray) -> Image.Image:
     "RGB PIL image from a PIL image or a uint8 array (H, W, 3) or (H, W)."
     if isinstance(picture, np.ndarray):
@@ -277,7 +277,7 @@ def _as_pixels(picture: Image.Image, size: tuple[int, int]) -> Tensor:
     if picture.size != size[::-1]: picture = picture.resize(size[::-1], Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
 
-# %% ../nbs/14_clip.ipynb #535387c2
+# %% ../nbs/14_clip.ipynb #3cd49e1b
 def _pair(size: int|Sequence[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
@@ -303,7 +303,7 @@ def denormalise(self: Backbone, images: Tensor) -> Tensor:
     mean, std = (images.new_tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
     return (images * std + mean).clamp(0, 1)
 
-# %% ../nbs/14_clip.ipynb #d98264f7
+# %% ../nbs/14_clip.ipynb #73e41a83
 @patch
 def grid_of(self: Backbone, images: Tensor) -> tuple[int, int]:
     "Patch grid (h, w) of images (B, 3, H, W). Raises `InputError` naming the nearest size that fits."
@@ -325,7 +325,7 @@ def embed(self: Backbone, images: Tensor) -> Tensor:
     # patch dropout is skipped: the backbone is always in eval mode, where it is the identity
     return visual.ln_pre(torch.cat([cls, patches], 1) + positions.to(patches.dtype))
 
-# %% ../nbs/14_clip.ipynb #38cbb162
+# %% ../nbs/14_clip.ipynb #b443fba0
 @patch
 def block(self: Backbone, index: int, x: Tensor) -> Tensor:
     "Block `index` (negative counts from the last) on any token sequence: (B, n, D) -> (B, n, D), fused attention."
@@ -361,7 +361,7 @@ def pool(self: Backbone, x: Tensor) -> Tensor:
     pooled = visual._pool(x)[0]
     return pooled if visual.proj is None else pooled @ visual.proj
 
-# %% ../nbs/14_clip.ipynb #9598cc8e
+# %% ../nbs/14_clip.ipynb #063d156c
 @patch
 def _indices(self: Backbone, blocks: Sequence[int], what: str) -> frozenset[int]:
     "Block numbers with negatives resolved. Raises `InputError` outside -depth..depth-1."
@@ -394,7 +394,7 @@ def _step(self: Backbone, found: Features, request: _Request, index: int, x: Ten
     if index in request.tokens: found.tokens[index] = x[:, 1:].transpose(1, 2).unflatten(2, found.grid)
     return x
 
-# %% ../nbs/14_clip.ipynb #c2caddd8
+# %% ../nbs/14_clip.ipynb #21e8a629
 @patch
 def encode(self: Backbone,
     images: Tensor,                  # (B, 3, H, W) normalised, sides multiples of the patch
@@ -419,7 +419,7 @@ def encode(self: Backbone,
         found.cls_embedding = self.pool(x)
     return found
 
-# %% ../nbs/14_clip.ipynb #307b31c2
+# %% ../nbs/14_clip.ipynb #9d2a094a
 @patch
 @torch.no_grad()
 def _embed_prompts(self: Backbone, prompts: Sequence[str], batch: int = 128) -> Tensor:
@@ -450,9 +450,9 @@ def encode_text(self: Backbone,
     ensembles = [class_prompts(name, templates, aliases) for name in names]
     keys = [hashlib.sha256(json.dumps(prompts).encode()).hexdigest() for prompts in ensembles]
     self._fill_text_cache(dict(zip(keys, ensembles)))
-    return torch.stack([self._text_cache[key] for key in keys]).to(self.device)
+    return torch.stack([self._text_cache[key].to(self.device) for key in keys])   # cached before a move, perhaps
 
-# %% ../nbs/14_clip.ipynb #fd84902c
+# %% ../nbs/14_clip.ipynb #0d4c247f
 def read_weights(path: str|Path) -> dict[str, Tensor]:
     """Tensors of a .safetensors file or of a torch file that is safe to load, without running any code from it.
 
@@ -466,7 +466,7 @@ def read_weights(path: str|Path) -> dict[str, Tensor]:
         raise InputError(f"{path} holds no state dict (a mapping of names to tensors).")
     return {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
 
-# %% ../nbs/14_clip.ipynb #5eba2f32
+# %% ../nbs/14_clip.ipynb #9b43a180
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -486,7 +486,7 @@ def _read_torch(path: Path) -> Any:
 def _broken(path: Path, error: Exception) -> InputError:
     return InputError(f"{path} is truncated or not a weights file ({str(error).splitlines()[0]}). Fetch it again.")
 
-# %% ../nbs/14_clip.ipynb #0d6673de
+# %% ../nbs/14_clip.ipynb #e7e1a515
 def fit_weights(model: nn.Module, state: Mapping[str, Tensor], source: str|Path) -> None:
     """Load `state` into `model`, strictly. Raises `InputError` naming `source` and what does not fit."""
     state = {k: v for k, v in state.items() if k not in ("input_resolution", "context_length", "vocab_size", "attn_mask")}
@@ -501,7 +501,7 @@ def fit_weights(model: nn.Module, state: Mapping[str, Tensor], source: str|Path)
                                f"{f' (and {len(wrong) - 3} more)' if len(wrong) > 3 else ''}.")
     model.load_state_dict(state)
 
-# %% ../nbs/14_clip.ipynb #c0340d49
+# %% ../nbs/14_clip.ipynb #61d76888
 def named_config(name: str, quick_gelu: bool) -> dict[str, Any]:
     "open_clip's configuration called `name`, with the activation asked for. Raises `InputError` naming the nearest ones known."
     config = open_clip.get_model_config(name.replace("/", "-")) if ":" not in name else None
@@ -527,7 +527,7 @@ def build_clip(config: Mapping[str, Any], name: str = "this model", seed: int = 
         torch.manual_seed(seed)
         return family(**config)
 
-# %% ../nbs/14_clip.ipynb #5280661c
+# %% ../nbs/14_clip.ipynb #0cb5f96f
 def build_world_clip(config: Mapping[str, Any], seed: int = 0) -> open_clip.CLIP:
     """A randomly initialised CLIP whose text tower reads `WorldTokenizer` ids: it pools at the end id and knows the padding.
 
@@ -536,7 +536,7 @@ def build_world_clip(config: Mapping[str, Any], seed: int = 0) -> open_clip.CLIP
     text = {"pool_type": "eos", "eos_id": WorldTokenizer.end, "pad_id": WorldTokenizer.pad} | dict(config["text_cfg"])
     return build_clip({**config, "text_cfg": text}, "the world model", seed)
 
-# %% ../nbs/14_clip.ipynb #bb9ca367
+# %% ../nbs/14_clip.ipynb #c7e21e7e
 def save_clip(
     model: nn.Module,                            # open_clip CLIP
     path: str|Path,                              # .safetensors file to write
@@ -551,7 +551,7 @@ def save_clip(
     with atomic_write(path) as partial:
         save_file(tensors, partial, metadata={key: json.dumps(value) for key, value in stored.items()})
 
-# %% ../nbs/14_clip.ipynb #3fed2092
+# %% ../nbs/14_clip.ipynb #9c6e2839
 def read_metadata(path: str|Path) -> dict[str, Any]:
     "The JSON entries in the header of a safetensors file. Raises `InputError` for a damaged or missing file."
     from safetensors import SafetensorError, safe_open
@@ -571,7 +571,7 @@ def check_sha256(path: str|Path, expected: str|Path) -> None:
     wanted, found = Path(expected).read_text().split()[0].lower(), sha256(path)
     if wanted != found: raise InputError(f"{path} is damaged: its SHA-256 is {found[:12]}..., {expected} says {wanted[:12]}...")
 
-# %% ../nbs/14_clip.ipynb #c15abbd7
+# %% ../nbs/14_clip.ipynb #e2f6d630
 def fetch_published(name: str, tag: str) -> tuple[Path, dict[str, Any]]:
     """Download (or find in the cache) the weights that open_clip lists as `tag` for `name`; returns their path and settings.
 
@@ -582,13 +582,17 @@ def fetch_published(name: str, tag: str) -> tuple[Path, dict[str, Any]]:
         raise InputError(f"pretrained={tag!r} is neither a file nor published for {name} (published: {tags}).")
     try: return Path(open_clip.download_pretrained(published)), published
     except Exception as error:   # urllib, hub client and disk errors of several kinds, all with the same remedy
-        place = f"{published['hf_hub'].strip('/')} on the Hugging Face hub" if published.get("hf_hub") else published.get("url")
-        raise InputError(f"could not download {name} ({tag}): {str(error).splitlines()[0] if str(error) else type(error).__name__}. "
-                         f"Fetch open_clip_model.safetensors of {place} on a machine with network, copy it here, for "
-                         f"example to weights/{name.replace('/', '-')}.safetensors, and pass "
-                         f"pretrained=\"weights/{name.replace('/', '-')}.safetensors\".") from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"could not download {name} ({tag}): {reason}. {_by_hand(name, published)}") from error
 
-# %% ../nbs/14_clip.ipynb #c3d611ea
+def _by_hand(name: str, published: Mapping[str, Any]) -> str:
+    "Which file to carry over when there is no network, and what to do with it."
+    repository, _, file = published.get("hf_hub", "").rpartition("/")
+    what = f"{file or 'open_clip_model.safetensors'} of {repository} on the Hugging Face hub" if repository else published.get("url")
+    place = f"weights/{name.replace('/', '-')}.safetensors"
+    return f"On a machine with network fetch {what}, copy it here, for example to {place}, and pass pretrained=\"{place}\"."
+
+# %% ../nbs/14_clip.ipynb #c81b332b
 def _load_saved(path: Path, **settings: Any) -> Backbone:
     "A backbone from a file written by `save_clip`."
     stored = read_metadata(path)
@@ -602,7 +606,7 @@ def _load_saved(path: Path, **settings: Any) -> Backbone:
     colours = {key: stored[key] for key in ("mean", "std") if key in stored}
     return Backbone(model, path.stem, tokenizer, metadata=stored, **{**colours, **settings})
 
-# %% ../nbs/14_clip.ipynb #ca24dcda
+# %% ../nbs/14_clip.ipynb #1130a93b
 def _load_named(name: str, pretrained: str|Path|None, quick_gelu: bool|None, seed: int, **settings: Any) -> Backbone:
     "A backbone of a named open_clip architecture with published, local or random weights."
     path, published = None, {}
@@ -619,7 +623,7 @@ def _load_named(name: str, pretrained: str|Path|None, quick_gelu: bool|None, see
     colours = {key: published[key] for key in ("mean", "std") if key in published}
     return Backbone(model, name.replace("/", "-"), tokenizer, **{**colours, **settings})
 
-# %% ../nbs/14_clip.ipynb #35cc98d9
+# %% ../nbs/14_clip.ipynb #513a01b1
 def load_clip(
     name: str|Path = "ViT-B-16",            # an open_clip ViT, "world" (ships with the package), or a file of `save_clip`
     pretrained: str|Path|None = "openai",   # published tag, weights file, or None for random weights; unused for world and files

@@ -12,7 +12,7 @@ __all__ = ['IGNORE', 'VOC_CLASSES', 'COCO_CLASSES', 'COCOSTUFF_CLASSES', 'VOC_PR
            'require_same_size', 'open_voc', 'open_coco', 'open_cocostuff', 'open_folder', 'open_dataset',
            'labels_from_masks', 'classes_in_mask', 'RandomScale', 'to_tensors', 'TrainTransform', 'Batch', 'collate']
 
-# %% ../nbs/10_data.ipynb #e10d1b8d
+# %% ../nbs/10_data.ipynb #2b95110a
 import contextlib, csv, difflib, functools, os, struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +29,7 @@ from torchvision.transforms.v2 import functional as joint_ops
 
 from .files import InputError, atomic_write, shipped
 
-# %% ../nbs/10_data.ipynb #22d1498f
+# %% ../nbs/10_data.ipynb #4a53e4eb
 IGNORE = 255  # mask value of pixels that count neither in a loss nor in a score
 
 VOC_CLASSES: tuple[str, ...] = tuple(
@@ -53,7 +53,7 @@ COCOSTUFF_CLASSES: tuple[str, ...] = COCO_CLASSES + tuple(
     "structural-other,table,tent,textile-other,towel,tree,vegetable,wall-brick,wall-concrete,wall-other,wall-panel,wall-stone,"
     "wall-tile,wall-wood,water-other,waterdrops,window-blind,window-other,wood".split(","))
 
-# %% ../nbs/10_data.ipynb #69a063b7
+# %% ../nbs/10_data.ipynb #170d756d
 VOC_PROMPT_ALIASES: dict[str, str] = {  # WeCLIP: what the text encoder reads instead of the class name
     "bird": "bird avian", "chair": "chair seat", "person": "person with clothes,people,human", "tvmonitor": "tvmonitor screen"}
 
@@ -71,7 +71,7 @@ BACKGROUND_PROMPTS: tuple[str, ...] = tuple(
 COCO_BACKGROUND_PROMPTS: tuple[str, ...] = tuple(  # a keyboard and a (stop) sign are classes of COCO
     name for name in BACKGROUND_PROMPTS if name not in ("keyboard", "sign"))
 
-# %% ../nbs/10_data.ipynb #0ec3ebdd
+# %% ../nbs/10_data.ipynb #73555d10
 def unknown_name(
     name: str,                 # what the user wrote
     known: Iterable[str],      # what would have been right
@@ -89,7 +89,7 @@ def _require_names(names: Sequence[str], known: Sequence[str]) -> None:
     doubled = sorted({name for name in names if list(names).count(name) > 1})
     if doubled: raise InputError(f"named twice: {', '.join(doubled)}. Name each class once.")
 
-# %% ../nbs/10_data.ipynb #a1443cdb
+# %% ../nbs/10_data.ipynb #b063d75f
 @dataclass(frozen=True)
 class ZeroShotSplit:
     "Which of `classes` are trained on with masks (`seen`) and which are only tested (`unseen`). Background belongs to neither."
@@ -120,14 +120,14 @@ def zero_shot_split(
     if not seen or not unseen: raise InputError("a zero-shot split needs at least one seen and one unseen class.")
     return ZeroShotSplit(tuple(classes), tuple(seen), tuple(unseen))
 
-# %% ../nbs/10_data.ipynb #2f86fb64
+# %% ../nbs/10_data.ipynb #2fc9d83b
 VOC_ZERO_SHOT = zero_shot_split(VOC_CLASSES, "pottedplant sheep sofa train tvmonitor".split())
 
 COCOSTUFF_ZERO_SHOT = zero_shot_split(
     COCOSTUFF_CLASSES, "cow,giraffe,suitcase,frisbee,skateboard,carrot,scissors,cardboard,clouds,grass,playingfield,river,"
                        "road,tree,wall-concrete".split(","))
 
-# %% ../nbs/10_data.ipynb #e23c1dfc
+# %% ../nbs/10_data.ipynb #0f5abb2c
 @functools.cache
 def palette() -> np.ndarray:
     "The VOC colour map: (256, 3) uint8, row = mask value; read-only. Value 0 is black, 255 is the pale border colour."
@@ -144,7 +144,7 @@ def _values_of_colours(
     for bit in range(8): values |= (rgb[..., bit % 3] >> (7 - bit // 3) & 1) << bit
     return values, (palette()[values] != rgb).any(-1)
 
-# %% ../nbs/10_data.ipynb #1148e7a8
+# %% ../nbs/10_data.ipynb #c236f0fa
 def write_mask(
     path: str | Path,             # a .png
     mask: np.ndarray | Tensor,    # (H, W) integers 0..255
@@ -159,7 +159,7 @@ def write_mask(
     image.putpalette(palette().ravel().tolist())
     with atomic_write(path) as partial: image.save(partial, format="PNG")
 
-# %% ../nbs/10_data.ipynb #a843171f
+# %% ../nbs/10_data.ipynb #738b754e
 _FAULTS = (OSError, SyntaxError, ValueError, EOFError, struct.error, TypeError, IndexError, KeyError, OverflowError,
            UnidentifiedImageError, Image.DecompressionBombError)
 
@@ -176,7 +176,7 @@ def _decoded(path: str | Path) -> Iterator[Image.Image]:
         raise InputError(f"{path} cannot be decoded ({error}). Fetch or export it again, or leave it out of the list: "
                          "`freqseg check FOLDER --fix-list LIST` writes a list without it.") from error
 
-# %% ../nbs/10_data.ipynb #eac4d151
+# %% ../nbs/10_data.ipynb #59f84ffd
 _UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
             5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
             8: Image.Transpose.ROTATE_90}
@@ -200,7 +200,7 @@ def read_image(path: str | Path) -> Image.Image:
     Raises `InputError` when the file is missing, truncated or not a picture."""
     with _decoded(path) as image: return _rgb(_upright(image))
 
-# %% ../nbs/10_data.ipynb #4a2ac2e8
+# %% ../nbs/10_data.ipynb #234ea52c
 def _png_depth(path: str | Path) -> int | None:
     "Bits per channel according to the PNG header; None for other formats."
     with open(path, "rb") as file: header = file.read(25)
@@ -226,7 +226,7 @@ def _values_of_picture(path: str | Path, rgb: np.ndarray) -> np.ndarray:
                          "colour). Export class numbers as an 8-bit grey or palette PNG.")
     return values
 
-# %% ../nbs/10_data.ipynb #0ad67e7b
+# %% ../nbs/10_data.ipynb #e2294c7e
 def _out_of_range(
     values: np.ndarray,             # (H, W) uint8
     allowed: Iterable[int],         # besides 255
@@ -257,7 +257,7 @@ def read_mask(
     table[list(mapping)] = list(mapping.values())
     return table[values]
 
-# %% ../nbs/10_data.ipynb #745ee484
+# %% ../nbs/10_data.ipynb #b2bc8430
 @dataclass(frozen=True, eq=False)
 class LabelTable:
     "Image-level labels by picture: `rows` maps an id to its row in `present` (n, K) bool, K foreground classes."
@@ -272,7 +272,7 @@ class LabelTable:
         labels[known] = self.present[rows[known]]
         return labels, known
 
-# %% ../nbs/10_data.ipynb #4a864751
+# %% ../nbs/10_data.ipynb #88d1566f
 @functools.cache
 def _voc_lists() -> tuple[dict[str, tuple[str, ...]], LabelTable]:
     "Shipped lists by split, and the label table of all 12,031 pictures of train_aug and val."
@@ -285,7 +285,7 @@ def _voc_lists() -> tuple[dict[str, tuple[str, ...]], LabelTable]:
     present = np.unpackbits(labels, axis=1, count=len(VOC_CLASSES)).astype(bool)
     return splits, LabelTable({name: row for row, name in enumerate(ids)}, present)
 
-# %% ../nbs/10_data.ipynb #ad30bf11
+# %% ../nbs/10_data.ipynb #3cf85dc0
 @functools.cache
 def _coco_lists() -> tuple[dict[str, tuple[str, ...]], LabelTable]:
     "Shipped lists by split, and one label table over both, by the 12 digits that end every COCO name."
@@ -304,7 +304,7 @@ def _cocostuff_lists() -> dict[str, tuple[str, ...]]:
     with np.load(shipped("cocostuff.npz"), allow_pickle=False) as file: steps = file["val_steps"]
     return {"val": tuple(f"{number:012d}" for number in steps.astype(np.int64).cumsum())}
 
-# %% ../nbs/10_data.ipynb #ea9191c3
+# %% ../nbs/10_data.ipynb #0b92d49d
 def shipped_ids(
     dataset: str,   # "voc", "coco" or "cocostuff"
     split: str,     # voc: train, train_aug, val, trainval; coco: train, val; cocostuff: val
@@ -324,7 +324,7 @@ def shipped_labels(
     if dataset not in tables: raise unknown_name(dataset, tables, "dataset with a shipped label table")
     return tables[dataset]()[1]
 
-# %% ../nbs/10_data.ipynb #98a0d970
+# %% ../nbs/10_data.ipynb #f8034d50
 def _lines(path: Path) -> list[str]:
     "The non-blank lines of a text file, whatever its line ends and with or without a byte-order mark."
     try: text = path.read_text(encoding="utf-8-sig")
@@ -362,7 +362,7 @@ def _plain_id(word: str) -> str:
     "An id as such: the stem of a path or of a picture's file name."
     return Path(word).stem if "/" in word or word.lower().endswith(_PICTURES) else word
 
-# %% ../nbs/10_data.ipynb #2aae1611
+# %% ../nbs/10_data.ipynb #cd21836b
 def _label_lines(path: Path) -> Iterator[tuple[str, list[str]]]:
     "(id, class names) of each line of labels.txt or labels.csv; a csv may begin with a header whose first field is id."
     lines = _lines(path)
@@ -400,7 +400,7 @@ def write_labels(
     lines = [f"{name} {','.join(classes[k] for k in np.flatnonzero(row))}".rstrip() for name, row in zip(ids, present)]
     with atomic_write(path) as partial: partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-# %% ../nbs/10_data.ipynb #79620ba6
+# %% ../nbs/10_data.ipynb #f1d3427f
 @dataclass(frozen=True, eq=False)
 class Listing:
     "The files of one split, before any is opened. `images`, `masks` and `labels` are aligned with `ids`."
@@ -426,7 +426,7 @@ class Listing:
         "The name of every mask value 0..C-1."
         return ("background",) * self.background + self.classes
 
-# %% ../nbs/10_data.ipynb #a6e39d67
+# %% ../nbs/10_data.ipynb #d16aba6d
 def _contents(folder: Path) -> str:
     "What a folder holds, for a message."
     names = sorted(entry.name + "/" * entry.is_dir() for entry in os.scandir(folder))
@@ -459,7 +459,7 @@ def _digits(name: str) -> str:
     "COCO files are found under their full name or its last 12 digits alike."
     return name.removesuffix("_labelTrainIds")[-12:]
 
-# %% ../nbs/10_data.ipynb #58e04f98
+# %% ../nbs/10_data.ipynb #7215ff1b
 def folder_splits(
     root: str | Path,
 ) -> list[str]:
@@ -489,7 +489,7 @@ def _folder_labels(root: Path, classes: Sequence[str], key: Callable[[str], str]
             return LabelTable({key(name): row for name, row in table.rows.items()}, table.present)
     return None
 
-# %% ../nbs/10_data.ipynb #e171636a
+# %% ../nbs/10_data.ipynb #51bd38fb
 def _listing(
     root: Path, dataset: str, split: str, classes: tuple[str, ...], ids: Sequence[str],
     images: Sequence[Path], masks: Sequence[str], labels: LabelTable | None,
@@ -520,7 +520,7 @@ def list_folder(
 
 _MASKS = ("SegmentationClassAug", "SegmentationClass")
 
-# %% ../nbs/10_data.ipynb #92296495
+# %% ../nbs/10_data.ipynb #448d5815
 def list_voc(root: str | Path, split: str = "train", ids: Sequence[str] | None = None) -> Listing:
     """The files of a split of PASCAL VOC 2012 (Everingham et al., 2010), with the extra masks of SBD (Hariharan et al., 2011).
 
@@ -551,7 +551,7 @@ def list_coco(root: str | Path, split: str = "train", ids: Sequence[str] | None 
     labels = _folder_labels(root, COCO_CLASSES, _digits) or shipped_labels("coco")
     return _listing(root, "coco", split, COCO_CLASSES, ids, images, masks, labels, _digits)
 
-# %% ../nbs/10_data.ipynb #b0429cdc
+# %% ../nbs/10_data.ipynb #38683ceb
 _DROPPED = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)   # published values without a class: street sign, hat, shoe, ...
 
 COCOSTUFF_PUBLISHED: dict[int, int] = {  # value in a published mask -> class 0..170
@@ -579,7 +579,7 @@ def _prefer_converted(listing: Listing, folders: Sequence[Path]) -> Listing:
     if not converted: return replace(listing, mapping=COCOSTUFF_PUBLISHED)
     return replace(listing, masks=tuple(converted.get(_digits(name)) for name in listing.ids))
 
-# %% ../nbs/10_data.ipynb #e88c44ec
+# %% ../nbs/10_data.ipynb #a33ca5f5
 _LISTERS = {"voc": list_voc, "coco": list_coco, "cocostuff": list_cocostuff, "folder": list_folder}
 
 def detect_dataset(root: str | Path) -> str:
@@ -618,13 +618,13 @@ def dataset_splits(root: str | Path, dataset: str = "auto") -> list[str]:
             if any((Path(root)/name).is_dir() for name in (f"JPEGImages/{split}", f"JPEGImages/{split}{year}",
                                                            f"images/{split}{year}", f"{split}{year}"))]
 
-# %% ../nbs/10_data.ipynb #c0d5660f
+# %% ../nbs/10_data.ipynb #46ead75c
 def _voc_splits(root: Path) -> list[str]:
     "The folder's own lists, to which the masks of SBD add the shipped train_aug."
     own = folder_splits(root) or ["train_aug", "val"]
     return sorted({*own, "train_aug"}) if (root/"SegmentationClassAug").is_dir() else own
 
-# %% ../nbs/10_data.ipynb #41ff0a15
+# %% ../nbs/10_data.ipynb #1d682251
 @dataclass(frozen=True, eq=False)
 class Sample:
     "One picture of a dataset."
@@ -633,7 +633,7 @@ class Sample:
     mask: np.ndarray | Tensor | None      # (H, W) uint8, 255 = ignore; after a transform int64; None: not there or not wanted
     labels: Tensor | None                 # (K,) bool over the foreground classes, of the whole picture; None: no table
 
-# %% ../nbs/10_data.ipynb #729abf45
+# %% ../nbs/10_data.ipynb #6a0820df
 def _require_whole(listing: Listing, files: Sequence[str | None], what: str) -> None:
     "Every id has its file, or an `InputError` says how many have not."
     missing = [name for name, path in zip(listing.ids, files) if path is None]
@@ -702,7 +702,7 @@ def require_same_size(
               else "Export it again at the size of the picture.")
     raise InputError(f"the mask {path} is {width} x {height} but its picture {size[0]} x {size[1]}. {remedy}")
 
-# %% ../nbs/10_data.ipynb #8705173c
+# %% ../nbs/10_data.ipynb #d3bb89d0
 def open_voc(root: str | Path, split: str = "train", transform: Callable[[Sample], Sample] | None = None,
              masks: bool | None = None, ids: Sequence[str] | None = None) -> SegmentationFolder:
     "PASCAL VOC 2012: see `list_voc` for the layout and `SegmentationFolder` for `masks`."
@@ -728,7 +728,7 @@ def open_dataset(root: str | Path, split: str = "train", transform: Callable[[Sa
     "Any of the four, told apart by `detect_dataset` unless `dataset` says which."
     return SegmentationFolder(list_dataset(root, split, dataset, ids), transform, masks)
 
-# %% ../nbs/10_data.ipynb #bce60674
+# %% ../nbs/10_data.ipynb #d3113126
 def labels_from_masks(
     folder: str | Path,               # a custom folder with classes.txt and masks
     splits: Sequence[str] | None = None,   # None: every list of the folder
@@ -762,7 +762,7 @@ def classes_in_mask(
     counts = np.array(Image.fromarray(mask).histogram())
     return counts[int(listing.background):listing.num_classes] > 0
 
-# %% ../nbs/10_data.ipynb #e1de0470
+# %% ../nbs/10_data.ipynb #e79a744f
 class RandomScale(v2.Transform):
     "Resize picture and mask by one factor drawn from U(low, high): antialiased bilinear, nearest-exact. At least 1 pixel."
     def __init__(self, low: float = 0.5, high: float = 2.0):
@@ -771,16 +771,18 @@ class RandomScale(v2.Transform):
         self.low, self.high = low, high
 
     def make_params(self, flat_inputs: list) -> dict:
+        "Draw the factor once for all inputs: {\"size\": [height, width]}."
         height, width = joint_ops.get_size(flat_inputs[0])
         factor = torch.empty(()).uniform_(self.low, self.high).item()
         return {"size": [max(1, round(height * factor)), max(1, round(width * factor))]}
 
-    def transform(self, inpt, params: dict):
+    def transform(self, inpt: Image.Image | Tensor, params: dict) -> Image.Image | Tensor:
+        "Resize one input (picture or mask) to the size drawn."
         if not isinstance(inpt, tv_tensors.Mask): return joint_ops.resize(inpt, params["size"], antialias=True)
         plain = inpt.as_subclass(Tensor)[None]
         return tv_tensors.wrap(joint_ops.resize_image(plain, params["size"], InterpolationMode.NEAREST_EXACT)[0], like=inpt)
 
-# %% ../nbs/10_data.ipynb #a0f933d6
+# %% ../nbs/10_data.ipynb #19c9b4cc
 def to_tensors(sample: Sample) -> Sample:
     "The picture as (3, H, W) float32 in [0, 1] and the mask as (H, W) int64, sizes unchanged. Normalising is the model's affair."
     image = joint_ops.to_dtype(joint_ops.to_image(sample.image), torch.float32, scale=True).as_subclass(Tensor)
@@ -807,7 +809,7 @@ class TrainTransform:
         image, mask = self.joint(sample.image, tv_tensors.Mask(torch.from_numpy(sample.mask)))
         return to_tensors(replace(sample, image=image, mask=mask))
 
-# %% ../nbs/10_data.ipynb #67d562a6
+# %% ../nbs/10_data.ipynb #a67756d0
 @dataclass(frozen=True, eq=False)
 class Batch:
     "Samples of one size, stacked."

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['TRUSTED', 'CHECK_EVERY', 'SinkhornResult', 'sinkhorn', 'doubly_stochastic', 'transport']
 
-# %% ../nbs/04_sinkhorn.ipynb #e53ba1fe
+# %% ../nbs/04_sinkhorn.ipynb #cc3eeeaf
 from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# %% ../nbs/04_sinkhorn.ipynb #5713c694
+# %% ../nbs/04_sinkhorn.ipynb #789928eb
 class SinkhornResult(NamedTuple):
     "What `sinkhorn` returns."
 
@@ -19,7 +19,7 @@ class SinkhornResult(NamedTuple):
     iterations: int  # rounds done (column, then row)
     error: Tensor  # (...) largest |column sum / wanted - 1|, no gradient; rows are exact
 
-# %% ../nbs/04_sinkhorn.ipynb #fbe719a3
+# %% ../nbs/04_sinkhorn.ipynb #ee9bf34f
 TRUSTED = 1e13  # e^30: scalings within [1/TRUSTED, TRUSTED] cannot have lost an fp32 entry that matters
 CHECK_EVERY = 5  # rounds between two looks at the error: each look waits for the device
 
@@ -32,7 +32,7 @@ def _product(
         return (vector[..., None] * matrix).sum(-2)
     return (vector[..., None, :] @ matrix).squeeze(-2)
 
-# %% ../nbs/04_sinkhorn.ipynb #e3fa3fce
+# %% ../nbs/04_sinkhorn.ipynb #c471c02d
 def _dead(
     row: Tensor,  # (..., R)
     col: Tensor,  # (..., C)
@@ -42,7 +42,7 @@ def _dead(
         return None
     return (row <= 0)[..., :, None] | (col <= 0)[..., None, :]
 
-# %% ../nbs/04_sinkhorn.ipynb #b4eb0bb5
+# %% ../nbs/04_sinkhorn.ipynb #3e96e9c6
 class _Alternating:
     "Scale columns, then rows, of a log density (..., R, C) relative to the marginals' product."
 
@@ -57,6 +57,10 @@ class _Alternating:
         "exp(density) weighted with the rows' mass (..., R, C), and transposed with the columns' (..., C, R), contiguous."
         kernel = (density if self.dead is None else density.masked_fill(self.dead, 0)).exp()
         return kernel * self.row[..., :, None], (kernel * self.col[..., None, :]).mT.contiguous()
+
+    def start(self) -> tuple[Tensor, Tensor]:
+        "Scalings (..., R) and (..., C) under which the first column sums are those of exp(density) itself, as it is given."
+        return torch.where(self.row > 0, 1 / self.row.clamp(min=torch.finfo(self.row.dtype).tiny), 1), torch.ones_like(self.col)
 
     def ones(self) -> tuple[Tensor, Tensor]:
         "Scalings that change nothing: (..., R) and (..., C)."
@@ -93,7 +97,7 @@ class _Alternating:
         "Logarithm of the plan: the density with the scalings absorbed, times both marginals."
         return density + (scale[0].log() + self.log_row)[..., :, None] + (scale[1].log() + self.log_col)[..., None, :]
 
-# %% ../nbs/04_sinkhorn.ipynb #e744472e
+# %% ../nbs/04_sinkhorn.ipynb #b1548bcb
 class _Symmetric(_Alternating):
     "Scale rows and columns of a symmetric log matrix (..., N, N) with the same vector, both marginals being 1."
 
@@ -118,15 +122,15 @@ class _Symmetric(_Alternating):
 
     log_plan = absorb  # the marginals are 1
 
-# %% ../nbs/04_sinkhorn.ipynb #499895bf
+# %% ../nbs/04_sinkhorn.ipynb #676f999b
 def _trusted(
     scale: tuple[Tensor, Tensor],  # scalings (..., R) and (..., C)
 ) -> bool:
     "Whether all scalings are finite and far from under- and overflow (NaN fails every comparison)."
-    lows, highs = zip(*(torch.aminmax(s) for s in scale))
-    return bool((torch.stack(lows) > 1 / TRUSTED).all() & (torch.stack(highs) < TRUSTED).all())
+    inside = [((s > 1 / TRUSTED) & (s < TRUSTED)).all() for s in scale]
+    return bool(inside[0] & inside[1])
 
-# %% ../nbs/04_sinkhorn.ipynb #f3972c73
+# %% ../nbs/04_sinkhorn.ipynb #ed0efb2a
 def _iterate(
     density: Tensor,  # (..., R, C) log density to start from
     scheme: _Alternating,  # how to scale
@@ -134,7 +138,7 @@ def _iterate(
     tolerance: float | None,  # stop once every problem is this good; None does all the rounds
 ) -> tuple[Tensor, int, Tensor]:
     "Scale until good enough: log plan (..., R, C), rounds done, error (...)."
-    kernel, scale, done = scheme.kernel(density), scheme.ones(), 0
+    kernel, scale, done = scheme.kernel(density), scheme.start(), 0
     while done < iterations:
         rounds = min(CHECK_EVERY, iterations - done)
         moved = scheme.in_numbers(kernel, scale, rounds)
@@ -148,7 +152,7 @@ def _iterate(
             break
     return scheme.log_plan(density, scale), done, scheme.error(kernel, scale)
 
-# %% ../nbs/04_sinkhorn.ipynb #b2397964
+# %% ../nbs/04_sinkhorn.ipynb #c0be2d0f
 def _adjoint(
     plan: Tensor,  # (..., R, C)
     grad: Tensor,  # (..., R, C) gradient with respect to the log plan
@@ -169,7 +173,7 @@ def _adjoint(
     x = r - (coupling @ y[..., None])[..., 0]
     return x * row, y * col
 
-# %% ../nbs/04_sinkhorn.ipynb #3b2cd9ef
+# %% ../nbs/04_sinkhorn.ipynb #a594cb7a
 class _Implicit(torch.autograd.Function):
     "Iterate without a graph; the gradient comes from the optimality conditions."
 
@@ -190,7 +194,7 @@ class _Implicit(torch.autograd.Function):
         x, y = x.to(grad.dtype), y.to(grad.dtype)
         return grad - plan * (x[..., :, None] + y[..., None, :]), x, y, None, None, None
 
-# %% ../nbs/04_sinkhorn.ipynb #efb2dc23
+# %% ../nbs/04_sinkhorn.ipynb #db50213f
 def _marginals(
     kernel: Tensor,  # (..., R, C)
     row: Tensor | None,  # (..., R)
@@ -209,7 +213,7 @@ def _marginals(
     row, col = torch.where(some, row, 1 / rows), torch.where(some, col, 1 / columns)
     return row, col * (row.sum(-1, keepdim=True) / col.sum(-1, keepdim=True)), some
 
-# %% ../nbs/04_sinkhorn.ipynb #9662991a
+# %% ../nbs/04_sinkhorn.ipynb #0bfffbe7
 def sinkhorn(
     log_kernel: Tensor,  # (..., R, C) logarithm of the matrix to scale; -inf entries are taken as very small
     row: Tensor | None = None,  # (..., R) wanted row sums, uniform 1/R by default
@@ -231,14 +235,15 @@ def sinkhorn(
     """
     kernel = log_kernel if log_kernel.dtype == torch.float64 else log_kernel.float()
     row, col, some = _marginals(kernel, row, col, mask)
-    kernel = kernel.clamp(-1e30, 1e30)
-    density = kernel - kernel.detach().amax(-2, keepdim=True) - row.clamp(min=torch.finfo(row.dtype).tiny).log()[..., None]
+    top = kernel.detach().amax(-2, keepdim=True).clamp(-1e30, torch.finfo(kernel.dtype).max)
+    density, dead = (kernel - top).clamp(min=-1e30), _dead(row * some, col)
+    if dead is not None:  # a picture without classes is solved from the start
+        density = density.masked_fill(~some[..., None], 0)
     log_plan, done, error = _solve(density, row, col, _Alternating, iterations, tolerance, rounds, gradient)
-    dead = _dead(row * some, col)
     log_plan = (log_plan if dead is None else log_plan.masked_fill(dead, -torch.inf)).to(log_kernel.dtype)
     return SinkhornResult(log_plan.exp(), log_plan, done, error)
 
-# %% ../nbs/04_sinkhorn.ipynb #df5729b4
+# %% ../nbs/04_sinkhorn.ipynb #5222746e
 def _solve(
     density: Tensor,
     row: Tensor,
@@ -262,7 +267,7 @@ def _solve(
             return _Implicit.apply(density, row, col, scheme_type, many, good)
         return _iterate(density, scheme_type(row, col), many, good)
 
-# %% ../nbs/04_sinkhorn.ipynb #8e0d92c8
+# %% ../nbs/04_sinkhorn.ipynb #be61807d
 def doubly_stochastic(
     affinity: Tensor,  # (..., N, N) non-negative
     iterations: int = 100,  # most rounds
@@ -287,12 +292,12 @@ def doubly_stochastic(
     ones = torch.ones_like(wide[..., 0])
     logs = wide.clamp(min=torch.finfo(wide.dtype).tiny).log()
     if symmetric == "scaling":
-        logs = (wide + wide.mT).clamp(min=torch.finfo(wide.dtype).tiny).log()
+        logs = (wide / 2 + wide.mT / 2).clamp(min=torch.finfo(wide.dtype).tiny).log()
         return _solve(logs, ones, ones, _Symmetric, iterations, tolerance, rounds, gradient)[0].exp().to(affinity.dtype)
     plan = sinkhorn(logs, ones, ones, iterations, tolerance, rounds, gradient=gradient).plan
     return ((plan + plan.mT) / 2 if symmetric else plan).to(affinity.dtype)
 
-# %% ../nbs/04_sinkhorn.ipynb #08282423
+# %% ../nbs/04_sinkhorn.ipynb #b7f24125
 def transport(
     score: Tensor,  # (..., N, K) what is gained by moving mass from patch i to class c
     col: Tensor,  # (..., K) share of the classes

@@ -139,3 +139,16 @@ def test_make_alone_lists_every_target() -> None:
     listed = subprocess.run(["make"], cwd=ROOT, text=True, capture_output=True, check=True).stdout
     for target in ("demo", "lab", "test", "fast", "bench", "docs", "clean"):
         assert f"make {target}" in listed
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_finds_its_data(clone: Path, tmp_path: Path) -> None:
+    shutil.copy(ROOT / "freqseg" / "files.py", clone / "freqseg")
+    (clone / "data" / "lists").mkdir()
+    (clone / "data" / "lists" / "ids.txt").write_text("2007_000032\n")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps"]
+    subprocess.run([*pip, "--no-build-isolation", "--target", tmp_path / "site", clone], check=True)
+    program = "from freqseg.files import shipped; print(shipped('lists/ids.txt').read_text())"
+    found = subprocess.run([sys.executable, "-c", program], cwd=tmp_path / "site", text=True, capture_output=True, check=True)
+    assert found.stdout.strip() == "2007_000032"
+    assert (tmp_path / "site" / "freqseg" / "assets" / "lists" / "ids.txt").is_file()

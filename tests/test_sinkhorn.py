@@ -11,7 +11,7 @@ from freqseg import sinkhorn as room
 from freqseg.sinkhorn import doubly_stochastic, sinkhorn, transport
 
 sizes = st.integers(1, 12)
-quick = settings(max_examples=40)
+quick = settings(max_examples=20)
 
 
 def shares(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:

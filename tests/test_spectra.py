@@ -293,8 +293,7 @@ def test_gradients_reach_the_learned_filter_on_every_grid() -> None:
     layer = SpectralFilter(1, (4, 4), std=1.0).double()
     for size in [(4, 4), (5, 6), (3, 2)]:
         x = maps(*size, 1, 1).requires_grad_()
-        call = torch.func.functional_call
-        assert torch.autograd.gradcheck(lambda w, m: call(layer, {"weight": w}, (m,)),
+        assert torch.autograd.gradcheck(lambda w, m: torch.func.functional_call(layer, {"weight": w}, (m,)),
                                         (layer.weight.detach().clone().requires_grad_(), x))
 
 

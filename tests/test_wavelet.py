@@ -251,6 +251,16 @@ def test_every_parameter_of_the_block_receives_gradient(name: str, learn: bool) 
     assert block.reconstruction_penalty().item() == pytest.approx(0, abs=1e-10)
 
 
+@pytest.mark.parametrize("name", ["haar", "db2"])
+def test_block_trains_under_bfloat16_autocast(name: str) -> None:
+    block, x = WaveletConv2d(4, levels=2, wavelet=name, learn_filters=True), torch.randn(2, 4, 9, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = block(x)
+    y.float().square().sum().backward()
+    torch.testing.assert_close(y.float(), block(x), atol=0.1, rtol=0.1)
+    assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in block.parameters())
+
+
 def test_block_treats_images_of_a_batch_independently() -> None:
     block, x = WaveletConv2d(4, levels=2), torch.randn(3, 4, 7, 7)
     torch.testing.assert_close(block(x)[1:2], block(x[1:2]))
