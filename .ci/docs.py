@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import latex2mathml.converter
+from mkdocs.plugins import event_priority
 
 FLOORS = {
     "0": "0 · Mathematics",
@@ -22,8 +23,11 @@ FLOORS = {
 }
 FOLDERS = {"explore": "Explore", "train": "Train"}
 
+# Equations as nbconvert leaves them: between dollars, or between backslash brackets. Code is matched first, to be kept.
 CODE_OR_MATH = re.compile(
-    r"(?P<keep><(pre|code|script|style|svg)\b.*?</\2>)|\$\$(?P<display>[^$]+)\$\$|(?<![\\\w$])\$(?P<inline>[^$\n<]*[^$\s<])\$(?![\w$])",
+    r"(?P<keep><(pre|code|script|style|svg)\b.*?</\2>)"
+    r"|\$\$(?P<display>[^$]+)\$\$|\\\[(?P<bracketed>.+?)\\\]"
+    r"|(?<![\\\w$])\$(?P<inline>[^$\n<]*[^$\s<])\$(?![\w$])|\\\((?P<round>.+?)\\\)",
     re.DOTALL)
 SCRIPT = re.compile(r"<script\b.*?</script>", re.DOTALL)
 FROM_A_CDN = re.compile(r"https://(?:cdn|unpkg)|mathjax|mermaid|<script src=\"\">", re.IGNORECASE)
@@ -57,7 +61,8 @@ def mathml(match: re.Match[str]) -> str:
     "A TeX equation as MathML, which browsers draw by themselves; code passes through, and so does what is no TeX."
     if match["keep"]:
         return match["keep"]
-    tex, display = html.unescape(match["display"] or match["inline"]), "block" if match["display"] else "inline"
+    block = match["display"] or match["bracketed"]
+    tex, display = html.unescape(block or match["inline"] or match["round"]), "block" if block else "inline"
     try:
         return latex2mathml.converter.convert(tex.strip(), display=display)
     except Exception:  # an equation drawn as its source is better than no page
@@ -70,8 +75,9 @@ def on_config(config: Any) -> Any:
     return config
 
 
-def on_page_content(content: str, page: Any, config: Any, files: Any) -> str:
-    "Called by mkdocs with a page's HTML: equations drawn, links between notebooks mended, scripts from a CDN left out."
-    content = SCRIPT.sub(lambda block: "" if FROM_A_CDN.search(block[0]) else block[0], content)
-    content = re.sub(r'href="(?!\w+:)([^"#]+)\.ipynb(#[^"]*)?"', r'href="\1.html\2"', content)
-    return CODE_OR_MATH.sub(mathml, content)
+@event_priority(-100)  # after mkdocs-jupyter, which adds scripts of its own
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    "Called by mkdocs with a whole page: equations drawn, links between notebooks mended, scripts from a CDN left out."
+    output = SCRIPT.sub(lambda block: "" if FROM_A_CDN.search(block[0]) else block[0], output)
+    output = re.sub(r'href="(?!\w+:)([^"#]+)\.ipynb(#[^"]*)?"', r'href="\1.html\2"', output)
+    return CODE_OR_MATH.sub(mathml, output)

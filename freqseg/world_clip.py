@@ -8,7 +8,7 @@ __all__ = ['FILLERS', 'SINGULAR', 'VOCABULARY', 'MEAN', 'STD', 'STAGES', 'phrase
            'attention_distillation', 'Stage', 'learning_rate', 'optimisers', 'WorldClipTrainer', 'train_step',
            'save_state', 'load_state', 'train_world_clip', 'ship_world_clip']
 
-# %% ../nbs/16_world_clip.ipynb #90aa5cb8
+# %% ../nbs/16_world_clip.ipynb #9d1f4058
 import functools, json, math, os, re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +24,7 @@ from .clip import (WorldTokenizer, attention_weights, build_world_clip, feed_for
 from .files import InputError, atomic_write, sha256
 from .world import HUES, WORLD_BACKGROUNDS, WORLD_CLASSES, World, plural
 
-# %% ../nbs/16_world_clip.ipynb #bbcae687
+# %% ../nbs/16_world_clip.ipynb #88498f68
 FILLERS = ("a", "an", "and", "clean", "drawing", "in", "large", "of", "on", "origami", "photo", "picture", "see", "small", "the", "two", "we", "with")
 SINGULAR = {plural(name): name for name in WORLD_CLASSES}
 VOCABULARY = tuple(sorted({*FILLERS, *WORLD_CLASSES, *SINGULAR, *HUES, *WORLD_BACKGROUNDS}))
@@ -47,7 +47,7 @@ def true_of(texts: Tensor, captions: Tensor) -> Tensor:
     "Is each text (T, V) true of each picture with this caption (B, V)? Gives (B, T) of 0 and 1."
     return ((1 - captions) @ texts.T == 0).float()
 
-# %% ../nbs/16_world_clip.ipynb #2c9d3972
+# %% ../nbs/16_world_clip.ipynb #16ea8383
 @dataclass(frozen=True)
 class SceneCache:
     "Scenes drawn once: pictures (n, H, W, 3) uint8, memory-mapped, and their captions."
@@ -89,7 +89,7 @@ def _draw_all(world: World, path: Path, count: int, workers: int|None, piece: in
     "Draw in processes, with a progress bar; in this process when there are few."
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
     jobs = [(world, str(path), start, min(start + piece, count)) for start in range(0, count, piece)]
     bar = functools.partial(tqdm, total=len(jobs), desc="drawing scenes", unit=f"x{piece}", delay=2)
     if len(jobs) < 2: return [caption for job in jobs for caption in _draw_range(job)]
@@ -97,7 +97,7 @@ def _draw_all(world: World, path: Path, count: int, workers: int|None, piece: in
     try: return [caption for part in bar(pool.map(_draw_range, jobs)) for caption in part]
     finally: pool.shutdown(cancel_futures=True)
 
-# %% ../nbs/16_world_clip.ipynb #2a7d2205
+# %% ../nbs/16_world_clip.ipynb #8a287845
 MEAN, STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)  # OpenAI's, so that one preprocessing serves all
 
 def view(
@@ -117,7 +117,7 @@ def view(
     x[flipped] = x[flipped].flip(-1)
     return (x/255 - torch.tensor(MEAN)[:, None, None])/torch.tensor(STD)[:, None, None]
 
-# %% ../nbs/16_world_clip.ipynb #5f351ec7
+# %% ../nbs/16_world_clip.ipynb #7273e223
 def world_config(width: int = 128, layers: int = 6, side: int = 112, head_width: int = 32) -> dict:
     "open_clip configuration of the world's CLIP."
     text = dict(context_length=24, vocab_size=len(VOCABULARY) + 3, width=128, heads=4, layers=3)
@@ -136,7 +136,7 @@ def new_world_clip(config: dict, seed: int = 0) -> nn.Module:
             weight[width:2*width] = weight[:width]
     return model
 
-# %% ../nbs/16_world_clip.ipynb #ea02aaf9
+# %% ../nbs/16_world_clip.ipynb #fe400a7b
 def keep_patches(tokens: Tensor, share: float) -> Tensor:
     "A random `share` of the patch tokens (B, N, D) of each picture; the same number for all."
     if share >= 1: return tokens
@@ -163,7 +163,7 @@ def train_forward(
         x = feed_forward(block, x + merge_heads(block, context))
     return x, found
 
-# %% ../nbs/16_world_clip.ipynb #abece9ab
+# %% ../nbs/16_world_clip.ipynb #98c8284c
 def caption_loss(
     embeddings: Tensor,  # (B, E) of the pictures
     texts: Tensor,       # (T, E) of the texts
@@ -191,7 +191,7 @@ def attention_distillation(
         losses.append((target*(target.clamp_min(1e-8).log() - share.clamp_min(1e-8).log())).sum(-1).mean())
     return torch.stack(losses).mean()
 
-# %% ../nbs/16_world_clip.ipynb #585c47dc
+# %% ../nbs/16_world_clip.ipynb #9db29db2
 @dataclass(frozen=True)
 class Stage:
     "A stretch of the training."
@@ -218,7 +218,7 @@ def optimisers(model: nn.Module) -> list[torch.optim.Optimizer]:
     return [torch.optim.Muon(matrices, lr=2e-3, weight_decay=.05, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(groups, lr=2e-3, betas=(.9, .98))]
 
-# %% ../nbs/16_world_clip.ipynb #a18019e5
+# %% ../nbs/16_world_clip.ipynb #bc788f21
 @dataclass
 class WorldClipTrainer:
     "Everything one step needs. Made by `world_clip_trainer`."
@@ -248,7 +248,7 @@ class WorldClipTrainer:
         words = torch.cat([content_words(whole), self.bank_words[drawn]])
         return self.tokenizer(whole + [self.bank[i] for i in drawn]), true_of(words, content_words(captions))
 
-# %% ../nbs/16_world_clip.ipynb #b3a2f82a
+# %% ../nbs/16_world_clip.ipynb #6e1a4a19
 def train_step(trainer: WorldClipTrainer) -> dict[str, float]:
     "One step of both losses; gives their values. The trainer's step number is advanced."
     self, stage, device = trainer, trainer.stage, trainer.model.logit_scale.device
@@ -281,7 +281,7 @@ def _descend(trainer: WorldClipTrainer, loss: Tensor) -> None:
     trainer.model.logit_scale.data.clamp_(0, math.log(60))
     trainer.step += 1
 
-# %% ../nbs/16_world_clip.ipynb #0c630b73
+# %% ../nbs/16_world_clip.ipynb #2a0c261c
 def save_state(trainer: WorldClipTrainer, path: Path) -> None:
     "Write everything that a continued run needs, whole or not at all."
     state = dict(model=trainer.model.state_dict(), optimisers=[o.state_dict() for o in trainer.optimisers], step=trainer.step, steps=trainer.steps)
@@ -310,7 +310,7 @@ def train_world_clip(
     """Train, or continue the training in `out`. Gives the trainer and a log of the smoothed losses every 25 steps.
 
     4,000 steps take about 75 minutes on one CPU core that has bf16 instructions."""
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
     out, config = Path(out), world_config(width)
     counts = dict(easy=max(batch, scenes//8), medium=max(batch, scenes))
     caches = {name: scene_cache(out/"scenes", World(seed, "train", 160, name), count) for name, count in counts.items()}
@@ -332,7 +332,7 @@ def train_world_clip(
 def _read_log(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-# %% ../nbs/16_world_clip.ipynb #f07cd301
+# %% ../nbs/16_world_clip.ipynb #70d66d55
 def ship_world_clip(trainer: WorldClipTrainer, path: str|Path, attention_source: str = "attention") -> str:
     """Write the trained model as fp16 safetensors to `path` and its SHA-256 beside it; gives the SHA-256.
 
