@@ -31,12 +31,12 @@ def masks() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def freqseg_matrix(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    return sum(confusion_matrix(p, t, CLASSES) for p, t in zip(pred, target))
+    return sum(confusion_matrix(p, t, CLASSES) for p, t in zip(pred, target, strict=True))
 
 
 def torchmetrics_matrix(pred: torch.Tensor, target: torch.Tensor, validated: bool = False) -> torch.Tensor:
     metric = MulticlassConfusionMatrix(CLASSES, ignore_index=255, validate_args=validated)
-    for p, t in zip(pred, target): metric.update(p, t)
+    for p, t in zip(pred, target, strict=True): metric.update(p, t)
     return metric.compute()
 
 

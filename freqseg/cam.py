@@ -8,19 +8,19 @@ __all__ = ['IGNORE', 'contrast_direction', 'grad_cam_weights', 'patch_activation
            'cosine_map', 'patch_text_similarity', 'background_score', 'pseudo_labels', 'band_cams',
            'similarity_evidence']
 
-# %% ../nbs/22_cam.ipynb #c372e32c
-from collections.abc import Sequence
+# %% ../nbs/22_cam.ipynb #f6208601
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .clip import Backbone, Features, attention_weights, merge_heads, split_qkv
+from .clip import Backbone, Features, attention_weights, feed_forward, merge_heads, split_qkv
 from .files import InputError
 from .spectra import band_stack
 
-# %% ../nbs/22_cam.ipynb #578ea650
+# %% ../nbs/22_cam.ipynb #a0c638c1
 def contrast_direction(
     z: Tensor,                # (B, E) image embeddings
     text: Tensor,             # (K, E) unit-norm class embeddings
@@ -45,18 +45,20 @@ def contrast_direction(
     direction = direction * scale * y * (1 - y) / length if exact else F.normalize(direction, dim=-1)
     return direction * present[..., None]
 
-# %% ../nbs/22_cam.ipynb #d4f28c33
+# %% ../nbs/22_cam.ipynb #35095011
 def _pack(present: Tensor) -> tuple[Tensor, Tensor]:
     "Class index and validity, each (B, S), of the present classes moved to the front; S = largest count in the batch."
     order = present.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
     order = order[:, :max(1, int(present.sum(1).max()))]
     return order, present.gather(1, order)
 
-# %% ../nbs/22_cam.ipynb #6f792c93
+# %% ../nbs/22_cam.ipynb #7ca0dffd
 def _image_embedding(backbone: Backbone, tokens: Tensor, pool: str) -> Tensor:
     "(B, E) from the last block's output (B, N+1, D)."
-    if pool == "patches": return backbone.project(tokens[:, 1:]).mean(1)
     if pool == "cls": return backbone.pool(tokens)
+    if pool == "patches":   # the projection is linear: after the mean it gives the same and costs N times less
+        mean, proj = backbone.model.visual.ln_post(tokens[:, 1:]).mean(1), backbone.model.visual.proj
+        return mean if proj is None else mean @ proj
     raise InputError(f"pool={pool!r}: use 'patches' (WeCLIP) or 'cls'.")
 
 def _check_cam_inputs(features: Features, text: Tensor, present: Tensor) -> None:
@@ -66,7 +68,46 @@ def _check_cam_inputs(features: Features, text: Tensor, present: Tensor) -> None
     if tuple(present.shape) != expected or present.dtype != torch.bool:
         raise InputError(f"present must be bool {expected} (images, classes); it is {present.dtype} {tuple(present.shape)}.")
 
-# %% ../nbs/22_cam.ipynb #ef89e586
+# %% ../nbs/22_cam.ipynb #42e02c6b
+def _sum_through_attention(
+    block: torch.nn.Module,
+    qkv: tuple[Tensor, Tensor, Tensor],   # (B, heads, N+1, d) each
+    attention: Tensor,                    # (B, heads, N+1, N+1)
+    context: Tensor,                      # (B, heads, N+1, d) = attention @ values
+    sent: Tensor,                         # (S, B, heads, N+1, d) gradients at the context
+) -> Tensor:                              # (S, B, D) gradients at ln_1, summed over patches
+    "Closed form of the backward pass through softmax attention and its input projection, summed over the patches."
+    query, key, value = qkv
+    along = (sent * context).sum(-1)                                   # g_n . o_n
+    pulled = attention[..., 1:, :].mT @ sent[..., 1:, :]               # patch queries' share of the values' gradient
+    from_cls = attention[..., :1, 1:].sum(-1) * sent[..., 0, :]        # the CLS query's share, summed over patches
+    columns = (pulled * value).sum(-1) - (attention[..., 1:, :].mT @ along[..., 1:, None])[..., 0]
+    rows = attention[..., 0] * (along - (sent * value[..., :1, :]).sum(-1))
+    scale = query.shape[-1] ** -0.5
+    summed = [scale * (columns[..., None] * key).sum(-2), scale * (rows[..., None] * query).sum(-2),
+              pulled[..., 1:, :].sum(-2) + from_cls]
+    return torch.cat([part.flatten(-2) for part in summed], -1) @ block.attn.in_proj_weight
+
+# %% ../nbs/22_cam.ipynb #6b23cb06
+def _pull_through_attention(backbone: Backbone, ln1: Tensor, residual: Tensor, pool: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    "Image embedding z (B, E) and the map from gradients at z (S, B, E) to their sums over patches at ln_1 (S, B, D)."
+    block = backbone.blocks[-1]
+    qkv = split_qkv(block, ln1)
+    attention = attention_weights(*qkv[:2])
+    context = (attention @ qkv[2]).requires_grad_()
+    z = _image_embedding(backbone, feed_forward(block, residual + merge_heads(block, context)), pool)
+    def pull(sent: Tensor) -> Tensor:
+        at_context = torch.autograd.grad(z, context, sent, is_grads_batched=True, retain_graph=True)[0]
+        return _sum_through_attention(block, qkv, attention, context.detach(), at_context)
+    return z, pull
+
+def _pull_by_autograd(backbone: Backbone, ln1: Tensor, residual: Tensor, pool: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    "The same for blocks that normalise queries and keys, where the sum over patches does not commute with the projection."
+    ln1 = ln1.requires_grad_()
+    z = _image_embedding(backbone, backbone.last_block(ln1, residual), pool)
+    return z, lambda sent: torch.autograd.grad(z, ln1, sent, is_grads_batched=True, retain_graph=True)[0][:, :, 1:].sum(2)
+
+# %% ../nbs/22_cam.ipynb #e10ef25b
 def grad_cam_weights(
     backbone: Backbone,
     features: Features,            # encoded with joint=True or last_input=True
@@ -80,21 +121,22 @@ def grad_cam_weights(
     """Channel weights of GradCAM: mean over patches of d y_c / d ln_1 of the last block, every class at once (WeCLIP).
 
     Unless `exact`, each class's weights are a positive multiple of that, of a size that does not depend on the grid.
-    The tower is not run again: only its last block, once for all images, and one batched backward pass through it.
+    The tower is not run again: only its last block, once for all images, and one batched backward pass through it, with
+    attention in closed form.
     Raises `InputError` for features without the last block's input and for shapes that disagree."""
     _check_cam_inputs(features, text, present)
     slots, valid = _pack(present)
     with torch.inference_mode(False), torch.enable_grad():
-        ln1, residual = features.last_ln1.detach().clone().requires_grad_(), features.last_residual.detach().clone()
-        z = _image_embedding(backbone, backbone.last_block(ln1, residual), pool)
+        ln1, residual = features.last_ln1.detach().clone(), features.last_residual.detach().clone()
+        normed = isinstance(getattr(backbone.blocks[-1].attn, "ln_q", None), torch.nn.LayerNorm)
+        z, pull = (_pull_by_autograd if normed else _pull_through_attention)(backbone, ln1, residual, pool)
         direction = contrast_direction(z.detach().to(text.dtype), text, present, background, backbone.logit_scale, exact).to(z.dtype)
         sent = direction.gather(1, slots[..., None].expand(-1, -1, direction.shape[-1])).transpose(0, 1)
-        parts = [torch.autograd.grad(z, ln1, part, is_grads_batched=True, retain_graph=True)[0][:, :, 1:].sum(2)
-                 for part in sent.split(chunk)]
-    packed = torch.cat(parts).transpose(0, 1) * valid[..., None] / (len(ln1[0]) - 1 if exact else 1)
+        packed = torch.cat([pull(part) for part in sent.split(chunk)])
+    packed = packed.transpose(0, 1) * valid[..., None] / (len(ln1[0]) - 1 if exact else 1)
     return packed.new_zeros(*present.shape, packed.shape[-1]).scatter_add_(1, slots[..., None].expand_as(packed), packed)
 
-# %% ../nbs/22_cam.ipynb #f5b6c7b7
+# %% ../nbs/22_cam.ipynb #ed13b0b7
 def patch_activations(features: Features) -> Tensor:
     "What GradCAM weighs: the last block's ln_1 output as maps (B, D, h, w), CLS dropped."
     return features.last_ln1[:, 1:].transpose(1, 2).unflatten(2, features.grid)
@@ -107,7 +149,7 @@ def grad_cam_evidence(
     weights = grad_cam_weights(backbone, features, text, present, background, **options)
     return torch.einsum("bkd,bdhw->bkhw", weights, patch_activations(features).to(weights.dtype))
 
-# %% ../nbs/22_cam.ipynb #9a65dec4
+# %% ../nbs/22_cam.ipynb #08c2b835
 def normalise_cam(
     evidence: Tensor,      # (B, K, h, w)
     positive: bool = True, # ReLU first, as GradCAM; False for similarities, whose zero means nothing
@@ -118,7 +160,7 @@ def normalise_cam(
     low, high = evidence.amin((-2, -1), keepdim=True), evidence.amax((-2, -1), keepdim=True)
     return (evidence - low) / (high - low + eps)
 
-# %% ../nbs/22_cam.ipynb #f09fe5bf
+# %% ../nbs/22_cam.ipynb #c36be8cd
 def grad_cam(
     backbone: Backbone,
     features: Features,              # encoded with joint=True or last_input=True
@@ -133,7 +175,7 @@ def grad_cam(
     Raises `InputError` for features without the last block's input and for shapes that disagree."""
     return normalise_cam(grad_cam_evidence(backbone, features, text, present, background, **options), eps=eps)
 
-# %% ../nbs/22_cam.ipynb #e5c24306
+# %% ../nbs/22_cam.ipynb #fecbc3b5
 def value_path(
     backbone: Backbone,
     features: Features,       # encoded with joint=True or last_input=True
@@ -146,11 +188,10 @@ def value_path(
     block = backbone.blocks[-1]
     x = merge_heads(block, split_qkv(block, features.last_ln1)[2])
     if residual:
-        x = features.last_residual + x
-        x = x + block.ls_2(block.mlp(block.ln_2(x)))
+        x = feed_forward(block, features.last_residual + x)
     return backbone.project(x[:, 1:]).transpose(1, 2).unflatten(2, features.grid)
 
-# %% ../nbs/22_cam.ipynb #b9647205
+# %% ../nbs/22_cam.ipynb #bd1a7ff7
 def intra_attention(features: Features, block: int) -> Tensor:
     "Mean of softmax(QQ^T), softmax(KK^T), softmax(VV^T), scaled by 1/sqrt(d): (B, heads, N+1, N+1) of a block encoded with qkv."
     parts = [features.of(found, block, name) for found, name in
@@ -175,7 +216,7 @@ def intra_correlation(
     if residual and first > 0: x = x + features.of(features.tokens, first - 1, "tokens").flatten(2).transpose(1, 2)
     return backbone.project(x).transpose(1, 2).unflatten(2, features.grid)
 
-# %% ../nbs/22_cam.ipynb #40651f61
+# %% ../nbs/22_cam.ipynb #745f7c0d
 def similarity_request(backbone: Backbone, source: str = "value", blocks: int = 5) -> dict[str, Any]:
     "Arguments for `Backbone.encode` that give `patch_embeddings` what it needs. Raises `InputError` for an unknown source."
     first = backbone.depth - min(blocks, backbone.depth)
@@ -197,7 +238,7 @@ def patch_embeddings(
     if features.patch_embedding is None: raise InputError("these features lack patch embeddings: encode with joint=True.")
     return features.patch_embedding
 
-# %% ../nbs/22_cam.ipynb #6d1f9a0e
+# %% ../nbs/22_cam.ipynb #51cf9597
 def cosine_map(embeddings: Tensor, text: Tensor) -> Tensor:
     "Cosine of every patch (B, E, h, w) with every prompt (K, E), unit norm: (B, K, h, w) in [-1, 1]."
     return torch.einsum("behw,ke->bkhw", F.normalize(embeddings, dim=1), text.to(embeddings.dtype))
@@ -230,7 +271,7 @@ def _softmax_similarity(backbone: Backbone, features: Features, cosines: Tensor,
         logits = torch.cat([logits, cosine_map(patch_embeddings(backbone, features, source, **options), background)], 1)
     return (backbone.logit_scale * logits).softmax(1)[:, :cosines.shape[1]].nan_to_num(0.0)   # nan: no class present
 
-# %% ../nbs/22_cam.ipynb #57eff520
+# %% ../nbs/22_cam.ipynb #d69a384d
 def background_score(
     cam: Tensor,          # (B, K, h, w) in [0, 1]
     power: float = 1.0,   # above 1: less background
@@ -238,7 +279,7 @@ def background_score(
     "What no class claims: (1 - max_c CAM_c)^power (WeCLIP with power 1)."
     return (1 - cam.amax(1, keepdim=True)).clamp(0, 1) ** power
 
-# %% ../nbs/22_cam.ipynb #fa999ab9
+# %% ../nbs/22_cam.ipynb #97503f46
 IGNORE = 255   # label that neither losses nor metrics count
 
 def pseudo_labels(
@@ -263,7 +304,7 @@ def pseudo_labels(
     best = cam.amax(1)
     return labels.masked_fill((best >= ignore[0]) & (best < ignore[1]), IGNORE)
 
-# %% ../nbs/22_cam.ipynb #414ea81f
+# %% ../nbs/22_cam.ipynb #cca0448c
 def band_cams(
     evidence: Tensor,                        # (B, K, h, w) signed, before ReLU: of `grad_cam_evidence`, or similarity numerators
     edges: Sequence[float] = (0.1, 0.25),    # rising cut-offs in cycles per token
@@ -277,7 +318,7 @@ def band_cams(
     bands = band_stack(evidence, edges, shape)
     return bands if length is None else bands / length
 
-# %% ../nbs/22_cam.ipynb #d13b8d8e
+# %% ../nbs/22_cam.ipynb #8f07bc5c
 def similarity_evidence(embeddings: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     "Numerator (B, K, h, w) and patch norms (B, 1, h, w) of the cosines of patches (B, E, h, w) with prompts (K, E), for `band_cams`."
     numerator = torch.einsum("behw,ke->bkhw", embeddings, text.to(embeddings.dtype))

@@ -8,7 +8,7 @@ __all__ = ['FILLERS', 'SINGULAR', 'VOCABULARY', 'MEAN', 'STD', 'STAGES', 'phrase
            'attention_distillation', 'Stage', 'learning_rate', 'optimisers', 'WorldClipTrainer', 'train_step',
            'save_state', 'load_state', 'train_world_clip', 'ship_world_clip']
 
-# %% ../nbs/16_world_clip.ipynb #9d1f4058
+# %% ../nbs/16_world_clip.ipynb #014254ca
 import functools, json, math, os, re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +24,7 @@ from .clip import (WorldTokenizer, attention_weights, build_world_clip, feed_for
 from .files import InputError, atomic_write, sha256
 from .world import HUES, WORLD_BACKGROUNDS, WORLD_CLASSES, World, plural
 
-# %% ../nbs/16_world_clip.ipynb #88498f68
+# %% ../nbs/16_world_clip.ipynb #c234893c
 FILLERS = ("a", "an", "and", "clean", "drawing", "in", "large", "of", "on", "origami", "photo", "picture", "see", "small", "the", "two", "we", "with")
 SINGULAR = {plural(name): name for name in WORLD_CLASSES}
 VOCABULARY = tuple(sorted({*FILLERS, *WORLD_CLASSES, *SINGULAR, *HUES, *WORLD_BACKGROUNDS}))
@@ -47,7 +47,7 @@ def true_of(texts: Tensor, captions: Tensor) -> Tensor:
     "Is each text (T, V) true of each picture with this caption (B, V)? Gives (B, T) of 0 and 1."
     return ((1 - captions) @ texts.T == 0).float()
 
-# %% ../nbs/16_world_clip.ipynb #16ea8383
+# %% ../nbs/16_world_clip.ipynb #f2cf06c5
 @dataclass(frozen=True)
 class SceneCache:
     "Scenes drawn once: pictures (n, H, W, 3) uint8, memory-mapped, and their captions."
@@ -97,7 +97,7 @@ def _draw_all(world: World, path: Path, count: int, workers: int|None, piece: in
     try: return [caption for part in bar(pool.map(_draw_range, jobs)) for caption in part]
     finally: pool.shutdown(cancel_futures=True)
 
-# %% ../nbs/16_world_clip.ipynb #8a287845
+# %% ../nbs/16_world_clip.ipynb #89d00abb
 MEAN, STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)  # OpenAI's, so that one preprocessing serves all
 
 def view(
@@ -117,7 +117,7 @@ def view(
     x[flipped] = x[flipped].flip(-1)
     return (x/255 - torch.tensor(MEAN)[:, None, None])/torch.tensor(STD)[:, None, None]
 
-# %% ../nbs/16_world_clip.ipynb #7273e223
+# %% ../nbs/16_world_clip.ipynb #98189180
 def world_config(width: int = 128, layers: int = 6, side: int = 112, head_width: int = 32) -> dict:
     "open_clip configuration of the world's CLIP."
     text = dict(context_length=24, vocab_size=len(VOCABULARY) + 3, width=128, heads=4, layers=3)
@@ -136,7 +136,7 @@ def new_world_clip(config: dict, seed: int = 0) -> nn.Module:
             weight[width:2*width] = weight[:width]
     return model
 
-# %% ../nbs/16_world_clip.ipynb #fe400a7b
+# %% ../nbs/16_world_clip.ipynb #1f331dd9
 def keep_patches(tokens: Tensor, share: float) -> Tensor:
     "A random `share` of the patch tokens (B, N, D) of each picture; the same number for all."
     if share >= 1: return tokens
@@ -149,21 +149,24 @@ def train_forward(
     images: Tensor,               # (B, 3, H, W) normalised
     keep: float = 1.,             # share of the patches that is kept, at random: the others are never computed
     attention_blocks: Sequence[int] = (),
-) -> tuple[Tensor, dict[int, Tensor]]:
-    "Output tokens (B, 1 + n, D), CLS first, and the attention (B, heads, 1 + n, 1 + n) of the blocks asked for, with gradients."
+    early_block: int = 1,
+) -> tuple[Tensor, dict[int, Tensor], Tensor]:
+    """Output tokens (B, 1 + n, D), CLS first; the attention (B, heads, 1 + n, 1 + n) of the blocks asked for; and the tokens after
+    `early_block`. All with gradients."""
     x = visual.conv1(images)
     position = resize_position_embedding(visual.positional_embedding, tuple(visual.grid_size), tuple(x.shape[-2:]))
     x = keep_patches(x.flatten(2).transpose(1, 2) + position[1:], keep)
     cls = (visual.class_embedding + position[0]).to(x.dtype).expand(len(x), 1, -1)
-    x, found = visual.ln_pre(torch.cat([cls, x], 1)), {}
+    x, found, early = visual.ln_pre(torch.cat([cls, x], 1)), {}, None
     for index, block in enumerate(visual.transformer.resblocks):
         q, k, v = split_qkv(block, block.ln_1(x))
         if index in attention_blocks: found[index] = attention_weights(q, k)
         context = found[index].to(v.dtype) @ v if index in found else F.scaled_dot_product_attention(q, k, v)
         x = feed_forward(block, x + merge_heads(block, context))
-    return x, found
+        if index == early_block: early = x
+    return x, found, early
 
-# %% ../nbs/16_world_clip.ipynb #98c8284c
+# %% ../nbs/16_world_clip.ipynb #b3769c58
 def caption_loss(
     embeddings: Tensor,  # (B, E) of the pictures
     texts: Tensor,       # (T, E) of the texts
@@ -176,7 +179,7 @@ def caption_loss(
 
 def attention_distillation(
     attention: dict[int, Tensor],  # {block: (B, heads, 1 + n, 1 + n)}
-    tokens: Tensor,                # (B, 1 + n, D) of the last block
+    tokens: Tensor,                # (B, 1 + n, D) that show which patches agree
     temperature: float = .1,
 ) -> Tensor:
     "Mean over blocks of the divergence KL(token similarity || attention) between patches, a patch itself left out."
@@ -191,7 +194,7 @@ def attention_distillation(
         losses.append((target*(target.clamp_min(1e-8).log() - share.clamp_min(1e-8).log())).sum(-1).mean())
     return torch.stack(losses).mean()
 
-# %% ../nbs/16_world_clip.ipynb #9db29db2
+# %% ../nbs/16_world_clip.ipynb #a944a0db
 @dataclass(frozen=True)
 class Stage:
     "A stretch of the training."
@@ -218,7 +221,7 @@ def optimisers(model: nn.Module) -> list[torch.optim.Optimizer]:
     return [torch.optim.Muon(matrices, lr=2e-3, weight_decay=.05, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(groups, lr=2e-3, betas=(.9, .98))]
 
-# %% ../nbs/16_world_clip.ipynb #bc788f21
+# %% ../nbs/16_world_clip.ipynb #d90ae1e7
 @dataclass
 class WorldClipTrainer:
     "Everything one step needs. Made by `world_clip_trainer`."
@@ -228,7 +231,7 @@ class WorldClipTrainer:
     steps: int
     batch: int = 64
     bank_size: int = 48            # phrases drawn per step
-    attention_weight: float = 1.
+    attention_weight: float = .5
     step: int = 0
 
     def __post_init__(self) -> None:
@@ -248,7 +251,7 @@ class WorldClipTrainer:
         words = torch.cat([content_words(whole), self.bank_words[drawn]])
         return self.tokenizer(whole + [self.bank[i] for i in drawn]), true_of(words, content_words(captions))
 
-# %% ../nbs/16_world_clip.ipynb #6e1a4a19
+# %% ../nbs/16_world_clip.ipynb #631f5a5d
 def train_step(trainer: WorldClipTrainer) -> dict[str, float]:
     "One step of both losses; gives their values. The trainer's step number is advanced."
     self, stage, device = trainer, trainer.stage, trainer.model.logit_scale.device
@@ -259,12 +262,12 @@ def train_step(trainer: WorldClipTrainer) -> dict[str, float]:
     images = view(cache.pictures, chosen, stage.side, rng, stage.smallest).to(device)
     ids, truth = (x.to(device) for x in self.texts([cache.captions[i] for i in chosen], rng))
     with torch.autocast(device.type, torch.bfloat16):
-        tokens, attention = train_forward(self.model.visual, images, stage.keep, self.attention_blocks if stage.attend else ())
+        tokens, attention, early = train_forward(self.model.visual, images, stage.keep, self.attention_blocks if stage.attend else ())
         joint = (self.model.visual.ln_post(tokens) @ self.model.visual.proj).float()
         texts = self.model.encode_text(ids).float()
     scale, bias = self.model.logit_scale.exp(), self.model.logit_bias
     captions = sum(caption_loss(e, texts, truth, scale, bias) for e in (joint[:, 0], joint[:, 1:].mean(1)))/2
-    attending = attention_distillation(attention, tokens) if stage.attend else torch.zeros((), device=device)
+    attending = attention_distillation(attention, early) if stage.attend else torch.zeros((), device=device)
     _descend(self, captions + self.attention_weight*attending)
     return dict(captions=float(captions.detach()), attention=float(attending.detach()))
 
@@ -281,7 +284,7 @@ def _descend(trainer: WorldClipTrainer, loss: Tensor) -> None:
     trainer.model.logit_scale.data.clamp_(0, math.log(60))
     trainer.step += 1
 
-# %% ../nbs/16_world_clip.ipynb #2a0c261c
+# %% ../nbs/16_world_clip.ipynb #91646e20
 def save_state(trainer: WorldClipTrainer, path: Path) -> None:
     "Write everything that a continued run needs, whole or not at all."
     state = dict(model=trainer.model.state_dict(), optimisers=[o.state_dict() for o in trainer.optimisers], step=trainer.step, steps=trainer.steps)
@@ -298,18 +301,18 @@ def load_state(trainer: WorldClipTrainer, path: Path) -> None:
 
 def train_world_clip(
     out: str|Path,                 # folder for the scene cache and the checkpoint
-    steps: int = 4000,             # of `batch` pictures
+    steps: int = 3600,             # of `batch` pictures
     batch: int = 64,
     scenes: int = 60_000,          # drawn once, seen several times
     width: int = 128,
-    attention_weight: float = 1.,  # 0 = captions alone
+    attention_weight: float = .5,  # 0 = captions alone
     seed: int = 0,
     device: str = "cpu",
     save_every: int = 250,         # steps between checkpoints
 ) -> tuple[WorldClipTrainer, list[dict]]:
     """Train, or continue the training in `out`. Gives the trainer and a log of the smoothed losses every 25 steps.
 
-    4,000 steps take about 75 minutes on one CPU core that has bf16 instructions."""
+    3,600 steps take about 70 minutes on one CPU core that has bf16 instructions."""
     from tqdm import tqdm
     out, config = Path(out), world_config(width)
     counts = dict(easy=max(batch, scenes//8), medium=max(batch, scenes))
@@ -332,7 +335,7 @@ def train_world_clip(
 def _read_log(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-# %% ../nbs/16_world_clip.ipynb #70d66d55
+# %% ../nbs/16_world_clip.ipynb #2aec7773
 def ship_world_clip(trainer: WorldClipTrainer, path: str|Path, attention_source: str = "attention") -> str:
     """Write the trained model as fp16 safetensors to `path` and its SHA-256 beside it; gives the SHA-256.
 

@@ -7,7 +7,7 @@ __all__ = ['THRESHOLDS', 'SOURCES', 'TEMPLATES', 'scene_batches', 'image_scores'
            'source_relations', 'sampled_auc', 'mean_interval', 'refined_cams', 'seed_confusions', 'seed_figures',
            'token_figures', 'measure_world', 'save_report', 'report_table']
 
-# %% ../nbs/58_world_report.ipynb #abeed436
+# %% ../nbs/58_world_report.ipynb #4b9ed452
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +27,7 @@ from .metrics import (ConfusionMeter, affinity_auc, best_threshold, bootstrap_av
 from .spectra import high_frequency_share
 from .world import WORLD_BACKGROUNDS, WORLD_CLASSES, World
 
-# %% ../nbs/58_world_report.ipynb #466c7db1
+# %% ../nbs/58_world_report.ipynb #b072d278
 THRESHOLDS = tuple(round(.05*k, 2) for k in range(1, 19))
 SOURCES = ("attention", "qq", "kk", "vv", "tokens")
 TEMPLATES = ("a picture of a {}", "a photo of a {}", "we see a {}")
@@ -43,7 +43,7 @@ def scene_batches(world: World, count: int, backbone: Backbone, batch: int) -> I
             features = backbone.encode(backbone.normalise(pixels.to(backbone.device)), tokens=everything, attention=everything, qkv=everything)
         yield features, present.to(backbone.device), torch.from_numpy(np.stack([scene.mask for scene in scenes])).long()
 
-# %% ../nbs/58_world_report.ipynb #2d1b2f96
+# %% ../nbs/58_world_report.ipynb #57461cc9
 def image_scores(features: Features, text: Tensor) -> dict[str, Tensor]:
     "Cosines (B, 20) of the picture's two embeddings with the class names: the mean of its patches, and CLS."
     pooled = dict(patches=features.patch_embedding.mean((2, 3)), cls=features.cls_embedding)
@@ -66,14 +66,15 @@ def mixing_shares(features: Features, cutoff: float = .25) -> Tensor:
     return torch.stack(rows)
 
 def source_relations(features: Features, depth: int) -> dict[str, Tensor]:
-    "Relations (B, N, N) of every source: each block alone, and the mean of the last three as 'late'."
+    "Relations (B, N, N) of every source: each block alone, and as 'late' the affinity that systems use, the last half made doubly stochastic."
     found = {}
     for source in SOURCES:
         for block in range(depth): found[f"{source} {block + 1}"] = relations(features, source, [block])[:, 0]
-        found[f"{source} late"] = torch.stack([found[f"{source} {block + 1}"] for block in range(depth//2, depth)]).mean(0)
+        late = torch.stack([found[f"{source} {block + 1}"] for block in range(depth//2, depth)]).mean(0)
+        found[f"{source} late"] = symmetrise(late)
     return found
 
-# %% ../nbs/58_world_report.ipynb #f4f81e70
+# %% ../nbs/58_world_report.ipynb #30091e55
 def sampled_auc(related: Tensor, labels: Tensor, count: int = 200, seed: int = 0) -> Tensor:
     "Same-class AUC (B,) over `count` random patches of each picture, symmetrised; NaN where only one class is there."
     chosen = torch.randperm(labels.shape[1], generator=torch.Generator().manual_seed(seed))[:count].to(labels.device)
@@ -87,7 +88,7 @@ def mean_interval(values: Tensor, samples: int = 1000, seed: int = 0) -> list[fl
     low, high = values[drawn].mean(1).quantile(torch.tensor([.025, .975], dtype=torch.float64)).tolist()
     return [float(values.mean()), low, high]
 
-# %% ../nbs/58_world_report.ipynb #b71de213
+# %% ../nbs/58_world_report.ipynb #a2ffbf8c
 def refined_cams(backbone: Backbone, features: Features, text: Tensor, background: Tensor, present: Tensor) -> dict[str, Tensor]:
     "The raw GradCAM and its refinement by the smoothed affinity of every source: maps (B, 20, h, w)."
     raw = grad_cam(backbone, features, text, present, background)
@@ -111,7 +112,7 @@ def _watched(batches: Iterator, count: int, batch: int, what: str) -> Iterator:
     from tqdm import tqdm
     return tqdm(batches, total=-(-count//batch), desc=what, unit=f"x{batch} scenes", delay=2)
 
-# %% ../nbs/58_world_report.ipynb #0c1e36b4
+# %% ../nbs/58_world_report.ipynb #883a71b9
 def seed_figures(tuning: dict[str, Tensor], test: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
     "mIoU of every CAM on the test scenes at the threshold chosen on the tuning scenes, and its gain over the raw CAM."
     picked = {name: THRESHOLDS.index(best_threshold(found.long().sum(0), THRESHOLDS).threshold) for name, found in tuning.items()}
@@ -125,7 +126,7 @@ def seed_figures(tuning: dict[str, Tensor], test: dict[str, Tensor]) -> dict[str
 
 def _percent(interval) -> list[float]: return [round(100*float(x), 2) for x in interval]
 
-# %% ../nbs/58_world_report.ipynb #f8b6468a
+# %% ../nbs/58_world_report.ipynb #5603fcea
 def token_figures(backbone: Backbone, world: World, count: int, text: Tensor, batch: int) -> dict[str, Any]:
     "Zero-shot mAP, same-class AUC of every source, the ceiling of the grid and the low-pass by block, on one split."
     scores, truth, aucs, shares = {"patches": [], "cls": []}, [], {}, []
@@ -144,7 +145,7 @@ def token_figures(backbone: Backbone, world: World, count: int, text: Tensor, ba
         ceiling=_percent(bootstrap_interval(ceiling)),
         high_share=[[round(float(x), 4) for x in row] for row in torch.stack(shares).mean(0)])
 
-# %% ../nbs/58_world_report.ipynb #2878811c
+# %% ../nbs/58_world_report.ipynb #608a0c8a
 def measure_world(
     backbone: Backbone,
     scenes: int = 500,         # of the test split
@@ -171,7 +172,7 @@ def save_report(report: dict[str, Any], path: str|Path) -> None:
     "Write the report as JSON, whole or not at all."
     with atomic_write(path) as partial: partial.write_text(json.dumps(report, indent=1) + "\n")
 
-# %% ../nbs/58_world_report.ipynb #f7dd551c
+# %% ../nbs/58_world_report.ipynb #33b7e282
 def _figure(values: list[float], digits: int = 1) -> str:
     value, low, high = (f"{x:.{digits}f}" for x in values)
     return f"{value} [{low}, {high}]"

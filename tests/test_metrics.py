@@ -74,7 +74,7 @@ label_pairs = st.integers(1, 3).flatmap(lambda images: st.tuples(
 def test_confusion_matrix_counts_pairs_of_labelled_pixels(pair):
     pred, target = pair
     slow = np.zeros((CLASSES, CLASSES), int)
-    for t, p in zip(target.flat, pred.flat):
+    for t, p in zip(target.flat, pred.flat, strict=True):
         if t != 255: slow[t, p] += 1
     counts = confusion_matrix(pred, target, CLASSES)
     assert counts.dtype == torch.int64
@@ -87,7 +87,7 @@ def test_matrices_of_parts_add_up_and_per_image_matrices_are_the_parts(pair):
     pred, target = pair
     parts = confusion_matrix(pred, target, CLASSES, per_image=True)
     assert parts.shape == (len(pred), CLASSES, CLASSES)
-    for part, p, t in zip(parts, pred, target): assert (part == confusion_matrix(p, t, CLASSES)).all()
+    for part, p, t in zip(parts, pred, target, strict=True): assert (part == confusion_matrix(p, t, CLASSES)).all()
     assert (parts.sum(0) == confusion_matrix(pred, target, CLASSES)).all()
 
 
@@ -227,7 +227,7 @@ def slow_boundary_counts(pred, target, classes, width):
     "Intersection and union of the rims per class, by the definition: mask minus its erosion."
     square = np.ones((2 * width + 1, 2 * width + 1))
     counts = np.zeros((2, classes))
-    for p, t in zip(pred, target):
+    for p, t in zip(pred, target, strict=True):
         known = t != 255
         for c in range(classes):
             rims = [mask & ~ndimage.binary_erosion(mask, square) & known for mask in ((p == c) & known, t == c)]
@@ -269,7 +269,7 @@ def test_the_perfect_prediction_has_boundary_iou_one_whatever_it_says_at_ignored
 def test_boundary_matrices_accumulate_over_the_set():
     masks = blobs(5, images=4)
     pred = guess(5, masks, wrong=0.02)
-    total = sum(boundary_confusion(p, t, CLASSES) for p, t in zip(pred, masks))
+    total = sum(boundary_confusion(p, t, CLASSES) for p, t in zip(pred, masks, strict=True))
     assert (total == boundary_confusion(pred, masks, CLASSES)).all()
     assert (total == boundary_confusion(pred, masks, CLASSES, per_image=True).sum(0)).all()
     assert total.sum() == (masks != 255).sum()
@@ -339,7 +339,7 @@ def test_trimap_matrices_accumulate_over_the_set():
     pred = guess(8, masks)
     per_image = trimap_confusion(pred, masks, CLASSES, per_image=True)
     assert per_image.shape == (4, 20, CLASSES, CLASSES)
-    for counts, p, t in zip(per_image, pred, masks): assert (counts == trimap_confusion(p, t, CLASSES)).all()
+    for counts, p, t in zip(per_image, pred, masks, strict=True): assert (counts == trimap_confusion(p, t, CLASSES)).all()
     assert (per_image.sum(0) == trimap_confusion(pred, masks, CLASSES)).all()
 
 
@@ -400,7 +400,7 @@ def test_sweep_of_a_batch_is_the_sum_over_pictures():
     cam = torch.rand(3, CLASSES - 1, 41, 57)
     present = torch.tensor([[True, False, True], [False, False, False], [False, True, False]])
     values = [0.2, 0.5, 0.8]
-    single = sum(sweep_background(c, p, m, values) for c, p, m in zip(cam, present, masks))
+    single = sum(sweep_background(c, p, m, values) for c, p, m in zip(cam, present, masks, strict=True))
     assert (sweep_background(cam, present, masks, values) == single).all()
 
 
@@ -451,7 +451,7 @@ def test_meter_holds_what_was_added_in_whatever_batches():
     masks = blobs(3, images=6)
     pred = guess(3, masks)
     parts, whole, other = ConfusionMeter(CLASSES), ConfusionMeter(CLASSES), ConfusionMeter(CLASSES)
-    for p, t in zip(pred[:4], masks[:4]): parts.update(p, t)
+    for p, t in zip(pred[:4], masks[:4], strict=True): parts.update(p, t)
     other.update(pred[4:], masks[4:])
     parts.merge(other)
     whole.update(pred, masks)
@@ -658,7 +658,7 @@ def test_weights_are_repetitions():
     labels, weights = rng.random((40, 3)) < 0.3, rng.integers(0, 4, (6, 40))
     scores = np.round(rng.normal(size=(40, 3)), 1)
     weighted = average_precision(scores, labels, weights)
-    for row, weight in zip(weighted, weights):
+    for row, weight in zip(weighted, weights, strict=True):
         np.testing.assert_allclose(row, average_precision(scores.repeat(weight, 0), labels.repeat(weight, 0)))
 
 

@@ -64,7 +64,7 @@ def test_distillation_teaches_attention_and_not_the_tokens():
 def test_training_forward_equals_the_backbone_when_nothing_is_dropped():
     model = new_world_clip(world_config(64)).eval()
     images = torch.randn(2, 3, 112, 112)
-    with torch.no_grad(): tokens, _ = train_forward(model.visual, images)
+    with torch.no_grad(): tokens, _, _ = train_forward(model.visual, images)
     expected = model.encode_image(images)
     ours = model.visual.ln_post(tokens[:, 0]) @ model.visual.proj
     assert torch.allclose(ours, expected, atol=1e-5)

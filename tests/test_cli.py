@@ -1,0 +1,229 @@
+"""The command line end to end: what each command makes, and that it says so."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import freqseg
+from freqseg.cli import class_list, fitted_size, interruptible, main, output_names, picture_files
+from freqseg.data import VOC_CLASSES, read_mask
+from freqseg.files import shipped
+from freqseg.frequency_cam import METHODS
+from freqseg.world import WORLD_CLASSES, World
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+COMMAND = [sys.executable, "-c", "import sys; from freqseg.cli import main; sys.exit(main())"]
+WORLD = ["--model", "world", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "A small world on disk, written by the command."
+    folder = tmp_path_factory.mktemp("cli") / "scenes"
+    assert main(["world", "--out", str(folder), "--train", "4", "--val", "4", "--test", "5", "--size", "112", "--seed", "3"]) == 0
+    return folder
+
+
+def arrays(path: Path) -> dict[str, np.ndarray]:
+    "The maps of an .npz, without the names and scores."
+    stored = np.load(path)
+    return {name: stored[name] for name in stored.files if name not in ("classes", "scores")}
+
+
+# ---- help -----------------------------------------------------------------------------------------------------------
+
+def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0 and capsys.readouterr().out == f"freqseg {freqseg.__version__}\n"
+
+
+def test_help_names_every_command_and_imports_nothing_heavy() -> None:
+    program = "import sys; from freqseg.cli import main\ntry: main(['--help'])\nfinally: print(sorted({n.split('.')[0] for n in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", program], text=True, capture_output=True, timeout=120)
+    assert done.returncode == 0
+    assert all(f"\n    {command} " in done.stdout for command in ("demo", "cam", "seeds", "check", "world", "run"))
+    loaded = done.stdout.splitlines()[-1]
+    assert not [heavy for heavy in ("torch", "numpy", "PIL", "matplotlib", "papermill", "scipy", "tqdm") if f"'{heavy}'" in loaded]
+
+
+def test_the_installed_command_is_this_command() -> None:
+    command = Path(sys.executable).with_name("freqseg")
+    if not command.exists():
+        pytest.skip("freqseg is imported from the source folder, not installed")
+    done = subprocess.run([command, "--version"], text=True, capture_output=True, timeout=120)
+    assert done.stdout == f"freqseg {freqseg.__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["demo", "cam", "seeds", "check", "world", "run"])
+def test_every_command_explains_itself_with_defaults(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert f"usage: freqseg {command}" in text and len(text.splitlines()) > 6
+
+
+# ---- names and sizes ------------------------------------------------------------------------------------------------
+
+@given(st.lists(st.text("abc ", min_size=1).filter(str.strip), min_size=1, unique_by=lambda name: " ".join(name.split())))
+def test_class_names_survive_spaces_and_order(names: list[str]) -> None:
+    assert class_list(" ,".join(names)) == [" ".join(name.split()) for name in names]
+
+
+@given(st.lists(st.sampled_from(["a.png", "b/a.png", "c/a.jpg", "a_2.png", "d/a_2.gif", "e.png"]), unique=True))
+def test_output_names_are_different(files: list[str]) -> None:
+    names = output_names([Path(file) for file in files])
+    assert len(set(names)) == len(files)
+
+
+@given(st.integers(1, 6000), st.integers(1, 6000), st.sampled_from([8, 14, 16, 32]))
+def test_a_fitted_size_is_whole_patches_of_about_the_picture_s_shape(width: int, height: int, patch: int) -> None:
+    high, wide = fitted_size((width, height), 448, patch)
+    assert high % patch == 0 and wide % patch == 0 and max(high, wide) == round(448 / patch) * patch
+    assert abs(high - max(patch, height * 448 / max(width, height))) <= patch / 2 + 1
+    assert abs(wide - max(patch, width * 448 / max(width, height))) <= patch / 2 + 1
+
+
+def test_files_folders_and_patterns_name_each_picture_once(scenes: Path) -> None:
+    folder = scenes / "JPEGImages"
+    found = picture_files([str(folder / "test_000001.png"), str(folder), str(folder / "val_*.png")])
+    assert len(found) == 13 and found[0].name == "test_000001.png"
+
+
+def test_work_in_the_background_gives_its_result_and_its_error() -> None:
+    assert interruptible(lambda: 42) == 42
+    with pytest.raises(ZeroDivisionError):
+        interruptible(lambda: 1 / 0)
+
+
+# ---- cam ------------------------------------------------------------------------------------------------------------
+
+def test_cam_makes_a_picture_and_arrays_of_every_map(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = scenes / "JPEGImages" / "test_000000.png"
+    assert main(["cam", str(picture), "--classes", "fish, star", *WORLD, "--out", str(tmp_path)]) == 0
+    assert "1 picture" in capsys.readouterr().out
+    maps = arrays(tmp_path / "test_000000.npz")
+    assert set(maps) == set(METHODS)
+    assert all(cam.shape == (2, 28, 28) and cam.min() >= 0 and cam.max() <= 1 + 1e-5 for cam in maps.values())
+    with Image.open(tmp_path / "test_000000.png") as panel:
+        assert panel.width > 100 * len(METHODS)
+
+
+def test_cam_gives_a_picture_in_a_batch_the_maps_that_it_gets_alone(scenes: Path, tmp_path: Path) -> None:
+    options = ["--classes", "key, moon, comb", *WORLD, "--size", "112"]
+    assert main(["cam", str(scenes / "JPEGImages" / "test_*.png"), *options, "--batch", "3", "--out", str(tmp_path / "many")]) == 0
+    assert main(["cam", str(scenes / "JPEGImages" / "test_000003.png"), *options, "--out", str(tmp_path / "one")]) == 0
+    assert len(list((tmp_path / "many").glob("*.npz"))) == 5
+    many, one = (arrays(tmp_path / folder / "test_000003.npz") for folder in ("many", "one"))
+    for name in one:
+        np.testing.assert_allclose(many[name], one[name], atol=2e-3)
+
+
+def test_cam_takes_pictures_of_different_shapes_together(scenes: Path, tmp_path: Path) -> None:
+    for name, size in (("wide", (200, 100)), ("tall", (100, 200)), ("square", (100, 100)), ("wide2", (400, 200))):
+        Image.open(scenes / "JPEGImages" / "val_000000.png").resize(size).save(tmp_path / f"{name}.jpg")
+    assert main(["cam", str(tmp_path), "--classes", "fish", "--method", "gradcam", *WORLD, "--size", "112", "--out", str(tmp_path / "out")]) == 0
+    shapes = {path.stem: np.load(path)["gradcam"].shape for path in (tmp_path / "out").glob("*.npz")}
+    assert shapes == {"wide": (1, 7, 14), "wide2": (1, 7, 14), "tall": (1, 14, 7), "square": (1, 14, 14)}
+
+
+def test_the_cut_off_moves_the_bands_and_nothing_else(scenes: Path, tmp_path: Path) -> None:
+    for mu in ("0.1", "0.3"):
+        assert main(["cam", str(scenes / "JPEGImages" / "val_000001.png"), "--classes", "house", *WORLD, "--mu", mu, "--out", str(tmp_path / mu)]) == 0
+    a, b = (arrays(tmp_path / mu / "val_000001.npz") for mu in ("0.1", "0.3"))
+    assert {name for name in a if np.abs(a[name] - b[name]).max() > 1e-4} == {name for name in METHODS if "low" in name or "high" in name}
+
+
+def test_the_score_of_a_class_that_is_there_beats_the_others(scenes: Path, tmp_path: Path) -> None:
+    shown = World(0, "test", 112)[0]
+    Image.fromarray(shown.image).save(tmp_path / "p.png")
+    assert main(["cam", str(tmp_path / "p.png"), "--classes", ",".join(WORLD_CLASSES), "--method", "gradcam", *WORLD, "--out", str(tmp_path)]) == 0
+    stored = np.load(tmp_path / "p.npz")
+    assert stored["classes"][stored["scores"].argmax()] in shown.classes
+
+
+@pytest.mark.slow
+def test_cam_of_a_photograph_with_random_weights(real_data: Path, tmp_path: Path) -> None:
+    photo = sorted((real_data / "voc12_mini" / "JPEGImages").glob("*.jpg"))[0]
+    words = ["cam", str(photo), "--classes", "person, dog, traffic light", "--model", "ViT-B-32", "--pretrained", "none", "--device", "cpu", "--out", str(tmp_path)]
+    assert main(words) == 0
+    maps = arrays(tmp_path / f"{photo.stem}.npz")
+    assert set(maps) == set(METHODS)
+    assert all(cam.shape[0] == 3 and max(cam.shape[1:]) == 14 and np.isfinite(cam).all() for cam in maps.values())
+
+
+# ---- world, check, run ----------------------------------------------------------------------------------------------
+
+def test_the_world_on_disk_is_the_world_in_memory(scenes: Path) -> None:
+    scene = World(3, "test", 112)[2]
+    assert (np.array(Image.open(scenes / "JPEGImages" / "test_000002.png")) == scene.image).all()
+    assert (read_mask(scenes / "SegmentationClass" / "test_000002.png", 21) == scene.mask).all()
+
+
+def test_a_split_without_scenes_has_no_list_and_the_folder_is_still_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["world", "--out", str(tmp_path / "w"), "--train", "0", "--val", "1", "--test", "2", "--size", "64"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["w"]
+    assert main(["check", str(tmp_path / "w")]) == 0
+    assert "test 2, val 1" in capsys.readouterr().out
+
+
+def test_check_finds_a_written_world_whole(scenes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(scenes)]) == 0
+    assert "13 pictures and 13 masks" in capsys.readouterr().out
+
+
+def test_check_of_real_photographs(real_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(real_data / "voc12_mini")]) == 0
+    assert "(voc)" in capsys.readouterr().out
+
+
+def test_run_lists_parameters_and_runs_with_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cells = [nbformat.v4.new_code_cell("mu = 0.1  # the cut-off", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell("print(mu * 2)")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}),
+                   tmp_path / "n.ipynb")
+    assert main(["run", str(tmp_path / "n.ipynb")]) == 0
+    assert capsys.readouterr().out == "mu = 0.1  # the cut-off\n"
+    assert main(["run", str(tmp_path / "n.ipynb"), "--out", str(tmp_path / "out"), "-p", "mu=0.25"]) == 0
+    assert "0.5" in json.dumps(json.loads((tmp_path / "out" / "n.ipynb").read_text())["cells"][-1]["outputs"])
+    assert main(["run", str(tmp_path / "n.ipynb"), "--out", str(tmp_path / "out"), "-p", "nu=0.25"]) == 2
+    assert "Did you mean 'mu'?" in capsys.readouterr().err
+
+
+# ---- seeds and demo -------------------------------------------------------------------------------------------------
+
+def test_seeds_print_a_table_and_write_it_as_markdown_json_and_chart(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["seeds", str(scenes), "--split", "test", "--tune-split", "val", "--methods", "gradcam,smoothed", *WORLD, "--size", "112", "--out", str(tmp_path)]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "gradcam" in printed and "smoothed" in printed
+    assert sorted({path.suffix for path in tmp_path.iterdir()}) == [".json", ".md", ".png"]
+    assert "gradcam" in next(tmp_path.glob("*.md")).read_text() and json.loads(next(tmp_path.glob("*.json")).read_text())
+
+
+def test_seeds_of_the_world_draw_their_own_scenes_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["seeds", "world", "--methods", "gradcam", *WORLD, "--size", "112", "--limit", "3", "--out", str(tmp_path)]
+    assert main(words) == 0
+    first = {path: path.stat().st_mtime_ns for path in (tmp_path / "world").rglob("*.png")}
+    assert len(first) == 12
+    assert main(words) == 0
+    assert first == {path: path.stat().st_mtime_ns for path in (tmp_path / "world").rglob("*.png")}
+
+
+@pytest.mark.slow
+def test_the_demo_makes_everything_that_it_announces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begin = time.monotonic()
+    assert main(["demo", "--out", str(tmp_path / "demo"), "--scenes", "6"]) == 0
+    assert time.monotonic() - begin < 600
+    announced = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  demo/")]
+    assert len(announced) >= 4
+    assert all((tmp_path / name).exists() for name in announced)
