@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'NEEDS', 'CamSettings', 'affinity_source', 'needed_parts', 'cam_request', 'CamParts', 'cam_of', 'cam_parts',
            'frequency_cams']
 
-# %% ../nbs/36_frequency_cam.ipynb #995cfae7
+# %% ../nbs/36_frequency_cam.ipynb #f889c739
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -23,7 +23,7 @@ from .files import InputError
 from .ot_cam import transport_cam
 from .spectra import invert_attention, split_bands
 
-# %% ../nbs/36_frequency_cam.ipynb #3bf5834e
+# %% ../nbs/36_frequency_cam.ipynb #4c227467
 METHODS: dict[str, str] = {
     "gradcam": "GradCAM as it is (WeCLIP's initial map)",
     "patch_text": "cosine of each patch with the class name, last block without mixing (MaskCLIP)",
@@ -42,7 +42,7 @@ NEEDS: dict[str, tuple[str, ...]] = {   # the parts that a method is made of, be
     "transport": ("similarity", "relation", "smooth", "invert"),
 }
 
-# %% ../nbs/36_frequency_cam.ipynb #2141960a
+# %% ../nbs/36_frequency_cam.ipynb #d7fe33ac
 @dataclass(frozen=True)
 class CamSettings:
     "Options of `frequency_cams`. Raises `InputError` naming the option and the value that cannot be."
@@ -66,7 +66,7 @@ class CamSettings:
         "The options as a dictionary that JSON can hold."
         return asdict(self)
 
-# %% ../nbs/36_frequency_cam.ipynb #8a15a599
+# %% ../nbs/36_frequency_cam.ipynb #2c90e378
 def _check_choices(settings: CamSettings) -> None:
     "Raise `InputError` for a word that names no choice."
     for name, known in (("shape", ("square", "disc")), ("source", (None, *SOURCES)), ("similarity", ("value", "intra"))):
@@ -86,7 +86,7 @@ def _check_numbers(settings: CamSettings) -> None:
     for name, (fine, allowed) in rules.items():
         if not fine: raise InputError(f"{name}={getattr(settings, name)!r}: give {allowed}.")
 
-# %% ../nbs/36_frequency_cam.ipynb #4149e039
+# %% ../nbs/36_frequency_cam.ipynb #91a98619
 def affinity_source(backbone: Backbone, settings: CamSettings = CamSettings()) -> str:
     "Where the affinities come from: the settings' choice, else what the weights file proposes, else attention (WeCLIP, DFA)."
     return settings.source or backbone.metadata.get("default_attention_source", "attention")
@@ -99,7 +99,7 @@ def needed_parts(methods: Sequence[str], settings: CamSettings = CamSettings()) 
     parts = {part for name in methods for part in NEEDS[name]}
     return parts | ({f"{settings.similarity}_cosines"} if "similarity" in parts else set())
 
-# %% ../nbs/36_frequency_cam.ipynb #1332f83d
+# %% ../nbs/36_frequency_cam.ipynb #e2f4041a
 def cam_request(backbone: Backbone, methods: Sequence[str], settings: CamSettings = CamSettings()) -> dict[str, Any]:
     "Arguments for `Backbone.encode` that give all `methods` what they need. Raises `InputError` for an unknown method."
     parts = needed_parts(methods, settings)
@@ -110,7 +110,7 @@ def cam_request(backbone: Backbone, methods: Sequence[str], settings: CamSetting
               for name in ("tokens", "attention", "qkv")}
     return {**blocks, "joint": False, "last_input": any(request.get("last_input", False) for request in wanted)}
 
-# %% ../nbs/36_frequency_cam.ipynb #1fabc88d
+# %% ../nbs/36_frequency_cam.ipynb #ee7850c4
 @dataclass(eq=False)
 class CamParts:
     """What the maps of one batch are made of; each property is computed once, when first asked for.
@@ -180,7 +180,7 @@ class CamParts:
         share = (self.backbone.logit_scale * cosines).masked_fill(used, -torch.inf).softmax(1)
         return torch.cat([share[:, :classes], share[:, classes:].sum(1, keepdim=True)], 1).flatten(2).mT
 
-# %% ../nbs/36_frequency_cam.ipynb #7fcbe8b3
+# %% ../nbs/36_frequency_cam.ipynb #916f9913
 def _refined(parts: CamParts, affinity: Tensor) -> Tensor:
     "GradCAM after it travelled over the affinity, (B, K, h, w) in [0, 1] (WeCLIP)."
     box = None if parts.settings.box is None else box_mask(parts.raw, parts.settings.box)
@@ -193,7 +193,7 @@ def _transported(parts: CamParts) -> Tensor:
                          lambda_l=options.lambda_l, lambda_h=options.lambda_h, eps=options.epsilon)
     return cams[:, :-1]
 
-# %% ../nbs/36_frequency_cam.ipynb #3631f3ee
+# %% ../nbs/36_frequency_cam.ipynb #1cf5c71c
 def cam_of(
     parts: CamParts,
     method: str,        # one of METHODS
@@ -210,7 +210,7 @@ def cam_of(
     # Sums over hundreds of patches are worth fp32 even when the tower ran in a shorter type.
     return (recipes[method]().float() * parts.present[:, :, None, None]).clamp(0, 1)
 
-# %% ../nbs/36_frequency_cam.ipynb #dcd151f3
+# %% ../nbs/36_frequency_cam.ipynb #d1615944
 def _check_batch(images: Tensor, text: Tensor, present: Tensor, background: Tensor | None) -> None:
     "Raise `InputError` when images, prompts and image labels do not belong together."
     if tuple(present.shape) != (len(images), len(text)) or present.dtype != torch.bool:
