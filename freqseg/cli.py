@@ -10,7 +10,7 @@ __all__ = ['PICTURES', 'MOST_TOKENS', 'LARGE', 'WORLD_MU', 'EXPLORE', 'class_lis
            'world_command', 'run_command', 'scenes_on_disk', 'aligned', 'score_seeds', 'seeds_command', 'demo_command',
            'build_parser', 'main']
 
-# %% ../nbs/64_cli.ipynb #0484632b
+# %% ../nbs/64_cli.ipynb #d805d7c6
 import argparse, difflib, glob, os, signal, sys, threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from freqseg.clip import Backbone
     from freqseg.frequency_cam import CamSettings
 
-# %% ../nbs/64_cli.ipynb #03775cff
+# %% ../nbs/64_cli.ipynb #225f2db5
 def class_list(text: str) -> list[str]:
     "Comma-separated class names. Raises `InputError` when there are none, or one is named twice."
     names = [" ".join(name.split()) for name in text.split(",") if name.strip()]
@@ -35,7 +35,7 @@ def class_list(text: str) -> list[str]:
     if twice: raise InputError(f"named twice: {', '.join(twice)}. Name each class once.")
     return names
 
-# %% ../nbs/64_cli.ipynb #c4cb916d
+# %% ../nbs/64_cli.ipynb #faaf6d4e
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 
 def _pictures_of(text: str) -> list[Path]:
@@ -57,7 +57,7 @@ def picture_files(given: Sequence[str]) -> list[Path]:
     "Every picture that files, folders and patterns name, once. Raises `InputError` for a path that does not exist, or holds none."
     return list(dict.fromkeys(file for text in given for file in _pictures_of(text)))
 
-# %% ../nbs/64_cli.ipynb #b5be0d92
+# %% ../nbs/64_cli.ipynb #0d82bed8
 def output_names(files: Sequence[Path]) -> list[str]:
     "A name without suffix for what is made of each file; files of equal name in different folders are numbered."
     taken, names = set(), []
@@ -67,7 +67,7 @@ def output_names(files: Sequence[Path]) -> list[str]:
         taken.add(name); names.append(name)
     return names
 
-# %% ../nbs/64_cli.ipynb #7d02ed69
+# %% ../nbs/64_cli.ipynb #aa8400aa
 MOST_TOKENS = 4096   # one affinity of 4096 x 4096 takes 64 MiB, and a dozen are alive at a time
 LARGE = 4_000_000    # pixels from which resizing is worth a notice
 
@@ -84,7 +84,7 @@ def fitted_size(
     raise InputError(f"--size {longest} makes {height} x {width} = {height * width:,} patches, and affinities of {(height * width) ** 2 * 4 / 2 ** 30:.1f} GiB "
                      f"each. Take --size {int(patch * MOST_TOKENS ** 0.5)} or less.")
 
-# %% ../nbs/64_cli.ipynb #20990025
+# %% ../nbs/64_cli.ipynb #fa5d4323
 def _tell(text: str) -> None:
     "A notice on stderr, above any progress bar."
     from tqdm import tqdm
@@ -107,7 +107,7 @@ def model_title(model: str, pretrained: str) -> str:
     if model == "world" or Path(model).is_file(): return Path(model).stem if model != "world" else "world CLIP"
     return f"{model}, random weights" if pretrained == "none" else f"{model}, {Path(pretrained).stem}"
 
-# %% ../nbs/64_cli.ipynb #a4f5b080
+# %% ../nbs/64_cli.ipynb #56319bae
 class Vocabulary(NamedTuple):
     "What the text encoder is asked: prompts of the classes and of the background they compete with."
     templates: tuple[str, ...]
@@ -130,7 +130,7 @@ def vocabulary(backbone: "Backbone", classes: Sequence[str], background: str|Non
     if drawn: return Vocabulary(("a picture of a {}",), {}, rest, ("{}",))
     return Vocabulary((WECLIP_TEMPLATE,), dict(VOC_PROMPT_ALIASES), rest, (WECLIP_TEMPLATE,))
 
-# %% ../nbs/64_cli.ipynb #085c4848
+# %% ../nbs/64_cli.ipynb #659a3441
 def _drawn_grounds(backbone: "Backbone", classes: Sequence[str]) -> tuple[str, ...]:
     "The world's backgrounds that this model has a word for."
     from freqseg.world import WORLD_BACKGROUNDS
@@ -146,7 +146,7 @@ def _require_drawn(backbone: "Backbone", names: Sequence[str]) -> None:
         if words and all(word in known for word in words): continue
         raise InputError(f"{unknown_name(name, [*WORLD_CLASSES, *WORLD_BACKGROUNDS])} The world model knows drawn things only: {', '.join(WORLD_CLASSES)}.")
 
-# %% ../nbs/64_cli.ipynb #bda3633e
+# %% ../nbs/64_cli.ipynb #cd6814a7
 class Prompts(NamedTuple):
     "Embedded prompts: classes (K, E) and background (Kb, E) or None, unit norm."
     text: "Tensor"
@@ -158,7 +158,7 @@ def embed_prompts(backbone: "Backbone", classes: Sequence[str], background: str|
     text = backbone.encode_text(classes, words.templates, words.aliases)
     return Prompts(text, backbone.encode_text(words.background, words.background_templates) if words.background else None)
 
-# %% ../nbs/64_cli.ipynb #0e3aa3af
+# %% ../nbs/64_cli.ipynb #4400eb3e
 class Opened(NamedTuple):
     "A picture that is to be explained, and the name of what is made of it."
     name: str
@@ -194,7 +194,7 @@ def _batches(pictures: Iterator[Opened], most: int) -> Iterator[list[Opened]]:
         elif sum(map(len, waiting.values())) >= 4 * most: yield waiting.pop(max(waiting, key=lambda size: len(waiting[size])))
     yield from waiting.values()
 
-# %% ../nbs/64_cli.ipynb #a58b4456
+# %% ../nbs/64_cli.ipynb #8df6c98e
 class CamJob(NamedTuple):
     "Everything that is the same for all pictures of one `freqseg cam`."
     backbone: "Backbone"
@@ -225,7 +225,7 @@ def explain_batch(job: CamJob, pictures: Sequence[Opened]) -> "dict[str, Tensor]
         _store(job, picture, {method: cam[row].cpu() for method, cam in cams.items()}, scores[row].cpu())
     return cams
 
-# %% ../nbs/64_cli.ipynb #6e9706e2
+# %% ../nbs/64_cli.ipynb #0e22957f
 def _store(job: CamJob, picture: Opened, maps: dict[str, "Tensor"], scores: "Tensor") -> None:
     "NAME.npz with the maps, then NAME.png with their picture, each whole or not at all."
     import numpy as np
@@ -241,7 +241,7 @@ def _store(job: CamJob, picture: Opened, maps: dict[str, "Tensor"], scores: "Ten
     panels = {titles[method]: cam for method, cam in maps.items()}
     save_figure(cam_panel(small, panels, rows, heading=f"{picture.name}: {job.title}"), job.out/f"{picture.name}.png", dpi=150)
 
-# %% ../nbs/64_cli.ipynb #906e225e
+# %% ../nbs/64_cli.ipynb #77387561
 WORLD_MU = 0.12   # cycles per token
 
 def cam_settings(backbone: "Backbone", mu: float|None = None) -> "CamSettings":
@@ -258,7 +258,7 @@ def panel_titles(settings: "CamSettings") -> dict[str, str]:
               "low": f"low band (to {settings.mu:g})", "high": f"high band (above {settings.mu:g})", "smoothed": "smoothed affinity", "inverse": "inverse affinity"}
     return {method: longer.get(method, method) for method in METHODS}
 
-# %% ../nbs/64_cli.ipynb #bc9f2c81
+# %% ../nbs/64_cli.ipynb #a8370759
 def method_list(text: str) -> list[str]:
     "`all`, or comma-separated names of maps. Raises `InputError` for an unknown one, naming the nearest."
     from freqseg.data import unknown_name
@@ -294,7 +294,7 @@ def longest_side(backbone: "Backbone") -> int:
     native = backbone.native_size
     return 2 * (native if isinstance(native, int) else max(native))
 
-# %% ../nbs/64_cli.ipynb #753d4541
+# %% ../nbs/64_cli.ipynb #7daea069
 def _quietly(work: Callable[[], Any], results: list[Any]) -> None:
     "`work` with Ctrl-C blocked in this thread and in all processes that it starts; what it returns or raises goes to `results`."
     if hasattr(signal, "pthread_sigmask"): signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -318,7 +318,7 @@ def interruptible(work: Callable[[], Any]) -> Any:
     if error is not None: raise error
     return value
 
-# %% ../nbs/64_cli.ipynb #6f3adcde
+# %% ../nbs/64_cli.ipynb #6643e056
 def check_command(args: argparse.Namespace) -> int:
     "Report what is wrong with a dataset folder; 1 when something is."
     from freqseg.check import check_folder
@@ -327,7 +327,7 @@ def check_command(args: argparse.Namespace) -> int:
     if args.fix_list: print(f"list without the broken pictures: {report.write_fixed_list(args.fix_list, args.split)}")
     return 0 if report.ok else 1
 
-# %% ../nbs/64_cli.ipynb #54004da2
+# %% ../nbs/64_cli.ipynb #1e3c8336
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yield a hidden folder beside `path` to write into; it becomes `path` on success and is removed on any failure.
@@ -361,7 +361,7 @@ def world_command(args: argparse.Namespace) -> int:
     print(f"{sum(counts.values()):,} scenes in {out}: " + ", ".join(f"{split} {count:,}" for split, count in counts.items()))
     return 0
 
-# %% ../nbs/64_cli.ipynb #50353f8a
+# %% ../nbs/64_cli.ipynb #e279e94d
 def run_command(args: argparse.Namespace) -> int:
     "Run a notebook with parameters, or say which it has."
     from freqseg.runs import notebook_parameters, parse_parameter, run_notebook
@@ -374,7 +374,7 @@ def run_command(args: argparse.Namespace) -> int:
     print(f"record: {run_notebook(args.notebook, args.out, values, progress=sys.stderr.isatty())}")
     return 0
 
-# %% ../nbs/64_cli.ipynb #14795c0a
+# %% ../nbs/64_cli.ipynb #676a46b1
 def scenes_on_disk(
     folder: Path,            # written when missing
     splits: Sequence[str],   # which splits are needed
@@ -388,8 +388,9 @@ def scenes_on_disk(
     return make_world(folder, **{split: count if split in splits else 0 for split in SPLITS})
 
 def aligned(markdown: str) -> str:
-    "A Markdown table for a terminal: columns aligned, numbers to the right; lines around the table are kept."
-    lines = markdown.splitlines()
+    "A Markdown table for a terminal: columns aligned, numbers to the right; text around the table is broken at 110 characters."
+    import textwrap
+    lines = [line if line.startswith("|") else textwrap.fill(line, 110) for line in markdown.splitlines()]
     cells = {i: [cell.strip() for cell in line.strip("|").split("|")] for i, line in enumerate(lines) if line.startswith("|")}
     widths = [max(map(len, column)) for column in zip(*(row for row in cells.values() if set("".join(row)) - set("-:")))]
     for i, row in cells.items():
@@ -397,7 +398,7 @@ def aligned(markdown: str) -> str:
         else: lines[i] = "  ".join(f"{cell:<{w}}" if n == 0 else f"{cell:>{w}}" for n, (cell, w) in enumerate(zip(row, widths))).rstrip()
     return "\n".join(lines)
 
-# %% ../nbs/64_cli.ipynb #e197f1d2
+# %% ../nbs/64_cli.ipynb #e7e4fbda
 def _seeds_data(args: argparse.Namespace) -> tuple[Any, str|None]:
     "The data set that the options name, with masks, and the split that chooses thresholds (None: the same)."
     from freqseg.data import open_dataset
@@ -425,7 +426,7 @@ def seeds_command(args: argparse.Namespace) -> int:
     print(aligned(table.markdown()), *(f"  {path}" for path in written), sep="\n")
     return 0
 
-# %% ../nbs/64_cli.ipynb #ab8adb04
+# %% ../nbs/64_cli.ipynb #6e59b81a
 @contextmanager
 def _step(number: int, what: str) -> Iterator[None]:
     "Say what happens, and how long it took."
@@ -435,20 +436,20 @@ def _step(number: int, what: str) -> Iterator[None]:
     yield
     print(f"      {time.monotonic() - begin:.0f} s", flush=True)
 
-def _demo_maps(job: CamJob, dataset: Any, count: int) -> list[dict[str, Any]]:
-    "`freqseg cam` for the first scenes, each with its own classes; gives a row of the gallery for each."
+def _demo_maps(job: CamJob, dataset: Any, count: int) -> dict[str, dict[str, Any]]:
+    "`freqseg cam` for the first scenes, each with its own classes; gives a row of the gallery for each, by number and classes."
     from freqseg.plots import overlay, paint_mask
-    rows, titles = [], panel_titles(job.settings)
+    rows, titles = {}, panel_titles(job.settings)
     for index in range(min(count, len(dataset))):
         sample = dataset[index]
         classes = [name for name, there in zip(dataset.classes, sample.labels) if there]
         own = job._replace(classes=classes, prompts=embed_prompts(job.backbone, classes))
         cams = explain_batch(own, [Opened(sample.id, sample.image, fitted_size(sample.image.size, longest_side(job.backbone), job.backbone.patch_size))])
         strongest = {titles[method]: overlay(sample.image, cam[0].amax(0)) for method, cam in cams.items()}
-        rows.append({"picture": sample.image, "mask": paint_mask(sample.mask, sample.image), **strongest})
+        rows[f"{index}: {', '.join(classes)}"] = {"picture": sample.image, "mask": paint_mask(sample.mask, sample.image), **strongest}
     return rows
 
-# %% ../nbs/64_cli.ipynb #3ce44c67
+# %% ../nbs/64_cli.ipynb #c19094ed
 EXPLORE = Path("nbs")/"explore"/"where_the_edges_went.ipynb"
 
 def _explore_notebook() -> Path|None:
@@ -488,14 +489,14 @@ def demo_command(args: argparse.Namespace) -> int:
         job = CamJob(backbone, embed_prompts(backbone, dataset.classes), dataset.classes, method_list("all"), cam_settings(backbone), "world CLIP", out/"cams")
         told += [f"  {out/'cams'}  a picture and the arrays of every map, for single scenes"]
         rows = _demo_maps(job, dataset, 6)
-        save_figure(gallery(rows, heading="The strongest class at every place, by every kind of map"), out/"gallery.png", dpi=150)
+        save_figure(gallery(list(rows.values()), list(rows), heading="The strongest class at every place, by every kind of map"), out/"gallery.png", dpi=110)
         told.insert(0, f"  {out/'gallery.png'}  start here: six scenes, every kind of map")
     with _step(4, "running the notebook that follows one picture through the tower"): told += _demo_notebook(out)
     print("\nMade:", *told, f"  {folder}  the scenes, in VOC layout", "\nNext, on a photograph of yours (downloads OpenAI's weights once):",
           '  freqseg cam PICTURE --classes "dog, grass"', sep="\n")
     return 0
 
-# %% ../nbs/64_cli.ipynb #e1a89d95
+# %% ../nbs/64_cli.ipynb #9cc1a63d
 def _add_model(parser: argparse.ArgumentParser, size: str, model: str = "ViT-B-16") -> None:
     "Options that choose the backbone and the cut-off."
     group = parser.add_argument_group("model")
@@ -522,7 +523,7 @@ def _cutoff(text: str) -> float:
     if 0 <= value <= 0.5: return value
     raise argparse.ArgumentTypeError(f"{text!r} is no frequency from 0 to 0.5 cycles per token")
 
-# %% ../nbs/64_cli.ipynb #40d91238
+# %% ../nbs/64_cli.ipynb #82670498
 def _add_cam(commands: Any) -> None:
     parser = commands.add_parser("cam", help="where CLIP sees your classes: full map, bands, refinements", description=cam_command.__doc__)
     parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="files, folders or patterns")
@@ -572,10 +573,10 @@ def _add_run(commands: Any) -> None:
 def _add_demo(commands: Any) -> None:
     parser = commands.add_parser("demo", help="see everything once, offline, in a few minutes", description=demo_command.__doc__)
     parser.add_argument("--out", default="demo", metavar="DIR", help="where everything goes (default: demo)")
-    parser.add_argument("--scenes", type=_positive, default=48, metavar="N", help="test scenes that are scored (default: 48)")
+    parser.add_argument("--scenes", type=_positive, default=24, metavar="N", help="test scenes that are scored (default: 24)")
     parser.set_defaults(run=demo_command)
 
-# %% ../nbs/64_cli.ipynb #b82c7edd
+# %% ../nbs/64_cli.ipynb #ec281883
 def build_parser() -> argparse.ArgumentParser:
     "The parser of `freqseg`; every command stores its function as `run`."
     parser = argparse.ArgumentParser("freqseg", description="See what a CLIP segmenter knows at each frequency.",
@@ -585,7 +586,7 @@ def build_parser() -> argparse.ArgumentParser:
     for add in (_add_demo, _add_cam, _add_seeds, _add_check, _add_world, _add_run): add(commands)
     return parser
 
-# %% ../nbs/64_cli.ipynb #b11ea9b3
+# %% ../nbs/64_cli.ipynb #34b03f73
 def _fail(text: str, status: int) -> int:
     print(f"freqseg: {text}", file=sys.stderr)
     return status

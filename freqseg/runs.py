@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Parameter', 'notebook_parameters', 'check_parameters', 'parse_parameter', 'RunFailed', 'run_notebook']
 
-# %% ../nbs/56_runs.ipynb #76e0af45
-import ast, difflib, os
+# %% ../nbs/56_runs.ipynb #61ee32fc
+import ast, difflib, os, subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 from .files import InputError
 
-# %% ../nbs/56_runs.ipynb #65431475
+# %% ../nbs/56_runs.ipynb #c9b87a88
 @dataclass(frozen=True)
 class Parameter:
     "One assignment of a notebook's `parameters` cell."
@@ -29,7 +29,7 @@ class Parameter:
 
     def __str__(self) -> str: return f"{self.name} = {self.default!r}" + (f"  # {self.help}" if self.help else "")
 
-# %% ../nbs/56_runs.ipynb #60d8ec99
+# %% ../nbs/56_runs.ipynb #a4487578
 def _read(notebook: str|Path) -> dict[str, Any]:
     "The notebook as nbformat reads it. Raises `InputError` when there is none."
     import nbformat
@@ -46,7 +46,7 @@ def _parameters_source(notebook: str|Path) -> str:
     raise InputError(f"{notebook} has {len(tagged)} cells tagged 'parameters'; a notebook that runs with parameters has one code cell "
                      "with that tag (JupyterLab: property inspector, cell tags).")
 
-# %% ../nbs/56_runs.ipynb #02303825
+# %% ../nbs/56_runs.ipynb #2a6f4a8b
 def _comments(notebook: str|Path) -> dict[str, str]:
     "Parameter -> comment, as `papermill --help-notebook` shows them."
     import papermill
@@ -77,7 +77,7 @@ def notebook_parameters(notebook: str|Path) -> dict[str, Parameter]:
         parameters[name] = Parameter(name, default, comments.get(name, ""))
     return parameters
 
-# %% ../nbs/56_runs.ipynb #244f3157
+# %% ../nbs/56_runs.ipynb #283118a8
 def _fits(value: Any, default: Any) -> bool:
     "May `value` stand where `default` stood? An integer may stand for a float; a truth value is no number."
     if default is None: return True
@@ -103,7 +103,7 @@ def _unknown_parameter(name: str, known: Mapping[str, Parameter]) -> InputError:
     listed = f"It has: {', '.join(known) or 'none'}."
     return InputError(f"the notebook has no parameter {name!r}. " + (f"Did you mean {near[0]!r}? " if near else "") + listed)
 
-# %% ../nbs/56_runs.ipynb #b395ed3d
+# %% ../nbs/56_runs.ipynb #523bca50
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 def parse_parameter(parameter: Parameter, text: str) -> Any:
@@ -118,7 +118,7 @@ def parse_parameter(parameter: Parameter, text: str) -> Any:
         if default is None: return text
     raise InputError(f"parameter {parameter.name} is {parameter.kind} (default {default!r}): {text!r} is none.")
 
-# %% ../nbs/56_runs.ipynb #aff369c9
+# %% ../nbs/56_runs.ipynb #cd096f3f
 class RunFailed(RuntimeError):
     "A cell of a run failed; the message says which, with what, and where the record is."
 
@@ -130,7 +130,7 @@ class RunFailed(RuntimeError):
         where = "the kernel died" if cell is None else f"cell In [{cell}] failed"
         super().__init__(f"{where}: {error}. The notebook so far: {record}" + (f", the traceback: {traceback}." if traceback else "."))
 
-# %% ../nbs/56_runs.ipynb #aec4202b
+# %% ../nbs/56_runs.ipynb #550577b5
 def _record_path(notebook: str|Path, out: str|Path) -> Path:
     "Where the executed notebook goes: `out` itself when it ends in .ipynb, else a file of the same name in that folder."
     record = Path(out) if str(out).endswith(".ipynb") else Path(out)/Path(notebook).name
@@ -140,14 +140,21 @@ def _record_path(notebook: str|Path, out: str|Path) -> Path:
     except OSError as error: raise InputError(f"cannot write into {record.parent}: {error.strerror}. Choose another folder.") from error
     return record
 
+def _quiet_kernel() -> type:
+    "A kernel manager whose kernels keep quiet on our stderr: cells' output is in the notebook, and what a killed kernel says helps nobody."
+    from jupyter_client import AsyncKernelManager
+    class QuietKernel(AsyncKernelManager):
+        async def start_kernel(self, **options: Any) -> None: await super().start_kernel(**options, stderr=subprocess.DEVNULL)
+    return QuietKernel
+
 def _execute(notebook: str|Path, record: Path, values: Mapping[str, Any], progress: bool) -> None:
     "Papermill, with paths that may hold braces (which it would take for templates)."
     import papermill
     source, target = (str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, record))
     papermill.execute_notebook(source, target, dict(values), kernel_name="python3", start_timeout=120, progress_bar=progress,
-                               extra_arguments=["--log-level=40"])   # errors only: a local kernel's warnings help nobody here
+                               kernel_manager_class=_quiet_kernel())
 
-# %% ../nbs/56_runs.ipynb #10ba395b
+# %% ../nbs/56_runs.ipynb #b616d1d6
 def run_notebook(
     notebook: str|Path,                          # with one cell tagged `parameters`
     out: str|Path,                               # the .ipynb to write, or a folder for it

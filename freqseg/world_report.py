@@ -7,7 +7,7 @@ __all__ = ['THRESHOLDS', 'SOURCES', 'TEMPLATES', 'scene_batches', 'image_scores'
            'source_relations', 'sampled_auc', 'mean_interval', 'refined_cams', 'seed_confusions', 'seed_figures',
            'token_figures', 'measure_world', 'save_report', 'report_table']
 
-# %% ../nbs/58_world_report.ipynb #4b9ed452
+# %% ../nbs/58_world_report.ipynb #a909c597
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +27,7 @@ from .metrics import (ConfusionMeter, affinity_auc, best_threshold, bootstrap_av
 from .spectra import high_frequency_share
 from .world import WORLD_BACKGROUNDS, WORLD_CLASSES, World
 
-# %% ../nbs/58_world_report.ipynb #b072d278
+# %% ../nbs/58_world_report.ipynb #27ee05ea
 THRESHOLDS = tuple(round(.05*k, 2) for k in range(1, 19))
 SOURCES = ("attention", "qq", "kk", "vv", "tokens")
 TEMPLATES = ("a picture of a {}", "a photo of a {}", "we see a {}")
@@ -43,7 +43,7 @@ def scene_batches(world: World, count: int, backbone: Backbone, batch: int) -> I
             features = backbone.encode(backbone.normalise(pixels.to(backbone.device)), tokens=everything, attention=everything, qkv=everything)
         yield features, present.to(backbone.device), torch.from_numpy(np.stack([scene.mask for scene in scenes])).long()
 
-# %% ../nbs/58_world_report.ipynb #57461cc9
+# %% ../nbs/58_world_report.ipynb #b4731f78
 def image_scores(features: Features, text: Tensor) -> dict[str, Tensor]:
     "Cosines (B, 20) of the picture's two embeddings with the class names: the mean of its patches, and CLS."
     pooled = dict(patches=features.patch_embedding.mean((2, 3)), cls=features.cls_embedding)
@@ -74,7 +74,7 @@ def source_relations(features: Features, depth: int) -> dict[str, Tensor]:
         found[f"{source} late"] = symmetrise(late)
     return found
 
-# %% ../nbs/58_world_report.ipynb #30091e55
+# %% ../nbs/58_world_report.ipynb #a1d849ab
 def sampled_auc(related: Tensor, labels: Tensor, count: int = 200, seed: int = 0) -> Tensor:
     "Same-class AUC (B,) over `count` random patches of each picture, symmetrised; NaN where only one class is there."
     chosen = torch.randperm(labels.shape[1], generator=torch.Generator().manual_seed(seed))[:count].to(labels.device)
@@ -88,14 +88,14 @@ def mean_interval(values: Tensor, samples: int = 1000, seed: int = 0) -> list[fl
     low, high = values[drawn].mean(1).quantile(torch.tensor([.025, .975], dtype=torch.float64)).tolist()
     return [float(values.mean()), low, high]
 
-# %% ../nbs/58_world_report.ipynb #a2ffbf8c
+# %% ../nbs/58_world_report.ipynb #bc07014a
 def refined_cams(backbone: Backbone, features: Features, text: Tensor, background: Tensor, present: Tensor) -> dict[str, Tensor]:
     "The raw GradCAM and its refinement by the smoothed affinity of every source: maps (B, 20, h, w)."
     raw = grad_cam(backbone, features, text, present, background)
     late = range(backbone.depth//2, backbone.depth)
     cams = dict(raw=raw)
     for source in SOURCES:
-        walked = propagate(symmetrise(relations(features, source, late).mean(1)), raw)
+        walked = propagate(symmetrise(relations(features, source, late).mean(1)), raw, power=2)
         cams[source] = walked/walked.amax((2, 3), keepdim=True).clamp_min(1e-7)
     return cams
 
@@ -112,7 +112,7 @@ def _watched(batches: Iterator, count: int, batch: int, what: str) -> Iterator:
     from tqdm import tqdm
     return tqdm(batches, total=-(-count//batch), desc=what, unit=f"x{batch} scenes", delay=2)
 
-# %% ../nbs/58_world_report.ipynb #883a71b9
+# %% ../nbs/58_world_report.ipynb #b420fb3b
 def seed_figures(tuning: dict[str, Tensor], test: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
     "mIoU of every CAM on the test scenes at the threshold chosen on the tuning scenes, and its gain over the raw CAM."
     picked = {name: THRESHOLDS.index(best_threshold(found.long().sum(0), THRESHOLDS).threshold) for name, found in tuning.items()}
@@ -126,7 +126,7 @@ def seed_figures(tuning: dict[str, Tensor], test: dict[str, Tensor]) -> dict[str
 
 def _percent(interval) -> list[float]: return [round(100*float(x), 2) for x in interval]
 
-# %% ../nbs/58_world_report.ipynb #5603fcea
+# %% ../nbs/58_world_report.ipynb #44d33457
 def token_figures(backbone: Backbone, world: World, count: int, text: Tensor, batch: int) -> dict[str, Any]:
     "Zero-shot mAP, same-class AUC of every source, the ceiling of the grid and the low-pass by block, on one split."
     scores, truth, aucs, shares = {"patches": [], "cls": []}, [], {}, []
@@ -145,7 +145,7 @@ def token_figures(backbone: Backbone, world: World, count: int, text: Tensor, ba
         ceiling=_percent(bootstrap_interval(ceiling)),
         high_share=[[round(float(x), 4) for x in row] for row in torch.stack(shares).mean(0)])
 
-# %% ../nbs/58_world_report.ipynb #608a0c8a
+# %% ../nbs/58_world_report.ipynb #3a96b4c2
 def measure_world(
     backbone: Backbone,
     scenes: int = 500,         # of the test split
@@ -172,7 +172,7 @@ def save_report(report: dict[str, Any], path: str|Path) -> None:
     "Write the report as JSON, whole or not at all."
     with atomic_write(path) as partial: partial.write_text(json.dumps(report, indent=1) + "\n")
 
-# %% ../nbs/58_world_report.ipynb #33b7e282
+# %% ../nbs/58_world_report.ipynb #c2e779fb
 def _figure(values: list[float], digits: int = 1) -> str:
     value, low, high = (f"{x:.{digits}f}" for x in values)
     return f"{value} [{low}, {high}]"
