@@ -355,10 +355,20 @@ def make_world(out: Path, **options: Any) -> Path:
     return out
 
 def world_command(args: argparse.Namespace) -> int:
-    "Write scenes with exact masks in VOC layout."
+    "Write scenes with exact masks in VOC layout, or measure the world's report card."
+    if args.measure: return _measure_world(Path(args.measure), args.seed)
     counts = {split: getattr(args, split) for split in ("train", "val", "test")}
     out = make_world(Path(args.out), **counts, seed=args.seed, size=args.size, difficulty=args.difficulty)
     print(f"{sum(counts.values()):,} scenes in {out}: " + ", ".join(f"{split} {count:,}" for split, count in counts.items()))
+    return 0
+
+def _measure_world(path: Path, seed: int) -> int:
+    "Measure the world and the model that ships on 500 test scenes; write the report as JSON and print its table."
+    from freqseg.clip import load_clip
+    from freqseg.world_report import measure_world, report_table, save_report
+    report = measure_world(load_clip("world"), seed=seed)
+    save_report(report, path)
+    print(report_table(report))
     return 0
 
 # %% ../nbs/64_cli.ipynb #e279e94d
@@ -555,7 +565,9 @@ def _add_check(commands: Any) -> None:
 
 def _add_world(commands: Any) -> None:
     parser = commands.add_parser("world", help="write drawn scenes with exact masks, to train and test on", description=world_command.__doc__)
-    parser.add_argument("--out", required=True, metavar="DIR", help="a new folder")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--out", metavar="DIR", help="a new folder for the scenes")
+    target.add_argument("--measure", metavar="JSON", help="instead, measure world and model on 500 test scenes into this file (about ten minutes)")
     for split, count in (("train", 2000), ("val", 500), ("test", 500)):
         parser.add_argument(f"--{split}", type=_count, default=count, metavar="N", help=f"scenes in {split} (default: {count})")
     parser.add_argument("--seed", type=_count, default=0, metavar="N", help="other numbers give other scenes (default: 0)")

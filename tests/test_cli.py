@@ -231,3 +231,20 @@ def test_the_demo_makes_everything_that_it_announces(tmp_path: Path, capsys: pyt
     announced = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  demo/")]
     assert len(announced) >= 4
     assert all((tmp_path / name).exists() for name in announced)
+
+
+def test_world_measures_instead_of_drawing_when_asked(tmp_path, monkeypatch, capsys):
+    import json
+
+    from freqseg import world_report
+    from freqseg.files import shipped
+    known = json.loads(shipped("world_report.json").read_text())
+    monkeypatch.setattr(world_report, "measure_world", lambda backbone, seed: {**known, "seed": seed})
+    assert main(["world", "--measure", str(tmp_path/"r.json"), "--seed", "3"]) == 0
+    assert json.loads((tmp_path/"r.json").read_text())["seed"] == 3
+    assert "same-class AUC" in capsys.readouterr().out
+
+
+def test_world_either_draws_or_measures(tmp_path, capsys):
+    with pytest.raises(SystemExit): main(["world", "--out", str(tmp_path/"w"), "--measure", str(tmp_path/"r.json")])
+    assert "not allowed with" in capsys.readouterr().err
