@@ -96,7 +96,7 @@ def symmetrise(
     affinity: Tensor,            # (B, N, N) positive
     method: str = "sinkhorn",    # "sinkhorn" to a tolerance (DFA), "weclip" three rounds and squared, "average" no scaling
     tolerance: float = 1e-4,     # of row and column sums, for "sinkhorn"
-    iterations: int = 100,       # most rounds of "sinkhorn"
+    iterations: int = 1000,      # most rounds of "sinkhorn"; sharp affinities need some hundred
     gradient: str = "unroll",    # through Sinkhorn: "unroll" or "implicit"
 ) -> Tensor:                     # (B, N, N) symmetric
     """(Norm(A) + Norm(A)^T) / 2 with a Sinkhorn normalisation. Rows and columns of the result sum to 1.

@@ -8,7 +8,7 @@ __all__ = ['FILLERS', 'SINGULAR', 'VOCABULARY', 'MEAN', 'STD', 'STAGES', 'phrase
            'attention_distillation', 'Stage', 'learning_rate', 'optimisers', 'WorldClipTrainer', 'train_step',
            'save_state', 'load_state', 'train_world_clip', 'ship_world_clip']
 
-# %% ../nbs/16_world_clip.ipynb #e7b1e987
+# %% ../nbs/16_world_clip.ipynb #47d0231a
 import functools, json, math, re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,7 @@ from .clip import (WorldTokenizer, attention_weights, build_world_clip, feed_for
 from .files import InputError, atomic_write, sha256
 from .world import HUES, WORLD_BACKGROUNDS, WORLD_CLASSES, World, plural
 
-# %% ../nbs/16_world_clip.ipynb #8b18ca16
+# %% ../nbs/16_world_clip.ipynb #b9a25f73
 FILLERS = ("a", "an", "and", "clean", "drawing", "in", "large", "of", "on", "origami", "photo", "picture", "see", "small", "the", "two", "we", "with")
 SINGULAR = {plural(name): name for name in WORLD_CLASSES}
 VOCABULARY = tuple(sorted({*FILLERS, *WORLD_CLASSES, *SINGULAR, *HUES, *WORLD_BACKGROUNDS}))
@@ -48,7 +48,7 @@ def true_of(texts: Tensor, captions: Tensor) -> Tensor:
     "Is each text (T, V) true of each picture with this caption (B, V)? Gives (B, T) of 0 and 1."
     return ((1 - captions) @ texts.T == 0).float()
 
-# %% ../nbs/16_world_clip.ipynb #041d4773
+# %% ../nbs/16_world_clip.ipynb #bd47505a
 @dataclass(frozen=True)
 class SceneCache:
     "Scenes drawn once: pictures (n, H, W, 3) uint8, memory-mapped, and their captions."
@@ -98,7 +98,7 @@ def _draw_all(world: World, path: Path, count: int, workers: int|None, piece: in
     try: return [caption for part in bar(pool.map(_draw_range, jobs)) for caption in part]
     finally: pool.shutdown(cancel_futures=True)
 
-# %% ../nbs/16_world_clip.ipynb #cef13947
+# %% ../nbs/16_world_clip.ipynb #4f00b5f9
 MEAN, STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)  # OpenAI's, so that one preprocessing serves all
 
 def view(
@@ -118,7 +118,7 @@ def view(
     x[flipped] = x[flipped].flip(-1)
     return (x/255 - torch.tensor(MEAN)[:, None, None])/torch.tensor(STD)[:, None, None]
 
-# %% ../nbs/16_world_clip.ipynb #298706af
+# %% ../nbs/16_world_clip.ipynb #73ffd8f4
 def world_config(width: int = 128, layers: int = 6, side: int = 112, head_width: int = 32) -> dict:
     "open_clip configuration of the world's CLIP."
     text = dict(context_length=24, vocab_size=len(VOCABULARY) + 3, width=128, heads=4, layers=3)
@@ -137,7 +137,7 @@ def new_world_clip(config: dict, seed: int = 0) -> nn.Module:
             weight[width:2*width] = weight[:width]
     return model
 
-# %% ../nbs/16_world_clip.ipynb #501f746c
+# %% ../nbs/16_world_clip.ipynb #498bd8f3
 def keep_patches(tokens: Tensor, share: float) -> Tensor:
     "A random `share` of the patch tokens (B, N, D) of each picture; the same number for all."
     if share >= 1: return tokens
@@ -167,7 +167,7 @@ def train_forward(
         if index == early_block: early = x
     return x, found, early
 
-# %% ../nbs/16_world_clip.ipynb #36631e73
+# %% ../nbs/16_world_clip.ipynb #a272af2b
 def caption_loss(
     embeddings: Tensor,  # (B, E) of the pictures
     texts: Tensor,       # (T, E) of the texts
@@ -195,7 +195,7 @@ def attention_distillation(
         losses.append((target*(target.clamp_min(1e-8).log() - share.clamp_min(1e-8).log())).sum(-1).mean())
     return torch.stack(losses).mean()
 
-# %% ../nbs/16_world_clip.ipynb #1f9d7e8a
+# %% ../nbs/16_world_clip.ipynb #7112ae64
 @dataclass(frozen=True)
 class Stage:
     "A stretch of the training."
@@ -222,7 +222,7 @@ def optimisers(model: nn.Module) -> list[torch.optim.Optimizer]:
     return [torch.optim.Muon(matrices, lr=2e-3, weight_decay=.05, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(groups, lr=2e-3, betas=(.9, .98))]
 
-# %% ../nbs/16_world_clip.ipynb #6311d639
+# %% ../nbs/16_world_clip.ipynb #963b3b35
 @dataclass
 class WorldClipTrainer:
     "Everything one step needs. Made by `world_clip_trainer`."
@@ -254,7 +254,7 @@ class WorldClipTrainer:
         words = torch.cat([content_words(whole), self.bank_words[drawn]])
         return self.tokenizer(whole + [self.bank[i] for i in drawn]), true_of(words, content_words(captions))
 
-# %% ../nbs/16_world_clip.ipynb #4f5441a2
+# %% ../nbs/16_world_clip.ipynb #0a3509d8
 def train_step(trainer: WorldClipTrainer) -> dict[str, float]:
     "One step of both losses; gives their values. The trainer's step number is advanced."
     self, stage, device = trainer, trainer.stage, trainer.model.logit_scale.device
@@ -287,7 +287,7 @@ def _descend(trainer: WorldClipTrainer, loss: Tensor) -> None:
     trainer.model.logit_scale.data.clamp_(0, math.log(60))
     trainer.step += 1
 
-# %% ../nbs/16_world_clip.ipynb #77a702f5
+# %% ../nbs/16_world_clip.ipynb #9c5bb66a
 def save_state(trainer: WorldClipTrainer, path: Path) -> None:
     "Write everything that a continued run needs, whole or not at all."
     state = dict(model=trainer.model.state_dict(), optimisers=[o.state_dict() for o in trainer.optimisers], step=trainer.step, steps=trainer.steps)
@@ -304,7 +304,7 @@ def load_state(trainer: WorldClipTrainer, path: Path) -> None:
 
 def train_world_clip(
     out: str|Path,                 # folder for the scene cache and the checkpoint
-    steps: int = 4400,             # of `batch` pictures
+    steps: int = 4000,             # of `batch` pictures
     batch: int = 64,
     scenes: int = 60_000,          # drawn once, seen several times
     width: int = 128,
@@ -315,7 +315,7 @@ def train_world_clip(
 ) -> tuple[WorldClipTrainer, list[dict]]:
     """Train, or continue the training in `out`. Gives the trainer and a log of the smoothed losses every 25 steps.
 
-    4,400 steps take about 70 minutes on two CPU cores that has bf16 instructions."""
+    4,000 steps take about 70 minutes on two CPU cores that has bf16 instructions."""
     from tqdm import tqdm
     out, config = Path(out), world_config(width)
     counts = dict(easy=max(batch, scenes//8), medium=max(batch, scenes))
@@ -338,7 +338,7 @@ def train_world_clip(
 def _read_log(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-# %% ../nbs/16_world_clip.ipynb #8d538f3f
+# %% ../nbs/16_world_clip.ipynb #acea20c1
 def ship_world_clip(trainer: WorldClipTrainer, path: str|Path, attention_source: str = "attention") -> str:
     """Write the trained model as fp16 safetensors to `path` and its SHA-256 beside it; gives the SHA-256.
 

@@ -234,8 +234,6 @@ def test_the_demo_makes_everything_that_it_announces(tmp_path: Path, capsys: pyt
 
 
 def test_world_measures_instead_of_drawing_when_asked(tmp_path, monkeypatch, capsys):
-    import json
-
     from freqseg import world_report
     from freqseg.files import shipped
     known = json.loads(shipped("world_report.json").read_text())
