@@ -10,7 +10,7 @@ __all__ = ['Array', 'Distance', 'HUES', 'KINDS', 'WORLD_CLASSES', 'TEXTURES', 'C
            'butterfly', 'comb', 'Kind', 'paint', 'noise_bank', 'noise', 'Ground', 'Difficulty', 'Scene', 'plural',
            'compose', 'World', 'write_world']
 
-# %% ../nbs/12_world.ipynb #090af0bb
+# %% ../nbs/12_world.ipynb #683e75d2
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ import numpy as np
 
 from .files import InputError, atomic_write
 
-# %% ../nbs/12_world.ipynb #41100b0a
+# %% ../nbs/12_world.ipynb #a8f29905
 Array = np.ndarray
 Distance = Callable[[Array, Array], Array]  # local coordinates (h, w), (h, w) -> signed distance (h, w), negative inside
 
@@ -82,7 +82,7 @@ def repeat(t: Array, step: float, count: int) -> Array:
     cell = np.clip(np.rint(t*np.float32(1/step)), -count, count)
     return t - cell*np.float32(step)
 
-# %% ../nbs/12_world.ipynb #122ff0ac
+# %% ../nbs/12_world.ipynb #36d2e42c
 def ring(x, y): return np.abs(disc(x, y, .68)) - np.float32(.24)
 
 def star(x, y): return union(disc(x, y, .42), around(x, y, 5, lambda u, v: spike(u, v, .15, .36, 1.)))
@@ -167,7 +167,7 @@ def comb(x, y):
     teeth = np.maximum(box(repeat(x, .3, 3), y - np.float32(.25), .088, .5), np.abs(x) - np.float32(.99))
     return union(box(x, y + np.float32(.42), 1., .26), teeth)
 
-# %% ../nbs/12_world.ipynb #d56955dc
+# %% ../nbs/12_world.ipynb #88446129
 @dataclass(frozen=True)
 class Kind:
     "A foreground class: its silhouette, its typical look, and the cut `a*x + b*y > c` that its discriminative part lies behind."
@@ -194,7 +194,7 @@ KINDS = (
     Kind("butterfly", butterfly, "spotted", "purple", (1, 0, .05)), Kind("comb", comb, "checked", "pink", (0, -1, .05)))
 WORLD_CLASSES = tuple(kind.name for kind in KINDS)
 
-# %% ../nbs/12_world.ipynb #2cb061d1
+# %% ../nbs/12_world.ipynb #f4999097
 def _stripes(u: Array, v: Array) -> Array: return (wave(v) > 0).astype(np.float32)
 def _checks(u: Array, v: Array) -> Array: return ((wave(u) > 0) ^ (wave(v) > 0)).astype(np.float32)
 def _spots(u: Array, v: Array) -> Array: return (disc(repeat(u, 1, 99), repeat(v, 1, 99), .32) < 0).astype(np.float32)
@@ -210,7 +210,7 @@ def paint(texture: str, colour: tuple[float, float, float], u: Array, v: Array, 
     tone = np.float32(.38) + np.float32(.62)*pattern
     return np.asarray(colour, np.float32)[:, None, None]*tone
 
-# %% ../nbs/12_world.ipynb #6ac78366
+# %% ../nbs/12_world.ipynb #c8bb1571
 BANK, BANK_SIZE = 8, 512
 
 def _octave(rng: np.random.Generator, cells: int) -> Array:
@@ -237,7 +237,7 @@ def noise(rng: np.random.Generator, size: int, coarse: float = 1.) -> Array:
     plane = noise_bank()[int(rng.random()*BANK)]
     return plane[np.ix_((oy + step) % BANK_SIZE, (ox + step) % BANK_SIZE)]
 
-# %% ../nbs/12_world.ipynb #89267929
+# %% ../nbs/12_world.ipynb #8734c4ab
 @dataclass(frozen=True)
 class Ground:
     "A nameable background: two colours mixed by a pattern over (noise, x, y), all (h, w) with x, y in [0, 1]."
@@ -274,7 +274,7 @@ GROUNDS = (
     Ground("forest", (.05, .14, .07), (.3, .45, .18), _canopy), Ground("fog", (.6, .6, .62), (.88, .88, .9), _layers))
 WORLD_BACKGROUNDS = tuple(ground.name for ground in GROUNDS)
 
-# %% ../nbs/12_world.ipynb #10fc8e88
+# %% ../nbs/12_world.ipynb #bc54d0e0
 @dataclass(frozen=True)
 class Difficulty:
     "The knobs of the world; probabilities unless said otherwise."
@@ -294,7 +294,7 @@ DIFFICULTIES = dict(
     medium=Difficulty(.85, .7, .75, .5, .5, .3, 2., (.45, .35, .2), (.03, .4)),
     hard=Difficulty(.65, .9, .9, .6, .4, .2, 4., (.25, .4, .35), (.02, .25)))
 
-# %% ../nbs/12_world.ipynb #4fd74319
+# %% ../nbs/12_world.ipynb #a821d08f
 @dataclass(frozen=True)
 class Scene:
     "One picture of the world."
@@ -324,7 +324,7 @@ def _tint(rng: np.random.Generator, colour: tuple, amount: float = .08) -> tuple
     "The colour, a little off."
     return tuple(min(1., max(0., c + amount*(2*rng.random() - 1))) for c in colour)
 
-# %% ../nbs/12_world.ipynb #86de7809
+# %% ../nbs/12_world.ipynb #cd2b45dc
 @lru_cache(1)
 def _silhouette_areas() -> tuple[float, ...]:
     "Area of every class's silhouette in local units squared."
@@ -368,7 +368,7 @@ def _place(rng: np.random.Generator, index: int, size: int, knobs: Difficulty) -
     look, hue = _look(rng, KINDS[index], knobs)
     return _Instance(index, place, KINDS[index].distance(u, v)*np.float32(scale*size), u, v, look, hue)
 
-# %% ../nbs/12_world.ipynb #13d62089
+# %% ../nbs/12_world.ipynb #c65d9d89
 def _choose(rng: np.random.Generator, knobs: Difficulty) -> list[int]:
     "Class indices of a picture's instances, top-most first: 1-3 distinct classes, each once or, sometimes, twice."
     draw, wanted = rng.random(), 1
@@ -398,7 +398,7 @@ def _void_border(labels: Array) -> Array:
     edge[1:] |= down; edge[:-1] |= down
     return np.where(edge, np.uint8(255), labels)
 
-# %% ../nbs/12_world.ipynb #c04b4113
+# %% ../nbs/12_world.ipynb #8792926a
 def _background(rng: np.random.Generator, size: int, ground: Ground|None) -> Array:
     "Colour planes (3, size, size) of a named ground, or of nameless 1/f noise under a gradient."
     n = noise(rng, size, _between(rng, 1., 3.))
@@ -450,7 +450,7 @@ def _distract(rng: np.random.Generator, canvas: Array, knobs: Difficulty) -> Non
         distance = _pick(rng, _NAMELESS)(u, v)*np.float32(canvas.shape[1]*.12)
         _blend(canvas, place, paint(texture, _tint(rng, colour), u, v, _between(rng, 2.2, 3.4)), distance)
 
-# %% ../nbs/12_world.ipynb #b658a7a8
+# %% ../nbs/12_world.ipynb #5ab54a38
 _OPENINGS = ("a picture of", "a photo of", "", "a drawing of", "we see")
 _PLURALS = dict(fish="fish", key="keys", butterfly="butterflies", mug="mugs")
 
@@ -475,7 +475,7 @@ def _caption(rng: np.random.Generator, instances: list[_Instance], ground: str|N
     place = f" on {ground}" if ground and _coin(rng, knobs.mention) else ""
     return f"{_pick(rng, _OPENINGS)} {body}{place}".strip()
 
-# %% ../nbs/12_world.ipynb #883c17ef
+# %% ../nbs/12_world.ipynb #52849024
 def _ground(rng: np.random.Generator, chosen: list[int], knobs: Difficulty) -> Ground|None:
     "The habitat of the main class, some named ground, or None."
     habitat = KINDS[chosen[0]].habitat
@@ -497,7 +497,7 @@ def compose(rng: np.random.Generator, size: int, knobs: Difficulty, first: int|N
     return Scene(np.ascontiguousarray(image), _void_border(labels), _caption(rng, instances, ground.name if ground else None, knobs),
                  tuple(WORLD_CLASSES[k] for k in present), ground.name if ground else None)
 
-# %% ../nbs/12_world.ipynb #a8803a20
+# %% ../nbs/12_world.ipynb #15064fac
 SPLITS = ("train", "val", "test")
 
 class World:
@@ -518,7 +518,7 @@ class World:
         rng = np.random.Generator(np.random.PCG64([self.seed, SPLITS.index(self.split), index]))
         return compose(rng, self.size, self.difficulty)
 
-# %% ../nbs/12_world.ipynb #0b345fcf
+# %% ../nbs/12_world.ipynb #a1f0ed95
 def _write_scene(job: tuple[World, int, str, str]) -> tuple[str, tuple[str, ...], str]:
     "Write the picture and mask of one scene; gives its id, classes and caption."
     from pathlib import Path
@@ -530,7 +530,7 @@ def _write_scene(job: tuple[World, int, str, str]) -> tuple[str, tuple[str, ...]
     write_mask(Path(folder)/"SegmentationClass"/f"{name}.png", scene.mask)
     return name, scene.classes, scene.caption
 
-# %% ../nbs/12_world.ipynb #1c49d9b7
+# %% ../nbs/12_world.ipynb #7d5f0ef2
 def write_world(
     folder: str,                   # made when missing; must be empty otherwise
     train: int = 2000, val: int = 500, test: int = 500,  # scenes per split
