@@ -304,6 +304,8 @@ def _quietly(work: Callable[[], Any], results: list[Any]) -> None:
 def interruptible(work: Callable[[], Any]) -> Any:
     "What `work` returns or raises. On Ctrl-C the processes that it started are ended and `KeyboardInterrupt` is raised, nothing is printed."
     import ctypes, multiprocessing
+    # Processes that are ended leave semaphores to Python's resource tracker, which would complain of each after the message.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     results: list[Any] = []
     thread = threading.Thread(target=_quietly, args=(work, results), daemon=True)
     thread.start()
