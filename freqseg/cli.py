@@ -312,7 +312,7 @@ def interruptible(work: Callable[[], Any]) -> Any:
     try:
         while thread.is_alive(): thread.join(0.1)
     except KeyboardInterrupt:
-        for process in multiprocessing.active_children(): process.terminate()
+        for process in multiprocessing.active_children(): process.kill()
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(KeyboardInterrupt))
         thread.join(10)
         raise

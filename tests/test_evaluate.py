@@ -119,10 +119,11 @@ def test_the_second_count_agrees_with_the_sweep(variant: str, mixed: Segmentatio
 
 @pytest.mark.parametrize("batch", [1, 2, 7])
 def test_the_table_does_not_depend_on_the_batching(batch: int, mixed: SegmentationFolder, backbone: Backbone) -> None:
-    reference, other = (evaluate_seeds(mixed, backbone, FEW, batch=size, **QUICK) for size in (3, batch))
+    apart = (0.2, 0.4, 0.6)   # neighbouring thresholds can tie, and rounding would choose between them
+    reference, other = (evaluate_seeds(mixed, backbone, FEW, batch=size, thresholds=apart, **QUICK) for size in (3, batch))
     for name in FEW:
-        assert other[name].threshold == pytest.approx(reference[name].threshold, abs=0.021)   # near ties may fall to a neighbour
-        assert other[name].miou == pytest.approx(reference[name].miou, abs=5e-3)
+        assert other[name].threshold == reference[name].threshold
+        assert tuple(other[name].miou) == pytest.approx(tuple(reference[name].miou), abs=5e-3)
 
 
 def test_a_subset_of_methods_gives_the_same_rows(dataset: SegmentationFolder, backbone: Backbone, table: SeedTable) -> None:
