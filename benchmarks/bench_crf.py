@@ -44,7 +44,8 @@ def finish_times(results: Iterator[np.ndarray]) -> list[float]:
 @pytest.mark.parametrize("workers", sorted({1, CORES}))
 def test_dense_crf(benchmark, workers: int) -> None:
     images, scores = cases(2 * workers)
-    benchmark.pedantic(lambda: list(dense_crf(images, scores, workers=workers, labels=True, progress=False)), rounds=1)
+    labels = benchmark.pedantic(lambda: list(dense_crf(images, scores, workers=workers, labels=True, progress=False)), rounds=1)
+    assert np.array_equal(labels[0], crf_image(images[0], scores[0], labels=True))
 
 
 def processor_seconds() -> float:

@@ -80,13 +80,15 @@ def test_transport_with_gradient(benchmark, gradient: str) -> None:
     score, share = problems()
     score.requires_grad_()
     benchmark.pedantic(lambda: sinkhorn(score / 0.1, col=share, gradient=gradient).plan.square().sum().backward(), rounds=5)
+    assert score.grad.isfinite().all() and score.grad.any()
 
 
 @pytest.mark.parametrize("symmetric", [None, "average", "scaling"])
 def test_doubly_stochastic(benchmark, symmetric: str | None) -> None:
     benchmark.group = "8 affinities of 400 x 400"
     affinity = torch.softmax(2 * torch.randn(8, PATCHES, PATCHES), -1)
-    benchmark.pedantic(doubly_stochastic, (affinity,), dict(symmetric=symmetric), rounds=5)
+    scaled = benchmark.pedantic(doubly_stochastic, (affinity,), dict(symmetric=symmetric), rounds=5)
+    assert (scaled.sum(-1) - 1).abs().max() < 1e-3
 
 
 def alternating_medians(calls: dict[str, Callable[[], object]], rounds: int = 5) -> dict[str, float]:

@@ -45,12 +45,15 @@ def round_trip(transform: Callable[[Tensor, str], Tensor], wavelet: str) -> Call
 def test_round_trip(benchmark, name: str, wavelet: str) -> None:
     benchmark.group = wavelet
     benchmark.pedantic(round_trip(PEERS[name], wavelet), rounds=7, warmup_rounds=1)
+    x = torch.randn(SHAPE)
+    assert torch.allclose(PEERS[name](x, wavelet)[..., : SHAPE[-2], : SHAPE[-1]], x, atol=1e-4)
 
 
 @pytest.mark.parametrize("levels", (1, 2))
 def test_wavelet_convolution(benchmark, levels: int) -> None:
     block, x = WaveletConv2d(SHAPE[1], levels=levels), torch.randn(SHAPE)
     benchmark.pedantic(lambda: block(x).sum().backward(), rounds=5, warmup_rounds=1)
+    assert all(weight.grad is not None for weight in block.parameters() if weight.requires_grad)
 
 
 def alternating_medians(steps: dict[str, Callable[[], None]], rounds: int = 9) -> dict[str, float]:

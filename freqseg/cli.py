@@ -348,12 +348,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
     finally: shutil.rmtree(partial, ignore_errors=True)
 
 def make_world(out: Path, **options: Any) -> Path:
-    "Write a world of scenes to the folder `out`, all of it or nothing; no list for a split without scenes. Options are those of `write_world`."
-    from freqseg.world import SPLITS, write_world
-    with whole_folder(out) as partial:
-        interruptible(lambda: write_world(str(partial), **options))
-        for split in SPLITS:
-            if options.get(split) == 0: (partial/"ImageSets"/"Segmentation"/f"{split}.txt").unlink()
+    "Write a world of scenes to the folder `out`, all of it or nothing. Options are those of `write_world`."
+    from freqseg.world import write_world
+    with whole_folder(out) as partial: interruptible(lambda: write_world(str(partial), **options))
     return out
 
 def world_command(args: argparse.Namespace) -> int:

@@ -49,7 +49,9 @@ def atomic_write(path: str|Path) -> Iterator[Path]:
     try:
         yield partial
         _publish(partial, path)
-    except OSError as error: raise (_cannot_write(path, error) if _is_disk_fault(error) else error) from error
+    except OSError as error:
+        if not _is_disk_fault(error): raise
+        raise _cannot_write(path, error) from error
     finally: partial.unlink(missing_ok=True)
 
 # %% ../nbs/08_files.ipynb #b6f2f737

@@ -12,7 +12,7 @@ __all__ = ['Array', 'Distance', 'HUES', 'KINDS', 'WORLD_CLASSES', 'TEXTURES', 'C
 
 # %% ../nbs/12_world.ipynb #683e75d2
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -114,6 +114,7 @@ def mushroom(x, y):
     cap = np.maximum(ellipse(x, y + np.float32(.05), .92, .85), y - np.float32(.02))
     return union(cap, box(x, y - np.float32(.42), .24, .45))
 
+# %% ../nbs/12_world.ipynb #0092fa44
 def umbrella(x, y):
     canopy = np.maximum(disc(x, y - np.float32(.05), .98), y - np.float32(.05))
     scallops = disc(repeat(x, .65, 1), y - np.float32(.12), .3)
@@ -540,7 +541,7 @@ def write_world(
     workers: int|None = None,      # processes; None = one per core
 ) -> None:
     """Write a world to disk in VOC layout: pictures as PNG (no JPEG blocks, whose frequencies would be measured with the picture's),
-    palette masks, `classes.txt`, `labels.txt`, `captions.txt` and one id list per split.
+    palette masks, `classes.txt`, `labels.txt`, `captions.txt` and an id list for each split that has scenes.
 
     Raises `InputError` for a folder that is not empty, or cannot be written. Lists are written last: a folder without them is incomplete."""
     from pathlib import Path
@@ -570,6 +571,7 @@ def _write_lists(folder: "Path", rows: list[tuple[str, tuple[str, ...], str]]) -
     write_labels(folder/"labels.txt", [name for name, *_ in rows], present, WORLD_CLASSES)
     texts = {"classes.txt": WORLD_CLASSES, "captions.txt": [f"{name}\t{caption}" for name, _, caption in rows]}
     for split in SPLITS:
-        texts[f"ImageSets/Segmentation/{split}.txt"] = [name for name, *_ in rows if name.startswith(split)]
+        ids = [name for name, *_ in rows if name.startswith(split)]
+        if ids: texts[f"ImageSets/Segmentation/{split}.txt"] = ids
     for name, lines in texts.items():
         with atomic_write(folder/name) as partial: partial.write_text("\n".join(lines) + "\n")
