@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['PICTURES', 'MOST_TOKENS', 'LARGE', 'WORLD_MU', 'EXPLORE', 'class_list', 'picture_files', 'output_names',
-           'fitted_size', 'open_backbone', 'model_title', 'Vocabulary', 'vocabulary', 'Prompts', 'embed_prompts',
-           'Opened', 'CamJob', 'class_scores', 'explain_batch', 'cam_settings', 'panel_titles', 'method_list',
-           'cam_command', 'longest_side', 'interruptible', 'check_command', 'whole_folder', 'make_world',
-           'world_command', 'run_command', 'scenes_on_disk', 'aligned', 'score_seeds', 'seeds_command', 'demo_command',
-           'build_parser', 'main']
+           'fitted_size', 'open_backbone', 'model_title', 'cam_prompts', 'Opened', 'CamJob', 'class_scores',
+           'explain_batch', 'cam_settings', 'panel_titles', 'method_list', 'cam_command', 'longest_side',
+           'interruptible', 'check_command', 'whole_folder', 'make_world', 'world_command', 'run_command',
+           'scenes_on_disk', 'aligned', 'score_seeds', 'seeds_command', 'demo_command', 'build_parser', 'main']
 
 # %% ../nbs/64_cli.ipynb #d805d7c6
 import argparse, difflib, glob, os, signal, sys, threading
@@ -108,55 +107,14 @@ def model_title(model: str, pretrained: str) -> str:
     return f"{model}, random weights" if pretrained == "none" else f"{model}, {Path(pretrained).stem}"
 
 # %% ../nbs/64_cli.ipynb #56319bae
-class Vocabulary(NamedTuple):
-    "What the text encoder is asked: prompts of the classes and of the background they compete with."
-    templates: tuple[str, ...]
-    aliases: dict[str, str]
-    background: tuple[str, ...]
-    background_templates: tuple[str, ...]
+def cam_prompts(backbone: "Backbone", classes: Sequence[str], background: str|None = None) -> "Prompts":
+    """Embedded prompts of the classes and of what they compete with.
 
-def vocabulary(backbone: "Backbone", classes: Sequence[str], background: str|None = None) -> Vocabulary:
-    """Prompts for a backbone: WeCLIP's for a CLIP, its own for the world model. A class is never its own background.
-
-    `background` is a comma-separated text, "none" for no background, None for the usual one. Raises `InputError` for a word that the world model never
-    saw, naming the nearest class."""
-    from freqseg.clip import WECLIP_TEMPLATE, WorldTokenizer
-    from freqseg.data import BACKGROUND_PROMPTS, VOC_PROMPT_ALIASES
-    drawn = isinstance(backbone.tokenizer, WorldTokenizer)
-    usual = _drawn_grounds(backbone, classes) if drawn else BACKGROUND_PROMPTS
-    wanted = usual if background is None else [] if background == "none" else class_list(background)
-    if drawn: _require_drawn(backbone, [*classes, *wanted])
-    rest = tuple(name for name in wanted if name not in classes)
-    if drawn: return Vocabulary(("a picture of a {}",), {}, rest, ("{}",))
-    return Vocabulary((WECLIP_TEMPLATE,), dict(VOC_PROMPT_ALIASES), rest, (WECLIP_TEMPLATE,))
-
-# %% ../nbs/64_cli.ipynb #659a3441
-def _drawn_grounds(backbone: "Backbone", classes: Sequence[str]) -> tuple[str, ...]:
-    "The world's backgrounds that this model has a word for."
-    from freqseg.world import WORLD_BACKGROUNDS
-    return tuple(name for name in WORLD_BACKGROUNDS if name in backbone.tokenizer.ids)
-
-def _require_drawn(backbone: "Backbone", names: Sequence[str]) -> None:
-    "Raise `InputError` for a name with a word that the world model never saw."
-    from freqseg.data import unknown_name
-    from freqseg.world import WORLD_BACKGROUNDS, WORLD_CLASSES
-    known = backbone.tokenizer.ids
-    for name in names:
-        words = backbone.tokenizer.words(name)
-        if words and all(word in known for word in words): continue
-        raise InputError(f"{unknown_name(name, [*WORLD_CLASSES, *WORLD_BACKGROUNDS])} The world model knows drawn things only: {', '.join(WORLD_CLASSES)}.")
-
-# %% ../nbs/64_cli.ipynb #cd6814a7
-class Prompts(NamedTuple):
-    "Embedded prompts: classes (K, E) and background (Kb, E) or None, unit norm."
-    text: "Tensor"
-    background: "Tensor|None"
-
-def embed_prompts(backbone: "Backbone", classes: Sequence[str], background: str|None = None) -> Prompts:
-    "The prompts of `vocabulary`, embedded. Raises `InputError` as that does."
-    words = vocabulary(backbone, classes, background)
-    text = backbone.encode_text(classes, words.templates, words.aliases)
-    return Prompts(text, backbone.encode_text(words.background, words.background_templates) if words.background else None)
+    `background` is a comma-separated text, "none" for no background, None for the usual one. Raises `InputError` for a word that the
+    world model never saw, naming the nearest class."""
+    from freqseg.prompts import embed_wording, usual_wording
+    wanted = None if background is None else () if background == "none" else class_list(background)
+    return embed_wording(backbone, usual_wording(backbone, classes, wanted))
 
 # %% ../nbs/64_cli.ipynb #4400eb3e
 class Opened(NamedTuple):
@@ -198,7 +156,7 @@ def _batches(pictures: Iterator[Opened], most: int) -> Iterator[list[Opened]]:
 class CamJob(NamedTuple):
     "Everything that is the same for all pictures of one `freqseg cam`."
     backbone: "Backbone"
-    prompts: Prompts
+    prompts: "Prompts"
     classes: Sequence[str]
     methods: Sequence[str]
     settings: "CamSettings"
@@ -248,6 +206,7 @@ def cam_settings(backbone: "Backbone", mu: float|None = None) -> "CamSettings":
     "The settings for a backbone: the cut-off `mu`, by default 0.4 (FFR), for the world model 0.12."
     from freqseg.clip import WorldTokenizer
     from freqseg.frequency_cam import CamSettings
+    from freqseg.prompts import Prompts
     if mu is None and isinstance(backbone.tokenizer, WorldTokenizer): mu = WORLD_MU
     return CamSettings() if mu is None else CamSettings(mu=mu)
 
@@ -272,7 +231,7 @@ def _cam_job(args: argparse.Namespace) -> CamJob:
     "The model, the prompts and the settings that the options name."
     methods, classes = method_list(args.method), class_list(args.classes)
     backbone = open_backbone(args.model, args.pretrained, args.device)
-    prompts = embed_prompts(backbone, classes, args.background)
+    prompts = cam_prompts(backbone, classes, args.background)
     return CamJob(backbone, prompts, classes, methods, cam_settings(backbone, args.mu), model_title(args.model, args.pretrained), Path(args.out))
 
 def cam_command(args: argparse.Namespace) -> int:
@@ -418,14 +377,11 @@ def _seeds_data(args: argparse.Namespace) -> tuple[Any, str|None]:
 
 def score_seeds(args: argparse.Namespace, dataset: Any, tune: str|None, **options: Any) -> Any:
     "The table of `evaluate_seeds` for the model and methods that the options name; options are more of that function's."
-    from freqseg.clip import WECLIP_TEMPLATE, WorldTokenizer
     from freqseg.evaluate import evaluate_seeds
     backbone = open_backbone(args.model, args.pretrained, args.device)
-    drawn = isinstance(backbone.tokenizer, WorldTokenizer)
-    if drawn: _require_drawn(backbone, dataset.classes)
     return evaluate_seeds(dataset, backbone, method_list(args.methods), cam_settings(backbone, args.mu), size=args.size, batch=args.batch,
-                          limit=args.limit, threshold_split=tune, templates=("a picture of a {}",) if drawn else (WECLIP_TEMPLATE,),
-                          progress=sys.stderr.isatty(), pretrained=None if args.pretrained == "none" else args.pretrained, **options)
+                          limit=args.limit, threshold_split=tune, progress=sys.stderr.isatty(),
+                          pretrained=None if args.pretrained == "none" else args.pretrained, **options)
 
 def seeds_command(args: argparse.Namespace) -> int:
     "Score every kind of map over a data set with masks: mIoU and boundary IoU with intervals, as a table and a chart."
@@ -452,7 +408,7 @@ def _demo_maps(job: CamJob, dataset: Any, count: int) -> dict[str, dict[str, Any
     for index in range(min(count, len(dataset))):
         sample = dataset[index]
         classes = [name for name, there in zip(dataset.classes, sample.labels) if there]
-        own = job._replace(classes=classes, prompts=embed_prompts(job.backbone, classes))
+        own = job._replace(classes=classes, prompts=cam_prompts(job.backbone, classes))
         cams = explain_batch(own, [Opened(sample.id, sample.image, fitted_size(sample.image.size, longest_side(job.backbone), job.backbone.patch_size))])
         strongest = {titles[method]: overlay(sample.image, cam[0].amax(0)) for method, cam in cams.items()}
         rows[f"{index}: {', '.join(classes)}"] = {"picture": sample.image, "mask": paint_mask(sample.mask, sample.image), **strongest}
@@ -495,7 +451,7 @@ def demo_command(args: argparse.Namespace) -> int:
     with _step(2, f"scoring every kind of map on {args.scenes} scenes (thresholds from {args.scenes} others)"): told = _demo_scores(args, dataset, out)
     with _step(3, "looking at some of them"):
         backbone = open_backbone("world", "openai")
-        job = CamJob(backbone, embed_prompts(backbone, dataset.classes), dataset.classes, method_list("all"), cam_settings(backbone), "world CLIP", out/"cams")
+        job = CamJob(backbone, cam_prompts(backbone, dataset.classes), dataset.classes, method_list("all"), cam_settings(backbone), "world CLIP", out/"cams")
         told += [f"  {out/'cams'}  a picture and the arrays of every map, for single scenes"]
         rows = _demo_maps(job, dataset, 6)
         save_figure(gallery(list(rows.values()), list(rows), heading="The strongest class at every place, by every kind of map"), out/"gallery.png", dpi=110)

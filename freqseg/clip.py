@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WECLIP_TEMPLATE', 'split_qkv', 'attention_weights', 'merge_heads', 'feed_forward', 'resize_position_embedding',
            'nearest_multiple', 'pad_to_patch', 'Features', 'class_prompts', 'WorldTokenizer', 'Backbone',
-           'native_tower', 'read_weights', 'fit_weights', 'named_config', 'build_clip', 'build_world_clip', 'save_clip',
-           'read_metadata', 'check_sha256', 'fetch_published', 'load_clip']
+           'native_tower', 'merge_requests', 'read_weights', 'fit_weights', 'named_config', 'build_clip',
+           'build_world_clip', 'save_clip', 'read_metadata', 'check_sha256', 'fetch_published', 'load_clip']
 
 # %% ../nbs/14_clip.ipynb #529443ca
 import difflib, hashlib, json, pickle, re, zipfile
@@ -218,12 +218,13 @@ class Backbone(nn.Module):
         mean: Sequence[float] = OPENAI_DATASET_MEAN,
         std: Sequence[float] = OPENAI_DATASET_STD,
         position_resize: str = "bilinear",      # "bilinear" or "bicubic"
-        metadata: Mapping[str, Any]|None = None # what the weights file said about itself
+        metadata: Mapping[str, Any]|None = None, # what the weights file said about itself
+        recipe: Mapping[str, Any]|None = None,   # arguments of `load_clip` that give this backbone again
     ):
         super().__init__()
         visual = native_tower(model, name)
         self.model, self.name, self.tokenizer = model, name, tokenizer
-        self.position_resize, self.metadata = position_resize, dict(metadata or {})
+        self.position_resize, self.metadata, self.recipe = position_resize, dict(metadata or {}), dict(recipe or {})
         self.patch_size, self.native_grid = visual.patch_size[0], tuple(visual.grid_size)
         self.native_size = visual.image_size[0] if len(set(visual.image_size)) == 1 else tuple(visual.image_size)
         self.blocks = list(visual.transformer.resblocks)   # a plain list: the model owns them, and once is enough
@@ -418,6 +419,14 @@ def encode(self: Backbone,
         found.patch_embedding = self.project(x[:, 1:]).transpose(1, 2).unflatten(2, found.grid)
         found.cls_embedding = self.pool(x)
     return found
+
+# %% ../nbs/14_clip.ipynb #4bad556c
+def merge_requests(
+    *requests: Mapping[str, Any],   # arguments of `Backbone.encode`; what is not named is not wanted
+) -> dict[str, Any]:
+    "Arguments for one `Backbone.encode` that gives what each of the requests asks for."
+    blocks = {name: tuple(sorted({block for request in requests for block in request.get(name, ())})) for name in ("tokens", "attention", "qkv")}
+    return {**blocks, **{name: any(request.get(name, False) for request in requests) for name in ("per_head", "joint", "last_input")}}
 
 # %% ../nbs/14_clip.ipynb #9d2a094a
 @patch
@@ -639,7 +648,9 @@ def load_clip(
     unsafe or of another architecture, and for architectures whose image tower is not open_clip's own ViT."""
     if normalise not in ("clip", "imagenet"): raise InputError(f"normalise={normalise!r}: use 'clip' or 'imagenet'.")
     if position_resize not in ("bilinear", "bicubic"): raise InputError(f"position_resize={position_resize!r}: use 'bilinear' or 'bicubic'.")
-    settings: dict[str, Any] = {"position_resize": position_resize}
+    recipe = dict(name=str(name), pretrained=None if pretrained is None else str(pretrained), normalise=normalise,
+                  position_resize=position_resize, quick_gelu=quick_gelu, seed=seed)
+    settings: dict[str, Any] = {"position_resize": position_resize, "recipe": recipe}
     if normalise == "imagenet": settings |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
     if str(name) == "world":
         path = shipped("world_clip.safetensors")

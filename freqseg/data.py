@@ -632,6 +632,7 @@ class Sample:
     image: Image.Image | Tensor           # RGB picture; after a transform (3, H, W) float32 in [0, 1]
     mask: np.ndarray | Tensor | None      # (H, W) uint8, 255 = ignore; after a transform int64; None: not there or not wanted
     labels: Tensor | None                 # (K,) bool over the foreground classes, of the whole picture; None: no table
+    valid: Tensor | None = None           # (H, W) bool after a crop: False where it lies outside the picture; None: all inside
 
 # %% ../nbs/10_data.ipynb #6a0820df
 def _require_whole(listing: Listing, files: Sequence[str | None], what: str) -> None:
@@ -805,9 +806,11 @@ class TrainTransform:
             v2.RandomCrop(size, pad_if_needed=True, fill={tv_tensors.Mask: IGNORE, "others": 0})])
 
     def __call__(self, sample: Sample) -> Sample:
-        if sample.mask is None: return to_tensors(replace(sample, image=self.joint(sample.image)))
-        image, mask = self.joint(sample.image, tv_tensors.Mask(torch.from_numpy(sample.mask)))
-        return to_tensors(replace(sample, image=image, mask=mask))
+        inside = tv_tensors.Mask(torch.zeros(sample.image.height, sample.image.width, dtype=torch.uint8))
+        mask = inside if sample.mask is None else tv_tensors.Mask(torch.from_numpy(sample.mask))
+        image, mask, inside = self.joint(sample.image, mask, inside)
+        valid = inside.as_subclass(Tensor) != IGNORE
+        return to_tensors(replace(sample, image=image, mask=None if sample.mask is None else mask, valid=valid))
 
 # %% ../nbs/10_data.ipynb #a67756d0
 @dataclass(frozen=True, eq=False)
@@ -817,9 +820,11 @@ class Batch:
     images: Tensor            # (B, 3, H, W) float32 in [0, 1]
     masks: Tensor | None      # (B, H, W) int64, 255 = ignore; None: at least one sample has none
     labels: Tensor | None     # (B, K) bool; None: no label table
+    valid: Tensor | None = None   # (B, H, W) bool: False where a crop lies outside its picture; None: nothing is outside
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> "Batch":
-        return Batch(self.ids, *(value if value is None else move(value) for value in (self.images, self.masks, self.labels)))
+        parts = self.images, self.masks, self.labels, self.valid
+        return Batch(self.ids, *(value if value is None else move(value) for value in parts))
 
     def to(self, device: torch.device | str) -> "Batch":
         "The batch on another device."
@@ -837,7 +842,7 @@ def collate(
     if len(sizes) > 1:
         raise InputError(f"pictures of sizes {sorted(sizes)} do not stack. Crop them (`TrainTransform`) or use batch size 1.")
     return Batch(tuple(sample.id for sample in samples), *(_stack([getattr(sample, part) for sample in samples])
-                                                           for part in ("image", "mask", "labels")))
+                                                           for part in ("image", "mask", "labels", "valid")))
 
 def _stack(values: Sequence[Tensor | None]) -> Tensor | None:
     return None if any(value is None for value in values) else torch.stack(list(values))

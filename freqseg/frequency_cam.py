@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .affinity import (POSITIVE_FLOOR, SOURCES, affinity_request, box_mask, propagate, relations, symmetrise)
-from .cam import (background_score, cosine_map, grad_cam_evidence, normalise_cam, patch_embeddings, similarity_request)
-from .clip import Backbone, Features
+from .cam import (cosine_map, grad_cam_evidence, normalise_cam, patch_embeddings, similarity_request)
+from .clip import Backbone, Features, merge_requests
 from .files import InputError
-from .ot_cam import transport_cam
+from .ot_cam import class_scores, transport_cam
 from .spectra import invert_attention, split_bands
 
 # %% ../nbs/36_frequency_cam.ipynb #4c227467
@@ -106,9 +106,7 @@ def cam_request(backbone: Backbone, methods: Sequence[str], settings: CamSetting
     wanted = [{"joint": False, "last_input": True}] if parts & {"evidence", "value_cosines"} else []
     if "intra_cosines" in parts: wanted.append(similarity_request(backbone, "intra"))
     if "relation" in parts: wanted.append(affinity_request(backbone.depth, affinity_source(backbone, settings), settings.layers))
-    blocks = {name: tuple(sorted({block for request in wanted for block in request.get(name, ())}))
-              for name in ("tokens", "attention", "qkv")}
-    return {**blocks, "joint": False, "last_input": any(request.get("last_input", False) for request in wanted)}
+    return merge_requests(*wanted)
 
 # %% ../nbs/36_frequency_cam.ipynb #ee7850c4
 @dataclass(eq=False)
@@ -171,14 +169,7 @@ class CamParts:
     @cached_property
     def similarity(self) -> Tensor:
         "The score S of transport, (B, N, K + 1) in [0, 1]; absent classes are 0 and the last column is the background (DFA)."
-        cosines, classes = getattr(self, f"{self.settings.similarity}_cosines"), len(self.text)
-        absent = ~self.present[:, :, None, None]
-        if self.background is None:
-            score = normalise_cam(cosines, positive=False).masked_fill(absent, 0)
-            return torch.cat([score, background_score(score)], 1).flatten(2).mT
-        used = F.pad(absent, (0, 0, 0, 0, 0, len(self.background)))
-        share = (self.backbone.logit_scale * cosines).masked_fill(used, -torch.inf).softmax(1)
-        return torch.cat([share[:, :classes], share[:, classes:].sum(1, keepdim=True)], 1).flatten(2).mT
+        return class_scores(getattr(self, f"{self.settings.similarity}_cosines"), self.present, self.backbone.logit_scale)
 
 # %% ../nbs/36_frequency_cam.ipynb #916f9913
 def _refined(parts: CamParts, affinity: Tensor) -> Tensor:

@@ -18,10 +18,11 @@ from torchmetrics.functional.classification import multiclass_jaccard_index
 from freqseg.clip import Backbone, build_clip, load_clip
 from freqseg.data import Sample, SegmentationFolder, open_folder, open_voc, write_labels, write_mask
 from freqseg.evaluate import (THRESHOLDS, SeedMaps, SeedTable, add_sweep, enlarge, evaluate_seeds, fitted_size, in_order, paired_gain,
-                              seed_labels, seed_prompts)
+                              seed_labels)
 from freqseg.files import InputError
 from freqseg.frequency_cam import METHODS, CamSettings, frequency_cams
 from freqseg.metrics import ConfusionMeter, bootstrap_interval, boundary_iou, confusion_matrix, mean_iou, sweep_background
+from freqseg.prompts import embed_wording, usual_wording
 from freqseg.world import WORLD_CLASSES, write_world
 
 FEW = ("gradcam", "high", "smoothed")
@@ -68,12 +69,12 @@ def mixed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Segmentation
 
 def by_hand(dataset: SegmentationFolder, backbone: Backbone, method: str, threshold: float) -> list[tuple[np.ndarray, np.ndarray]]:
     "Label map and mask of every picture, one at a time, the plain way: pad, map, enlarge all, crop, argmax with a constant background."
-    text, names = backbone.encode_text(dataset.classes), seed_prompts(dataset)
+    text, background = embed_wording(backbone, usual_wording(backbone, dataset.classes))
     found = []
     for sample, present in zip(dataset, dataset.labels):
         height, width = sample.mask.shape
         images = F.pad(backbone.preprocess(sample.image, (height, width)), (0, -width % 8, 0, -height % 8))
-        cam = frequency_cams(backbone, images, text, present[None], backbone.encode_text(names), (method,))[method].half().float()
+        cam = frequency_cams(backbone, images, text, present[None], background, (method,))[method].half().float()
         cam = F.interpolate(cam, images.shape[-2:], mode="bilinear", align_corners=False)[0, :, :height, :width]
         cam[~present] = -1
         best, label = cam.max(0)
@@ -284,14 +285,17 @@ def test_random_weights_are_called_random(dataset: SegmentationFolder) -> None:
     assert "tiny with random weights" in table.caption
 
 
-def test_prompts_that_are_classes_are_dropped(dataset: SegmentationFolder) -> None:
-    assert not set(seed_prompts(dataset)) & set(dataset.classes) and seed_prompts(dataset, None) == ()
-    assert seed_prompts(dataset, ["tree", "sky"]) == ("sky",)
+def test_another_wording_is_used_and_must_name_the_classes(dataset: SegmentationFolder, backbone: Backbone) -> None:
+    alone = usual_wording(backbone, dataset.classes, ())
+    table = evaluate_seeds(dataset, backbone, ("gradcam",), wording=alone, **QUICK)
+    assert table.background == () and "0 background prompts" in table.caption
+    with pytest.raises(InputError, match="wording is for 2 classes, fish, key"):
+        evaluate_seeds(dataset, backbone, ("gradcam",), wording=usual_wording(backbone, ("fish", "key")), **QUICK)
 
 
 @pytest.mark.parametrize("options, named", [
     (dict(methods=("cam",)), "cam"), (dict(limit=0), "limit=0"), (dict(batch=0), "batch=0"), (dict(variant="best"), "variant='best'"),
-    (dict(thresholds=(0.5, 1.5)), "thresholds="), (dict(size=0), "size=0"), (dict(background="none"), "background='none'"),
+    (dict(thresholds=(0.5, 1.5)), "thresholds="), (dict(size=0), "size=0"),
     (dict(precision="fp8"), "precision='fp8'"), (dict(threshold_split="nowhere"), "nowhere")])
 def test_wrong_options_are_named(options: dict, named: str, dataset: SegmentationFolder, backbone: Backbone) -> None:
     with pytest.raises(InputError, match=named): evaluate_seeds(dataset, backbone, **{"methods": ("gradcam",), **options, **QUICK})

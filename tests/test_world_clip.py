@@ -11,7 +11,7 @@ from freqseg.clip import load_clip
 from freqseg.files import InputError, sha256, shipped
 from freqseg.metrics import mean_average_precision
 from freqseg.world import WORLD_CLASSES, World
-from freqseg.world_clip import (STAGES, VOCABULARY, WorldTokenizer, attention_distillation, caption_loss, content_words, keep_patches,
+from freqseg.world_clip import (STAGES, VOCABULARY, WorldTokenizer, caption_loss, content_words, keep_patches, key_imbalance,
                                 learning_rate, new_world_clip, phrases, scene_cache, ship_world_clip, train_forward, train_world_clip, true_of,
                                 view, world_config)
 
@@ -42,29 +42,35 @@ def test_caption_loss_is_torchs_sigmoid_loss_pair_by_pair():
     assert float(caption_loss(e, t, truth, scale, bias)) == pytest.approx(expected/3, rel=1e-4)
 
 
-def test_distillation_vanishes_where_attention_already_is_token_similarity():
-    torch.manual_seed(1)
-    tokens = torch.randn(2, 10, 6)
-    patches = tokens[:, 1:] - tokens[:, 1:].mean(1, keepdim=True)
-    unit = F.normalize(patches, dim=-1)
-    target = (unit @ unit.mT/.1).masked_fill(torch.eye(9, dtype=torch.bool), -1e4).softmax(-1)
-    attention = torch.full((2, 1, 10, 10), .1)
-    attention[:, 0, 1:, 1:] = target*.8
-    assert float(attention_distillation({3: attention}, tokens)) == pytest.approx(0, abs=1e-5)
-    assert float(attention_distillation({3: torch.full_like(attention, .1)}, tokens)) > .1
+def test_keys_of_one_length_are_even_whatever_their_direction():
+    keys = torch.nn.functional.normalize(torch.randn(2, 3, 11, 8), dim=-1)*5
+    assert float(key_imbalance(keys)) == pytest.approx(0, abs=1e-10)
+    keys[:, :, 0] *= 100  # CLS has no part in it
+    assert float(key_imbalance(keys)) == pytest.approx(0, abs=1e-10)
+    keys[:, :, 3] *= 3
+    assert float(key_imbalance(keys)) > 1
+    assert float(key_imbalance(keys*7)) == pytest.approx(float(key_imbalance(keys)), rel=1e-5)
 
 
-def test_distillation_teaches_attention_and_not_the_tokens():
-    tokens = torch.randn(1, 6, 4, requires_grad=True)
-    weights = torch.randn(1, 2, 6, 6, requires_grad=True)
-    attention_distillation({0: weights.softmax(-1)}, tokens).backward()
-    assert tokens.grad is None and weights.grad.abs().sum() > 0
+def test_evening_reaches_the_query_and_key_weights_of_every_block():
+    model = new_world_clip(world_config(64))
+    train_forward(model.visual, torch.randn(2, 3, 96, 96))[1].backward()
+    for block in model.visual.transformer.resblocks:
+        _, key, _ = block.attn.in_proj_weight.grad.chunk(3)
+        assert key.abs().sum() > 0
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_keys_stay_queries_while_they_are_tied(tmp_path, tied):
+    trainer, _ = train_world_clip(tmp_path, steps=6, batch=8, scenes=16, width=64, tied=tied)
+    pairs = [block.attn.in_proj_weight.detach().chunk(3)[:2] for block in trainer.model.visual.transformer.resblocks]
+    assert all(torch.allclose(query, key, atol=1e-5) for query, key in pairs) == tied
 
 
 def test_training_forward_equals_the_backbone_when_nothing_is_dropped():
     model = new_world_clip(world_config(64)).eval()
     images = torch.randn(2, 3, 112, 112)
-    with torch.no_grad(): tokens, _, _ = train_forward(model.visual, images)
+    with torch.no_grad(): tokens, _ = train_forward(model.visual, images)
     expected = model.encode_image(images)
     ours = model.visual.ln_post(tokens[:, 0]) @ model.visual.proj
     assert torch.allclose(ours, expected, atol=1e-5)

@@ -1,0 +1,59 @@
+"""Prompts: one wording for seeds, systems and pictures."""
+
+import pytest
+import torch
+
+from freqseg.clip import WECLIP_TEMPLATE, Backbone, load_clip
+from freqseg.data import (BACKGROUND_PROMPTS, COCO_BACKGROUND_PROMPTS, COCO_CLASSES, COCO_PROMPT_ALIASES, VOC_CLASSES, VOC_PROMPT_ALIASES)
+from freqseg.files import InputError
+from freqseg.prompts import embed_wording, require_words, rivals, usual_background, usual_wording
+from freqseg.world import WORLD_BACKGROUNDS, WORLD_CLASSES
+
+
+@pytest.fixture(scope="module")
+def world() -> Backbone:
+    return load_clip("world")
+
+
+@pytest.fixture(scope="module")
+def clip() -> Backbone:
+    return load_clip("ViT-B-32", pretrained=None)
+
+
+def test_the_rule_gives_both_of_weclips_lists() -> None:
+    assert rivals(BACKGROUND_PROMPTS, VOC_CLASSES) == BACKGROUND_PROMPTS
+    assert rivals(BACKGROUND_PROMPTS, COCO_CLASSES) == COCO_BACKGROUND_PROMPTS
+
+
+def test_a_clip_is_asked_in_weclips_words(clip: Backbone) -> None:
+    voc, coco = usual_wording(clip, VOC_CLASSES), usual_wording(clip, COCO_CLASSES)
+    assert voc.templates == voc.background_templates == (WECLIP_TEMPLATE,)
+    assert dict(voc.aliases) == VOC_PROMPT_ALIASES and voc.background == BACKGROUND_PROMPTS
+    assert dict(coco.aliases) == COCO_PROMPT_ALIASES and coco.background == COCO_BACKGROUND_PROMPTS
+
+
+def test_the_world_is_asked_in_its_captions_words(world: Backbone) -> None:
+    words = usual_wording(world, WORLD_CLASSES)
+    assert words.background == usual_background(world) == WORLD_BACKGROUNDS and not words.aliases
+    assert words.background_templates == ("{}",) and all(template.endswith(" a {}") for template in words.templates)
+
+
+def test_a_class_is_never_its_own_rival(world: Backbone) -> None:
+    assert "sand" not in usual_wording(world, ["sand", "fish"]).background
+    assert usual_wording(world, ["fish"], ["sand", "fish"]).background == ("sand",)
+    assert usual_wording(world, ["fish"], ()).background == ()
+
+
+def test_embedded_prompts_are_the_encoders_own(world: Backbone) -> None:
+    words = usual_wording(world, ["fish", "key"])
+    text, background = embed_wording(world, words)
+    assert torch.equal(text, world.encode_text(["fish", "key"], words.templates))
+    assert torch.equal(background, world.encode_text(words.background, ("{}",)))
+    assert torch.allclose(text.norm(dim=1), torch.ones(2)) and embed_wording(world, usual_wording(world, ["fish"], ())).background is None
+
+
+def test_wrong_words_are_refused_with_the_nearest(world: Backbone, clip: Backbone) -> None:
+    with pytest.raises(InputError, match="'fihs'.*fish"): usual_wording(world, ["fihs"])
+    with pytest.raises(InputError, match="'snad'.*sand"): usual_wording(world, ["fish"], ["snad"])
+    with pytest.raises(InputError, match="background='none'"): usual_wording(world, ["fish"], "none")
+    require_words(clip, ["fihs"])
