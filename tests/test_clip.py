@@ -1,5 +1,5 @@
 """The backbone: equal to open_clip, frozen, computes only what was asked, and loads nothing unsafe."""
-import pickle, warnings
+import json, pickle, warnings
 
 import numpy as np
 import open_clip
@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from freqseg import clip as room
-from freqseg.clip import (Backbone, WorldTokenizer, attention_weights, build_clip, build_world_clip, class_prompts, load_clip,
+from freqseg.clip import (Backbone, WorldTokenizer, attention_weights, build_clip, build_world_clip, class_prompts, load_clip, merge_requests,
                           nearest_multiple, pad_to_patch, read_weights, resize_position_embedding, save_clip)
 from freqseg.files import InputError, sha256
 
@@ -389,3 +389,18 @@ def test_world_file_without_configuration_is_refused(tmp_path):
     path = tmp_path/"bare.safetensors"
     save_file({"x": torch.zeros(1)}, path, metadata={"format": "pt"})
     with pytest.raises(InputError, match="which architecture"): load_clip(path)
+
+
+def test_merged_requests_ask_for_everything_once(little):
+    both = merge_requests({"tokens": (1, 0)}, {"tokens": (1,), "attention": (0,), "last_input": True})
+    assert both["tokens"] == (0, 1) and both["attention"] == (0,) and both["last_input"] and not both["joint"] and not both["per_head"]
+    images = torch.rand(1, 3, little.native_size, little.native_size)
+    features = little.encode(images, **both)
+    assert set(features.tokens) == {0, 1} and set(features.attention) == {0} and features.last_ln1 is not None and features.patch_embedding is None
+
+
+def test_a_recipe_loads_the_same_backbone_again():
+    first = load_clip("ViT-B-32", pretrained=None, normalise="imagenet", seed=3)
+    again = load_clip(**first.recipe)
+    assert again.mean == first.mean and all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters()))
+    assert json.loads(json.dumps(first.recipe)) == first.recipe

@@ -623,3 +623,16 @@ def test_real_coco_pictures_open_as_coco_2014(real_data: Path, tmp_path: Path) -
     coco = data.open_dataset(tmp_path, "train", ids=ids, masks=True)
     grey = [sample for sample in map(coco.__getitem__, range(len(coco))) if sample.image.mode != "RGB"]
     assert coco.listing.dataset == "coco" and len(coco) > 100 and not grey
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_crop_knows_what_lies_outside_its_picture(masked: bool) -> None:
+    picture = Image.fromarray(np.full((20, 30, 3), 200, np.uint8))
+    mask = np.ones((20, 30), np.uint8) if masked else None
+    torch.manual_seed(0)
+    sample = TrainTransform(48, scale=(1, 1))(Sample("one", picture, mask, None))
+    assert sample.valid.shape == (48, 48) and int(sample.valid.sum()) == 20 * 30
+    assert torch.equal(sample.image.sum(0) > 0, sample.valid)
+    if masked: assert torch.equal(sample.mask == IGNORE, ~sample.valid)
+    batch = data.collate([sample, sample])
+    assert torch.equal(batch.valid[1], sample.valid) and torch.equal(batch.to("cpu").valid, batch.valid)

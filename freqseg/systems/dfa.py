@@ -40,6 +40,7 @@ class DFAOptions(SegmenterOptions):
     normalise_features: str|None = None    # "features" or "bands": unit length before products
     momentum: float = .99                  # of the quality alpha
     align_scale: str = "sinkhorn"          # what L_a compares: "sinkhorn", "max" or "score"
+    align_reduction: str = "pairs"         # L_a over all selected "pairs" as printed, or mean of "rows" (larger gradients)
     relation_scale: str = "score"          # what L_r pulls: "score", "max" or "sinkhorn"
     window: int|None = 9                   # side of the window that votes on ambiguous pairs; None = no vote
     lambda_align: float = .1               # weight of L_a

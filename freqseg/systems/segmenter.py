@@ -86,7 +86,9 @@ def assign_labels(
 
 # %% ../../nbs/38_segmenter.ipynb #9300777a
 def build_decoder(width: int, blocks: int, classes: int, options: SegmenterOptions) -> nn.Module:
-    "The decoder that the options name. Raises `InputError` for an unknown one."
+    "The decoder that the options name. Raises `InputError` for an unknown one, and for a penalty on taps that do not learn."
+    if options.reconstruction and not (options.decoder == "wavelet" and options.learn_filters):
+        raise InputError("reconstruction weighs a penalty on learned taps: it needs decoder='wavelet' and learn_filters=True.")
     if options.decoder == "transformer":
         return TransformerDecoder(width, blocks, classes, dim=options.dim, layers=options.decoder_layers, dropout=options.dropout)
     if options.decoder != "wavelet": raise InputError(f"decoder={options.decoder!r}: use 'transformer' or 'wavelet'.")
@@ -172,7 +174,7 @@ class Segmenter(nn.Module):
         losses = {}
         if self.rectification is not None:
             losses["rectify"] = self.options.rectify_weight*self.rectification(seen.decoded.features, cam, seen.present).loss
-        if self.options.reconstruction: losses["reconstruct"] = self.options.reconstruction*self.decoder.reconstruction_penalty()
+        if self.options.reconstruction: losses["reconstruct"] = self.options.reconstruction*self.decoder.refine.reconstruction_penalty()
         return losses
 
     @torch.no_grad()
