@@ -34,7 +34,7 @@ class Preset:
     data: str                                        # "world" = scenes of the embedded world, drawn into the run's folder; "" = must be given
     model: str = "ViT-B-16"
     pretrained: str = "openai"
-    normalise: str = "clip"                          # colours: "clip", or "imagenet" as WeCLIP feeds them
+    colours: str = "clip"                            # mean and deviation of the pictures: the model's own, or "imagenet" as WeCLIP feeds them
     train_split: str = "train"
     val_split: str = "val"
     test_split: str = "val"                          # what is reported
@@ -171,7 +171,7 @@ class Experiment:
         "The frozen CLIP."
         c, device = self.plan.chosen, self.plan.device
         if device == "auto": device = "cuda" if torch.cuda.is_available() else "cpu"
-        return load_clip(c.model, None if c.pretrained in ("", "none") else c.pretrained, normalise=c.normalise, device=device)
+        return load_clip(c.model, None if c.pretrained in ("", "none") else c.pretrained, normalise=c.colours, device=device)
 
     @cached_property
     def system(self) -> Segmenter:
