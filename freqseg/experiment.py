@@ -31,19 +31,19 @@ from .world import SPLITS, write_world
 @dataclass(frozen=True)
 class Preset:
     "Everything an experiment needs to know that is not the system's own."
-    data: str                                        # "world" = scenes of the embedded world, drawn into the run's folder; "" = must be given
-    model: str = "ViT-B-16"
-    pretrained: str = "openai"
+    data: str                                        # folder of the data set, or world for scenes drawn into the run's folder
+    model: str = "ViT-B-16"                          # an open_clip ViT, world, or a saved model
+    pretrained: str = "openai"                       # published weights, a weights file, or none for random ones
     colours: str = "clip"                            # mean and deviation of the pictures: the model's own, or "imagenet" as WeCLIP feeds them
-    train_split: str = "train"
-    val_split: str = "val"
+    train_split: str = "train"                       # what is learned from
+    val_split: str = "val"                           # what chooses the best checkpoint and the seeds' threshold
     test_split: str = "val"                          # what is reported
     scenes: tuple[int, int, int] = (0, 0, 0)         # of the embedded world: train, val, test
     crop: int = 320                                  # pixels
     scale: tuple[float, float] = (.5, 2.)            # of the random resize
     side: int|None = None                            # long side at scale 1 when evaluating; None = as in the files
-    scales: tuple[float, ...] = (1.,)
-    flip: bool = True
+    scales: tuple[float, ...] = (1.,)                # of the picture when evaluating, logits averaged
+    flip: bool = True                                # evaluate mirror images, too
     crf: str|None = None                             # dense CRF after the network: "weclip", "toco", "clip_es"
     settings: TrainSettings = TrainSettings()
     options: Mapping[str, Any] = field(default_factory=dict)   # of the system

@@ -498,7 +498,7 @@ def stream(
     A bounded number of pictures is in memory. Raises `InputError` for a damaged file, unless bad ones are skipped."""
     scales, side = job.scales, job.inference.side
     reader = DataLoader(_Reader(dataset.listing, indices, scales, side, masks), batch_size=None, num_workers=job.workers)
-    with evaluating(job.system), tqdm(total=len(indices), desc=f"{dataset.listing.split}", unit="picture", disable=not job.progress) as bar:
+    with evaluating(job.system), tqdm(total=len(indices), desc=f"{dataset.listing.split}", unit="picture", delay=2, disable=not job.progress) as bar:
         def numbered() -> Iterator[tuple[int, Found]]:
             pictures = _readable(job, reader, bar)
             for group in grouped(pictures, lambda picture: picture.shapes, job.group, OVERTAKING * job.group):
@@ -816,7 +816,7 @@ class _Seeds:
     def counted(self, threshold: float, listing: Listing, sizes: Mapping[int, tuple[int, int]], extremes: Extremes | None, progress: bool) -> Counts:
         "Counts of the labels at one threshold; the truth is read again."
         counts = Counts(self.classes)
-        for maps in tqdm(self.maps, total=len(self.maps), desc="seeds at their threshold", unit="picture", disable=not progress):
+        for maps in tqdm(self.maps, total=len(self.maps), desc="seeds at their threshold", unit="picture", delay=2, disable=not progress):
             labels = seed_labels(maps, sizes[maps.index], [threshold], self.variant)[0].numpy()
             value = counts.add(labels, read_truth(listing, maps.index, sizes[maps.index]))
             if extremes is not None: extremes.add(value, maps.index, labels, maps)

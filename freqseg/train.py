@@ -70,8 +70,8 @@ class TrainSettings:
     batch: int = 4                        # pictures per device and pass
     accumulate: int = 1                   # passes per optimiser step
     lr: float = 2e-3                      # peak learning rate, of groups whose lr_scale is 1
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.01            # of AdamW
+    betas: tuple[float, float] = (0.9, 0.999)   # of AdamW
     warmup: int = 50                      # steps of linear warm-up
     warmup_start: float = 1e-6            # share of the learning rate at step 0
     power: float = 1.0                    # of the polynomial decay; 0.9 in FFR
@@ -702,7 +702,10 @@ def _loop(run: _Run) -> None:
                              batch_sampler=run.plan.batches(rank, run.step, settings.iterations),
                              pin_memory=run.fabric.device.type == "cuda", generator=torch.Generator()))
     run.system.train()
-    with tqdm(total=settings.iterations, initial=run.step, desc=run.out.name, unit="step", disable=True if rank else None) as bar:
+    terminal = sys.stderr.isatty()
+    watched = terminal or "ipykernel" in sys.modules   # nobody watches a log file; in a notebook short runs need no bar
+    with tqdm(total=settings.iterations, initial=run.step, desc=run.out.name, unit="step", disable=bool(rank) or not watched,
+              delay=0 if terminal else 2, mininterval=.1 if terminal else 1) as bar:
         while run.step < settings.iterations:
             _train_step(run, loader)
             _after_step(run, bar)

@@ -33,7 +33,7 @@ class SegmenterOptions:
     decoder: str = "transformer"          # "transformer" (WeCLIP) or "wavelet" (WTCLIP)
     dim: int = 256                        # channels of the decoder
     decoder_layers: int = 3               # transformer blocks of the decoder
-    dropout: float = .1
+    dropout: float = .1                   # of whole channels of the fused tokens
     gate: bool = True                     # of the wavelet decoder: weigh places before fusing the blocks
     levels: int = 1                       # of its wavelet transform: 1 in the code of WTCLIP, 2 in its figure
     wavelet: str = "haar"                 # any orthogonal or biorthogonal wavelet
