@@ -1,5 +1,6 @@
 """The trainer: schedule, data order, checkpoints that survive anything, folders that refuse strangers, and errors that help."""
 
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -556,28 +557,28 @@ def test_a_truncated_checkpoint_is_never_half_loaded(share: float, whole: Path, 
     assert same(before, system.state_dict())
 
 
-@pytest.fixture
-def file_limit() -> Iterator[Callable[[int], None]]:
-    "Files of this process may not grow beyond a limit: writes are cut short for real, as by a full disk."
+@contextlib.contextmanager
+def files_up_to(limit: int) -> Iterator[None]:
+    "Files of this process, its log as well, may not grow beyond a limit: writes are cut short for real, as by a full disk."
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    signal.signal(signal.SIGXFSZ, ignored)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try: yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
 
 
 def test_a_checkpoint_cut_short_by_a_full_disk_leaves_the_one_before(
-        pictures: object, val: object, whole: Path, tmp_path: Path, file_limit: Callable[[int], None]) -> None:
-    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-
-    def fills_up(system: Toy, step: int) -> dict:
-        file_limit(8000 if step == 8 else unlimited)  # the log is smaller, a checkpoint larger
-        return {}
-
+        pictures: object, val: object, whole: Path, tmp_path: Path) -> None:
     settings = changed(snapshot_every=8)
-    with pytest.raises(InputError, match="cannot write .*last.safetensors"):
-        fit(toy(pictures), pictures, tmp_path / "run", settings, val, snapshot=fills_up)
-    file_limit(unlimited)
+    with contextlib.ExitStack() as full:
+        def fills_up(system: Toy, step: int) -> dict:
+            if step == 8: full.enter_context(files_up_to(8000))  # the log is smaller, a checkpoint larger
+            return {}
+
+        with pytest.raises(InputError, match="cannot write .*last.safetensors"):
+            fit(toy(pictures), pictures, tmp_path / "run", settings, val, snapshot=fills_up)
     assert read_checkpoint(tmp_path / "run" / "last.safetensors").step == 6
     assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".last-")]
     fit(toy(pictures), pictures, tmp_path / "run", SHORT, val)
@@ -594,12 +595,11 @@ def test_a_disk_that_is_too_small_is_refused_before_the_first_step(
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(
-        pictures: object, tmp_path: Path, file_limit: Callable[[int], None]) -> None:
+        pictures: object, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("here")
     system = toy(pictures)
     with pytest.raises(InputError, match="cannot write into"): fit(system, pictures, tmp_path / "file" / "run", SHORT)
-    file_limit(0)
-    with pytest.raises(InputError, match="cannot write"): fit(system, pictures, tmp_path / "run", SHORT)
+    with files_up_to(0), pytest.raises(InputError, match="cannot write"): fit(system, pictures, tmp_path / "run", SHORT)
     assert not system.progress
 
 
