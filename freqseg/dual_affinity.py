@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['ENCODINGS', 'INITS', 'NORMALISATIONS', 'BORDERS', 'SCALES', 'INVERSIONS', 'ABLATIONS', 'smoothed_stack',
-           'invert_stack', 'inverse_stack', 'encode_entries', 'inverse_softplus', 'prior_score', 'PathOutput',
-           'entry_network', 'AffinityPath', 'FrequencyRelations', 'frequency_relations', 'QualityThreshold',
-           'selective_mask', 'alignment_loss', 'RelationMasks', 'patch_labels', 'window_count', 'rectification_masks',
-           'scaled_relation', 'relation_loss', 'DualAffinitySettings', 'combine_affinities', 'DualAffinityOutput',
-           'DualAffinity']
+           'invert_stack', 'encode_entries', 'inverse_softplus', 'prior_score', 'PathOutput', 'entry_network',
+           'AffinityPath', 'FrequencyRelations', 'frequency_relations', 'QualityThreshold', 'selective_mask',
+           'alignment_loss', 'RelationMasks', 'window_count', 'rectification_masks', 'scaled_relation', 'relation_loss',
+           'DualAffinitySettings', 'combine_affinities', 'DualAffinityOutput', 'DualAffinity']
 
 # %% ../nbs/21_dual_affinity.ipynb #fb1e7c4f
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from .affinity import POSITIVE_FLOOR, SOURCES, affinity_request, last_blocks, relations, symmetrise
 from .clip import Backbone, Features
 from .files import InputError
+from .losses import nearest_labels
 from .spectra import Transfer, butterworth_transfer, complement, gaussian_transfer, invert_attention, split_bands
 
 # %% ../nbs/21_dual_affinity.ipynb #6394ae80
@@ -68,17 +68,6 @@ def invert_stack(
     stack = _in_full(stack)
     rows = stack / stack.sum(-1, keepdim=True).clamp(min=torch.finfo(stack.dtype).tiny)
     return invert_attention(rows, grid, transfer)
-
-def inverse_stack(
-    features: Features,               # encoded with `affinity_request`
-    source: str = "attention",        # "attention", "qq", "kk", "vv" or "tokens"
-    layers: int|Sequence[int] = 8,    # the last so many blocks, or block indices
-    per_head: bool = False,           # one map for each head of each layer instead of their mean
-    temperature: float|None = None,   # of the softmax for all but attention; None = 1, for tokens 0.1
-    transfer: Transfer|None = None,   # gain by radial frequency; None = all-pass, I - W
-) -> Tensor:                          # (B, L, N, N) or (B, L * heads, N, N), rows sum to 0
-    "The maps W_inv that the inverse path reads (DFA). Raises what `smoothed_stack` raises."
-    return invert_stack(smoothed_stack(features, source, layers, per_head, temperature), features.grid, transfer)
 
 # %% ../nbs/21_dual_affinity.ipynb #1402affb
 ENCODINGS = ("asinh", "linear")
@@ -301,13 +290,6 @@ class RelationMasks(NamedTuple):
     positive: Tensor   # M+ (B, N, N) bool
     negative: Tensor   # M- (B, N, N) bool, never true where M+ is
 
-def patch_labels(
-    labels: Tensor,           # (B, H, W) integer
-    grid: tuple[int, int],    # (h, w)
-) -> Tensor:                  # (B, N) int64
-    "Label of every patch, the pixel that nearest-neighbour reduction picks (as in WeCLIP's pairs)."
-    return F.interpolate(labels[:, None].double(), size=grid, mode="nearest").long().flatten(1)
-
 # %% ../nbs/21_dual_affinity.ipynb #9f1d73d1
 def _add_shifted(counts: Tensor, axis: int, reach: int) -> Tensor:
     "Sum of (B, h, w, h, w) counts over shared shifts of -reach..reach along one axis of both patches; 0 beyond the edge."
@@ -362,7 +344,7 @@ def rectification_masks(
     _choose("border", border, BORDERS)
     if labels.shape != relation.shape[:-1]:
         raise InputError(f"labels {tuple(labels.shape)}: expected one per patch, {tuple(relation.shape[:-1])}; "
-                         "`patch_labels` reduces masks.")
+                         "`nearest_labels` reduces masks.")
     strong = _in_full(relation) > _in_full(relation).mean((-2, -1), keepdim=True)
     same, known = labels[:, :, None] == labels[:, None], labels != ignore
     known = known[:, :, None] & known[:, None]
@@ -562,7 +544,7 @@ class DualAffinity(nn.Module):
     def forward(self,
         features: Features,             # encoded with `request`
         decoded: Tensor|None = None,    # F_d (B, D, h, w); None = no losses
-        labels: Tensor|None = None,     # Y (B, N) patch labels, see `patch_labels`; None = no L_r
+        labels: Tensor|None = None,     # Y (B, N) patch labels, see `nearest_labels`; None = no L_r
     ) -> DualAffinityOutput:
         """Affinities, and as many losses as there is teaching for.
 

@@ -14,9 +14,10 @@ from freqseg.affinity import SOURCES, inverse_affinity, smoothed_affinity, symme
 from freqseg.clip import Backbone, Features, build_clip
 from freqseg.dual_affinity import (ABLATIONS, INITS, AffinityPath, DualAffinity, DualAffinitySettings, QualityThreshold,
                                    alignment_loss, combine_affinities, encode_entries, frequency_relations, inverse_softplus,
-                                   inverse_stack, invert_stack, patch_labels, prior_score, rectification_masks, relation_loss,
+                                   invert_stack, prior_score, rectification_masks, relation_loss,
                                    scaled_relation, selective_mask, smoothed_stack, window_count)
 from freqseg.files import InputError
+from freqseg.losses import nearest_labels
 from freqseg.spectra import complement, gaussian_transfer
 
 CONFIG = {"embed_dim": 24, "vision_cfg": {"image_size": 32, "layers": 4, "width": 48, "head_width": 16, "patch_size": 8},
@@ -65,13 +66,14 @@ def test_heads_of_a_stack_average_to_its_layers(features, source):
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_stack_and_its_inverse_add_up_to_the_identity(features, source):
-    stack, inverse = smoothed_stack(features, source), inverse_stack(features, source)
+    stack, inverse = smoothed_stack(features, source), invert_stack(smoothed_stack(features, source), features.grid)
     assert torch.allclose(stack / stack.sum(-1, keepdim=True) + inverse, torch.eye(N).expand_as(inverse), atol=1e-6)
     assert inverse.sum(-1).abs().max() < 1e-5
 
 def test_another_high_pass_keeps_rows_that_sum_to_zero(features):
-    filtered = inverse_stack(features, "kk", per_head=True, transfer=complement(gaussian_transfer(0.2)))
-    assert filtered.sum(-1).abs().max() < 1e-5 and (filtered - inverse_stack(features, "kk", per_head=True)).abs().max() > 1e-3
+    stack = smoothed_stack(features, "kk", per_head=True)
+    filtered = invert_stack(stack, features.grid, complement(gaussian_transfer(0.2)))
+    assert filtered.sum(-1).abs().max() < 1e-5 and (filtered - invert_stack(stack, features.grid)).abs().max() > 1e-3
 
 def test_stack_mistakes_are_named(features):
     with pytest.raises(InputError, match="no heads"): smoothed_stack(features, "tokens", per_head=True)
@@ -100,7 +102,7 @@ def test_the_smoothed_path_begins_as_the_mean_of_the_layers(features, source):
 
 @pytest.mark.parametrize("source,sharpness", [("kk", 1.0), ("tokens", 5.0), ("attention", 1.0)])
 def test_the_inverse_path_begins_as_the_untrained_inverse(features, source, sharpness):
-    begin = AffinityPath(4, init="signed", sharpness=sharpness)(inverse_stack(features, source)).affinity
+    begin = AffinityPath(4, init="signed", sharpness=sharpness)(invert_stack(smoothed_stack(features, source), features.grid)).affinity
     assert torch.allclose(begin, inverse_affinity(features, source, sharpness=sharpness), atol=1e-4)
 
 @settings(max_examples=25)
@@ -431,14 +433,14 @@ def test_the_vote_builds_nothing_larger_than_all_pairs():
 def test_mask_mistakes_are_named():
     relation = normal(1, N, N).sigmoid()
     with pytest.raises(InputError, match="window=4"): rectification_masks(relation, labels_of(1, N), GRID, 4)
-    with pytest.raises(InputError, match="patch_labels"): rectification_masks(relation, labels_of(1, 4, 5), GRID)
+    with pytest.raises(InputError, match="nearest_labels"): rectification_masks(relation, labels_of(1, 4, 5), GRID)
     with pytest.raises(InputError, match=r"expected \(25, 25\)"): rectification_masks(relation, labels_of(1, N), (5, 5))
     with pytest.raises(InputError, match="border='wrap'"): rectification_masks(relation, labels_of(1, N), GRID, border="wrap")
 
-def test_patch_labels_take_the_pixel_that_nearest_reduction_takes():
+def test_nearest_labels_take_the_pixel_that_nearest_reduction_takes():
     labels = labels_of(2, 32, 40)
-    assert torch.equal(patch_labels(labels, GRID), labels[:, ::8, ::8].flatten(1))
-    assert torch.equal(patch_labels(labels.to(torch.uint8), GRID), patch_labels(labels, GRID))
+    assert torch.equal(nearest_labels(labels, GRID), labels[:, ::8, ::8].flatten(1))
+    assert torch.equal(nearest_labels(labels.to(torch.uint8), GRID), nearest_labels(labels, GRID))
 
 @settings(max_examples=25)
 @given(seeds, st.integers(0, 399))

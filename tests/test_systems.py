@@ -211,7 +211,8 @@ def test_edges_are_found_where_they_are_and_weigh_the_maps(world: Backbone, batc
 
 @pytest.mark.parametrize("name, options", [("dfa", dict(decoder="wavelet", levels=2)), ("dfa", dict(rectify=.3)), ("weclip", dict(rectify=.3)),
                                            ("dfa", dict(decoder="wavelet", learn_filters=True, reconstruction=.1, rectify=.4)),
-                                           ("wtclip", dict(learn_filters=True, wavelet="bior2.2", reconstruction=1.0))])
+                                           ("wtclip", dict(learn_filters=True, wavelet="bior2.2", reconstruction=1.0)),
+                                           ("ffr", dict(decoder="wavelet", learn_filters=True, reconstruction=1.0))])
 def test_parts_of_one_system_go_into_another(name: str, options: dict, world: Backbone, batch: Batch) -> None:
     losses = build(name, world, **options).train().training_step(batch, 0.0)
     added = {loss for option, loss in (("rectify", "rectify"), ("reconstruction", "reconstruct")) if option in options}

@@ -17,9 +17,9 @@ from ..affinity import box_mask, last_blocks, propagate
 from ..cam import cosine_map, normalise_cam, patch_embeddings, similarity_request
 from ..clip import Backbone, merge_requests
 from ..data import Batch
-from ..dual_affinity import DualAffinity, DualAffinitySettings, combine_affinities, patch_labels
+from ..dual_affinity import DualAffinity, DualAffinitySettings, combine_affinities
 from ..files import InputError
-from ..losses import balanced_cross_entropy
+from ..losses import balanced_cross_entropy, nearest_labels
 from ..ot_cam import class_scores, transport_cam
 from .segmenter import Segmenter, SegmenterOptions, Seen, enlarged, require_labels
 
@@ -124,7 +124,7 @@ class DFA(Segmenter):
         paths = self.dual.paths(seen.features)
         with torch.no_grad(): maps = self.maps(seen, *(None if path is None else path.affinity for path in paths))
         labels = self.assign(maps[:, :-1], seen, batch.valid, self.background_score(maps))
-        taught = self.dual.losses(paths, seen.features.grid, seen.decoded.features, patch_labels(labels, seen.features.grid))
+        taught = self.dual.losses(paths, seen.features.grid, seen.decoded.features, nearest_labels(labels, seen.features.grid))
         weights = dict(alignment=self.options.lambda_align, rectification=self.options.lambda_relation)
         return {"seg": balanced_cross_entropy(enlarged(seen.decoded.logits, labels), labels),
                 **{name: weights[name]*loss for name, loss in taught.losses.items()},

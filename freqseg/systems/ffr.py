@@ -103,7 +103,7 @@ class FFR(Segmenter):
                   "cls_middle": multilabel_loss(self.middle(middle), seen.present),
                   "seg": o.lambda_seg*balanced_cross_entropy(logits, labels),
                   "seg_high": o.lambda_seg*o.lambda_h*balanced_cross_entropy(high_logits, high_labels),
-                  "rectify": o.lambda_1*self.rectify(seen, cam)}
+                  "rectify": o.lambda_1*self.rectify(seen, cam), **self.common_losses(seen, cam)}
         if o.lambda_energy: losses["energy"] = o.lambda_energy*dense_energy_loss(batch.images, seen.decoded.logits.softmax(1), labels, batch.valid)
         return losses
 

@@ -172,7 +172,7 @@ class Segmenter(nn.Module):
     def common_losses(self, seen: Seen, cam: Tensor) -> dict[str, Tensor]:
         "Weighted losses of the parts that any system may carry: FFR's rectification, the wavelet's perfect reconstruction."
         losses = {}
-        if self.rectification is not None:
+        if self.options.rectify is not None:
             losses["rectify"] = self.options.rectify_weight*self.rectification(seen.decoded.features, cam, seen.present).loss
         if self.options.reconstruction: losses["reconstruct"] = self.options.reconstruction*self.decoder.refine.reconstruction_penalty()
         return losses
