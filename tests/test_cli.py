@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import freqseg
-from freqseg.cli import class_list, fitted_size, interruptible, main, output_names, picture_files
+from freqseg.cli import fitted_size, main, output_names, picture_files
+from freqseg.terminal import class_list, interruptible
 from freqseg.data import read_mask
 from freqseg.frequency_cam import METHODS
 from freqseg.world import WORLD_CLASSES, World
