@@ -82,9 +82,9 @@ def _made(folder: Path, names: Sequence[str]) -> list[str]:
 def _data_of(args: argparse.Namespace) -> tuple[Path, str]:
     "Folder and split to evaluate on: as asked for, else the run's own scenes."
     if args.data: return Path(args.data), args.split or "val"
-    own = Path(args.run)/"world"
+    own = Path(args.checkpoint)/"world"
     if own.is_dir(): return own, args.split or "test"
-    raise InputError(f"{args.run} has no scenes of its own: name the data set with --data.")
+    raise InputError(f"{args.checkpoint} has no scenes of its own: name the data set with --data.")
 
 def evaluate_command(args: argparse.Namespace) -> int:
     "Seed, mask and seg figures of a trained system on a data set, with report, and masks in VOC's colours if asked for."
@@ -94,8 +94,8 @@ def evaluate_command(args: argparse.Namespace) -> int:
     from freqseg.report import evaluate_run
     data, split = _data_of(args)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    out = Path(args.out) if args.out else (Path(args.run) if Path(args.run).is_dir() else Path(args.run).parent)/f"evaluation-{split}"
-    system = load_system(args.run, device=device)
+    out = Path(args.out) if args.out else (Path(args.checkpoint) if Path(args.checkpoint).is_dir() else Path(args.checkpoint).parent)/f"evaluation-{split}"
+    system = load_system(args.checkpoint, device=device)
     options = {name: getattr(args, name) for name in ("scales", "flip", "side", "crf", "bands", "limit", "batch", "workers", "precision", "skip_bad", "threshold_split")}
     report = interruptible(lambda: evaluate_run(system, data, out, split=split, save_masks=args.save_masks, command=shlex.join(["freqseg", *args.words]), **options))
     if report is None: print(f"{split} has no masks to score against; the system's masks are in {args.save_masks}")
@@ -158,7 +158,7 @@ def add_sweep(commands: Any) -> None:
 
 def add_evaluate(commands: Any) -> None:
     parser = commands.add_parser("evaluate", help="how good a trained system is, on any data set with its classes", description=evaluate_command.__doc__)
-    parser.add_argument("run", metavar="RUN", help="a run's folder (its best checkpoint), or a checkpoint")
+    parser.add_argument("checkpoint", metavar="RUN", help="a run's folder (its best checkpoint), or a checkpoint")
     parser.add_argument("--data", metavar="PATH", help="the dataset folder (default: the scenes that the run was trained on)")
     parser.add_argument("--split", metavar="NAME", help="which list (default: val; for a run's own scenes test)")
     parser.add_argument("--threshold-split", metavar="NAME", help="which list chooses the seeds' background threshold (default: the same)")

@@ -1,0 +1,188 @@
+"""`freqseg train` and `freqseg evaluate` from the command line: what they make, what they refuse, and what a failure leaves."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from PIL import Image
+
+from freqseg.cli import main
+from freqseg.data import palette
+from freqseg.experiment import known_parameters, parameter_defaults, parse_parameters, plan
+from freqseg.files import InputError
+from freqseg.runs import launch_command
+from freqseg.train import read_checkpoint
+
+FEW = ["-p", "iterations=4", "-p", "workers=0"]
+SYSTEMS = ("weclip", "wtclip", "dfa", "ffr")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "A short training, by the command."
+    out = tmp_path_factory.mktemp("train") / "weclip"
+    assert main(["train", "weclip", "--device", "cpu", "--out", str(out), *FEW]) == 0
+    return out
+
+
+def says(capsys: pytest.CaptureFixture[str], words: list[str], status: int) -> str:
+    "What a command that must fail prints on stderr."
+    capsys.readouterr()
+    assert main(words) == status
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said
+
+
+# ---- parameters from text -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_every_parameter_has_a_default_to_be_read_by(system: str) -> None:
+    assert set(parameter_defaults(system)) == {name for names in known_parameters(system).values() for name in names}
+
+
+@pytest.mark.parametrize("text, value", [
+    ("relate=false", False), ("relate=yes", True), ("iterations=12", 12), ("lr=1e-3", 1e-3), ("lr=1", 1.0), ("scales=1.0,1.5", (1.0, 1.5)), ("scales=1.5", (1.5,)),
+    ("crf=weclip", "weclip"), ("side=512", 512), ("decoder=wavelet", "wavelet"), ("data=a folder/of mine", "a folder/of mine"), ("crf=none", "none")])
+def test_text_becomes_what_the_parameter_is(text: str, value: object) -> None:
+    found = parse_parameters("dfa", [text])[text.partition("=")[0]]
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("relate=perhaps", "relate is bool"), ("iterations=1.5", "iterations is int"), ("lambda_hh=1", "Did you mean 'lambda_h'"), ("iterations", "give a name and a value"),
+    ("seed=one", "seed is int")])
+def test_text_that_means_no_value_is_refused(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse_parameters("dfa", [text])
+
+
+def test_a_plan_knows_the_command_that_gives_it() -> None:
+    planned = plan("dfa", dict(preset="voc", data="VOC2012", lambda_h=0.2, scales=(1.0, 1.5)))
+    assert planned.command == "freqseg train dfa --preset voc --data VOC2012 -p lambda_h=0.2 -p scales=1.0,1.5"
+
+
+# ---- train ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_train_leaves_record_figures_report_and_checkpoints(run: Path) -> None:
+    told = json.loads((run / "metrics.json").read_text())
+    assert told["system"] == "weclip" and told["settings"]["iterations"] == 4 and told["report"]["world"]
+    assert {"device", "begun", "precision", "freqseg", "torch", "python"} <= set(told["record"]) and told["seconds"] > 0
+    assert {"seed", "mask", "seg", "seg_low", "seg_high"} <= set(told["report"]["figures"])
+    assert read_checkpoint(run / "last.safetensors").step == 4
+    assert (run / "report.html").exists() and (run / "report.md").exists()
+
+
+@pytest.mark.slow
+def test_the_record_is_the_notebook_with_its_parameters_and_versions(run: Path) -> None:
+    record = nbformat.read(run / "run.ipynb", 4)
+    assert record.metadata.papermill.parameters["iterations"] == 4
+    shown = "".join(output.get("data", {}).get("text/markdown", "") for cell in record.cells for output in cell.get("outputs", []))
+    assert "| torch |" in shown and "| device |" in shown and "weclip, preset smoke" in shown
+
+
+@pytest.mark.slow
+def test_the_same_command_does_not_train_twice(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (run / "last.safetensors").stat().st_mtime_ns
+    assert main(["train", "weclip", "--device", "cpu", "--out", str(run), *FEW]) == 0
+    assert (run / "last.safetensors").stat().st_mtime_ns == before
+    assert "seg: network output" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words, message", [
+    (["train", "wtclip", *FEW], "holds another run"),
+    (["train", "weclip", "-p", "iterations=4", "-p", "lr=0.5"], "settings.lr")])
+def test_a_folder_of_another_run_is_refused_with_what_differs(run: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
+    said = says(capsys, [*words, "--device", "cpu", "--out", str(run)], 1)
+    assert message in said
+    assert read_checkpoint(run / "last.safetensors").config["system"] == "weclip"
+
+
+@pytest.mark.slow
+def test_a_training_that_diverges_leaves_notebook_traceback_and_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = says(capsys, ["train", "weclip", "--device", "cpu", "--out", str(tmp_path / "run"), *FEW, "-p", "lr=1e30", "-p", "warmup=0"], 1)
+    assert "training diverged at step" in said and "last good checkpoint" in said
+    assert "TrainingDiverged" in (tmp_path / "run" / "run.traceback.txt").read_text()
+    assert nbformat.read(tmp_path / "run" / "run.ipynb", 4).cells and read_checkpoint(tmp_path / "run" / "last.safetensors").step < 4
+
+
+@pytest.mark.parametrize("words, message", [
+    (["train", "dfaa"], "Did you mean 'dfa'"),
+    (["train", "dfa", "--preset", "vocc"], "Did you mean 'voc'"),
+    (["train", "dfa", "--preset", "voc"], "needs the data"),
+    (["train", "dfa", "-p", "lambda_hh=0.2"], "Did you mean 'lambda_h'"),
+    (["train", "dfa", "-p", "preset=world", "--preset", "world"], "given twice"),
+    (["train", "dfa", "-p", "out=here"], "--out"),
+    (["train", "dfa", "-p", "warmup=10"], "leaves nothing of iterations"),
+    (["train", "dfa", "--devices", "2", "--nodes", "2"], "--rendezvous HOST:PORT")])
+def test_what_cannot_be_trained_is_said_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+                                                             words: list[str], message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in says(capsys, words, 2)
+    assert not list(tmp_path.rglob("*.ipynb")) and not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_one_shows_it(tmp_path: Path) -> None:
+    words = ["train", "weclip", "--device", "cpu", "--devices", "2", "--out", str(tmp_path / "run"), *FEW, "-p", "batch=1"]
+    done = subprocess.run([sys.executable, "-c", "from freqseg.cli import main; raise SystemExit(main())", *words], text=True, capture_output=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "seg: network output" in done.stdout
+    described = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert described["settings"]["pictures_per_step"] == 2 and read_checkpoint(tmp_path / "run" / "last.safetensors").step == 4
+
+
+def test_the_launch_names_machines_and_the_meeting_point() -> None:
+    alone = launch_command(["train", "dfa"], 4)
+    assert "--standalone" in alone and alone[-2:] == ["train", "dfa"]
+    many = launch_command(["train", "dfa"], 8, nodes=2, node_rank=1, rendezvous="head:29500")
+    assert many[many.index("--master-addr") + 1] == "head" and many[many.index("--node-rank") + 1] == "1"
+    for wrong in (dict(nodes=2), dict(nodes=2, rendezvous="head"), dict(nodes=2, rendezvous="head:1", node_rank=2), dict(node_rank=1)):
+        with pytest.raises(InputError):
+            launch_command([], 1, **wrong)
+
+
+# ---- evaluate -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_evaluate_reports_and_writes_masks_in_voc_s_colours(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["evaluate", str(run), "--split", "val", "--scales", "1.0,1.5", "--no-flip", "--bands", "0.2", "--workers", "0", "--out", str(tmp_path / "report"),
+             "--save-masks", str(tmp_path / "masks")]
+    assert main(words) == 0
+    assert "seg_low" in capsys.readouterr().out
+    told = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert told["settings"]["inference"]["scales"] == [1.0, 1.5] and told["settings"]["band_cutoff"] == 0.2 and told["command"].startswith("freqseg evaluate")
+    masks = sorted((tmp_path / "masks").iterdir())
+    assert len(masks) == told["images"] == 8
+    with Image.open(masks[0]) as mask:
+        assert mask.mode == "P" and mask.getpalette()[:63] == palette().ravel()[:63].tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change, message", [
+    (["--split", "tst"], "the folder has test"), (["--crf", "weclipp"], "use one of weclip"), (["--scales", "1.0,1.0"], "each scale once"),
+    (["--data", "nowhere"], "nowhere")])
+def test_what_cannot_be_evaluated_is_said(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: list[str], message: str) -> None:
+    assert message in says(capsys, ["evaluate", str(run), "--out", str(tmp_path), *change], 2)
+
+
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no checkpoint" in says(capsys, ["evaluate", str(tmp_path), "--data", str(tmp_path)], 2)
+    assert "no scenes of its own" in says(capsys, ["evaluate", str(tmp_path)], 2)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_for_other_classes_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "two"
+    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (folder / name).mkdir(parents=True)
+    (folder / "classes.txt").write_text("cat\ndog\n")
+    (folder / "ImageSets" / "Segmentation" / "val.txt").write_text("a\n")
+    Image.new("RGB", (64, 64)).save(folder / "JPEGImages" / "a.jpg")
+    Image.new("P", (64, 64)).save(folder / "SegmentationClass" / "a.png")
+    assert "cat" in says(capsys, ["evaluate", str(run), "--data", str(folder), "--out", str(tmp_path / "report")], 2)
