@@ -286,7 +286,8 @@ class _Child:
         said, code = self.process.stdout.read().strip(), self.process.returncode
         self.close()
         if not code: return ""
-        if code < 0: return f"the process was ended by signal {-code}, {signal.strsignal(-code)}" + "; out of memory? Try fewer jobs." * (code == -signal.SIGKILL)
+        advice = "; out of memory? Try fewer jobs." if code == -signal.SIGKILL else "."
+        if code < 0: return f"the process was ended by signal {-code}, {signal.strsignal(-code)}{advice}"
         return said or f"the process ended with status {code}: {self._last_words()}"
 
     def _last_words(self) -> str:
@@ -333,7 +334,9 @@ def environments(jobs: int) -> list[dict[str, str]]:
 # %% ../nbs/63_sweep.ipynb #a39aa1d2
 def _side_by_side(runs: Sequence[Run], jobs: int, start: Callable[[Run, int], _Child], ended: Callable[[_Child], None],
                   look: Callable[[list[Run]], None]) -> None:
-    "Start every run when a place is free, tell `ended` of each that has gone, and let `look` see what is under way. Whatever happens, none is left behind."
+    """Start every run when a place is free, tell `ended` of each that has gone, and let `look` see what is under way.
+
+    Whatever happens, none is left behind."""
     waiting, free, running = deque(runs), list(range(jobs)), {}
     try:
         while waiting or running:
@@ -596,8 +599,9 @@ def _table(sweep: Sweep) -> str:
 def _caption(sweep: Sweep) -> str:
     "What the numbers mean."
     several = any(len(row.seeds) > 1 for row in sweep.rows)
-    told = [f"Means over seeds; brackets: {LEVEL:.0%} intervals (Student's t) over seeds. All runs see the same test pictures, so the intervals say how much "
-            "training varies, not how much pictures do."] if several else ["One seed each: there are no intervals, and another seed may order them otherwise."]
+    told = [f"Means over seeds; brackets: {LEVEL:.0%} intervals (Student's t) over seeds. All runs see the same test pictures, so the "
+            "intervals say how much training varies, not how much pictures do."]
+    if not several: told = ["One seed each: there are no intervals, and another seed may order them otherwise."]
     if len(sweep.rows) > 1 and "seg" in sweep.measures:
         told.append("Last column: differences to the first row, seed by seed, over the seeds that both have." +
                     " Each interval stands for itself: of many rows a few leave out 0 by chance." * (several and len(sweep.rows) > 2))
@@ -617,7 +621,8 @@ def sweep_markdown(sweep: Sweep) -> str:
     grid = "; ".join(f"{name} = {', '.join(map(str, values))}" for name, values in design.grid.items()) or "nothing"
     told = [f"- system: {design.system}; fixed: {_cell(fixed)}", f"- compared: {_cell(grid)}", f"- seeds: {', '.join(map(str, design.seeds))}",
             *(f"- command: `{command}`" for command in design.commands)]
-    parts = [f"# Sweep of {design.system} over {', '.join(design.grid) or 'seeds'}", provenance(sweep), _table(sweep), _caption(sweep), "## Conditions", "\n".join(told)]
+    title = f"# Sweep of {design.system} over {', '.join(design.grid) or 'seeds'}"
+    parts = [title, provenance(sweep), _table(sweep), _caption(sweep), "## Conditions", "\n".join(told)]
     if sweep.missing:
         parts += [f"## Without figures: {len(sweep.missing)} of {len(design.runs)} runs",
                   "\n".join(f"- {name}: {' '.join(why.split())}" for name, why in sweep.missing.items())]
@@ -646,9 +651,11 @@ def _with_seeds(axes: Any, line: Any, estimates: Sequence[Estimate], shift: floa
     ends = 100 * np.array([(one.value, one.low, one.high) for one in estimates])
     dots = [(place, 100 * value) for place, one in zip(x, estimates) for value in one.values.values() if one.n > 1]
     line.set_transform(moved(shift))
-    axes.errorbar(x, ends[:, 0], yerr=np.abs(ends[:, 1:] - ends[:, :1]).T, fmt="o", color=colour, markersize=3.5, elinewidth=1.1, capsize=2.5, transform=moved(shift))
+    spread = np.abs(ends[:, 1:] - ends[:, :1]).T
+    axes.errorbar(x, ends[:, 0], spread, fmt="o", color=colour, markersize=3.5, elinewidth=1.1, capsize=2.5, transform=moved(shift))
     if dots: axes.scatter(*zip(*dots), s=8, color=[colour], linewidths=0, alpha=0.55, transform=moved(shift + 4), clip_on=False)
-    axes.update_datalim([(place, end) for place, row in zip(x, ends) for end in row if math.isfinite(end)] + dots)   # what is moved does not do that itself
+    # What is moved does not widen the axes by itself.
+    axes.update_datalim([(place, end) for place, row in zip(x, ends) for end in row if math.isfinite(end)] + dots)
 
 def _curves(sweep: Sweep, axis: str) -> "Sheet":
     "Figures over a numeric parameter; logarithmic where it spans more than a factor of 20."

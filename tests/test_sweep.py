@@ -106,9 +106,9 @@ def test_fewer_than_two_seeds_have_no_interval(values: dict, value: float) -> No
     assert found.value == pytest.approx(value, nan_ok=True) and math.isnan(found.low) and math.isnan(found.high)
 
 
-@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=8).filter(lambda pairs: np.std(np.subtract(*zip(*pairs))) > 1e-6))
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=8).filter(lambda pairs: np.std([a - b for a, b in pairs]) > 1e-6))
 def test_differences_are_paired_by_seed(pairs: list[tuple[float, float]]) -> None:
-    first, other = (dict(enumerate(values)) for values in zip(*pairs))
+    first, other = (dict(enumerate(pair[side] for pair in pairs)) for side in (0, 1))
     shuffled = dict(reversed(other.items())) | {99: 0.3}  # the order does not matter, and a seed that one lacks does not count
     found = paired_difference(shuffled, first)
     wanted = scipy.stats.ttest_rel(list(other.values()), list(first.values())).confidence_interval(0.95)
