@@ -121,8 +121,7 @@ def sweep_command(args: argparse.Namespace) -> int:
     notebook, parameters, grid = training_notebook(args.system), given_parameters(args), _axes(args.system, args.grid)
     out = Path(args.out or f"runs/sweep_{args.system}")
     found = sweep(notebook, out, grid, args.seeds, parameters, args.jobs, command=shlex.join(["freqseg", *args.words]))
-    written = found.save(out)
-    print(aligned(found.markdown()), *(f"  {path}" for path in written), sep="\n")
+    print(aligned(found.markdown()), *(f"  {out/name}" for name in ("sweep.md", "sweep.json", "sweep.png")), sep="\n")
     return 1 if found.failed else 0
 
 # %% ../nbs/66_training_cli.ipynb #c9ce75e2
