@@ -1192,6 +1192,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'freqseg.wavelet.WaveletConv2d.forward': ('wavelet.html#waveletconv2d.forward', 'freqseg/wavelet.py'),
                                  'freqseg.wavelet.WaveletConv2d.reconstruction_penalty': ( 'wavelet.html#waveletconv2d.reconstruction_penalty',
                                                                                            'freqseg/wavelet.py'),
+                                 'freqseg.wavelet.WaveletConv2d.taps': ('wavelet.html#waveletconv2d.taps', 'freqseg/wavelet.py'),
                                  'freqseg.wavelet._along': ('wavelet.html#_along', 'freqseg/wavelet.py'),
                                  'freqseg.wavelet._analyse': ('wavelet.html#_analyse', 'freqseg/wavelet.py'),
                                  'freqseg.wavelet._analyse_blocks': ('wavelet.html#_analyse_blocks', 'freqseg/wavelet.py'),
