@@ -53,9 +53,9 @@ class DFAOptions(SegmenterOptions):
     eps: float = .1                        # entropy of the transport
     temperature: float|None = None         # of the class shares; None = the number of patches
     nothing: str = "max"                   # background of pseudo-labels: "max" is 1 - max, "prompts" their own column of the transport
-    combine: str = "sum"                   # of the affinities for maps="propagate": "sum" or "product"
-    walks: int = 2                         # steps for maps="propagate"
-    box: float|None = .4                   # boxes for maps="propagate"
+    combine: str = "sum"                   # of the affinities, for maps that "propagate": "sum" or "product"
+    walks: int = 2                         # steps of maps that "propagate"
+    box: float|None = .4                   # boxes from which maps "propagate", as in WeCLIP; None = from everywhere
 
     def __post_init__(self) -> None:
         words = dict(maps=("transport", "propagate"), similarity=("value", "intra", "gradcam"), nothing=("max", "prompts"))
