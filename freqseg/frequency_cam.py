@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'NEEDS', 'CamSettings', 'affinity_source', 'needed_parts',
            'frequency_cams']
 
 # %% ../nbs/36_frequency_cam.ipynb #f889c739
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -20,7 +20,7 @@ from .affinity import (POSITIVE_FLOOR, SOURCES, affinity_request, box_mask, prop
 from .cam import (cosine_map, grad_cam_evidence, normalise_cam, patch_embeddings, similarity_request)
 from .clip import Backbone, Features, merge_requests
 from .files import InputError
-from .ot_cam import class_scores, transport_cam
+from .ot_cam import similarity_matrix, transport_cam
 from .spectra import invert_attention, split_bands
 
 # %% ../nbs/36_frequency_cam.ipynb #4c227467
@@ -169,7 +169,7 @@ class CamParts:
     @cached_property
     def similarity(self) -> Tensor:
         "The score S of transport, (B, N, K + 1) in [0, 1]; absent classes are 0 and the last column is the background (DFA)."
-        return class_scores(getattr(self, f"{self.settings.similarity}_cosines"), self.present, self.backbone.logit_scale)
+        return similarity_matrix(getattr(self, f"{self.settings.similarity}_cosines"), self.present, self.backbone.logit_scale)
 
 # %% ../nbs/36_frequency_cam.ipynb #916f9913
 def _refined(parts: CamParts, affinity: Tensor) -> Tensor:
@@ -218,10 +218,11 @@ def cam_parts(
     background: Tensor | None = None,     # (Kb, E) unit-norm background prompts
     methods: Sequence[str] = tuple(METHODS),   # what `cam_of` will be asked for
     settings: CamSettings = CamSettings(),
+    also: Mapping[str, Any]|None = None,       # what else the features shall hold, as arguments of `Backbone.encode`
 ) -> CamParts:
     "Run the tower once, for all `methods`. Raises `InputError` for shapes that do not fit, sizes or unknown methods."
     _check_batch(images, text, present, background)
-    features = backbone.encode(images, **cam_request(backbone, methods, settings))
+    features = backbone.encode(images, **merge_requests(cam_request(backbone, methods, settings), also or {"joint": False}))
     return CamParts(backbone, features, text, present, background, settings)
 
 @torch.no_grad()

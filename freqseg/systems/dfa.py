@@ -20,7 +20,7 @@ from ..data import Batch
 from ..dual_affinity import DualAffinity, DualAffinitySettings, combine_affinities
 from ..files import InputError
 from ..losses import balanced_cross_entropy, nearest_labels
-from ..ot_cam import class_scores, transport_cam
+from ..ot_cam import similarity_matrix, transport_cam
 from .segmenter import Segmenter, SegmenterOptions, Seen, enlarged, require_labels
 
 # %% ../../nbs/44_dfa.ipynb #4ccfa123
@@ -94,7 +94,7 @@ class DFA(Segmenter):
             return torch.cat([cam, 1 - cam.amax(1, keepdim=True)], 1).flatten(2).mT
         prompts = self.text if self.background is None else torch.cat([self.text, self.background])
         cosines = cosine_map(patch_embeddings(self.backbone, seen.features, self.options.similarity), prompts)
-        return class_scores(cosines.float(), seen.present, self.backbone.logit_scale)
+        return similarity_matrix(cosines.float(), seen.present, self.backbone.logit_scale)
 
     def maps(self, seen: Seen, low: Tensor, high: Tensor|None) -> Tensor:
         "Maps (B, K + 1, h, w) in [0, 1] from both affinities, the background last."
