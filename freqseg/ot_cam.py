@@ -28,14 +28,20 @@ def row_normalise(
 def similarity_matrix(
     cosines: Tensor,      # (B, K + Kb, h, w) of patches with class prompts, then background prompts
     present: Tensor,      # (B, K) bool
-    scale: float = 100.,  # CLIP's logit scale
+    scale: float = 100.,  # CLIP's logit scale, for "prompts"
+    contrast: str = "rest",   # what the background is: "rest" of the classes' maps, or "prompts" of its own
 ) -> Tensor:              # S (B, N, K + 1) in [0, 1], the background last
-    "Shares of the present classes and of the background in every patch (rows of S in DFA); absent classes are 0."
+    """How well every patch fits the present classes and the background (S in DFA); absent classes are 0.
+
+    "rest": each class's cosines from least to most in the picture, the background 1 - max. "prompts": softmax over the present classes
+    and all background prompts, whose shares are summed. Raises `InputError` for another word, or "prompts" without any."""
     classes = present.shape[1]
     absent = ~present[:, :, None, None]
-    if cosines.shape[1] == classes:
-        score = normalise_cam(cosines, positive=False).masked_fill(absent, 0)
+    if contrast not in ("rest", "prompts"): raise InputError(f"contrast={contrast!r}: choose 'rest' or 'prompts'")
+    if contrast == "rest":
+        score = normalise_cam(cosines[:, :classes], positive=False).masked_fill(absent, 0)
         return torch.cat([score, background_score(score)], 1).flatten(2).mT
+    if cosines.shape[1] == classes: raise InputError("contrast='prompts' needs background prompts: name some, or take contrast='rest'")
     absent = F.pad(absent, (0, 0, 0, 0, 0, cosines.shape[1] - classes))
     share = (scale * cosines).masked_fill(absent, -torch.inf).softmax(1)
     return torch.cat([share[:, :classes], share[:, classes:].sum(1, keepdim=True)], 1).flatten(2).mT
