@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PICTURES', 'MOST_TOKENS', 'LARGE', 'WORLD_MU', 'EXPLORE', 'picture_files', 'output_names', 'fitted_size',
-           'open_backbone', 'model_title', 'cam_prompts', 'Opened', 'CamJob', 'class_scores', 'explain_batch',
-           'cam_settings', 'panel_titles', 'method_list', 'cam_command', 'longest_side', 'check_command',
-           'whole_folder', 'make_world', 'world_command', 'run_command', 'scenes_on_disk', 'score_seeds',
-           'seeds_command', 'demo_command', 'build_parser', 'main']
+           'open_backbone', 'model_title', 'cam_prompts', 'Opened', 'CamJob', 'zero_shot_probabilities',
+           'explain_batch', 'cam_settings', 'panel_titles', 'method_list', 'cam_command', 'longest_side',
+           'check_command', 'whole_folder', 'make_world', 'world_command', 'run_command', 'scenes_on_disk',
+           'score_seeds', 'seeds_command', 'demo_command', 'build_parser', 'main']
 
 # %% ../nbs/64_cli.ipynb #d805d7c6
 import argparse, difflib, glob, os, sys
@@ -150,22 +150,25 @@ class CamJob(NamedTuple):
     title: str
     out: Path
 
-def class_scores(job: CamJob, pictures: "Sequence[Image.Image]") -> "Tensor":
-    "CLIP's probability of each class against the others and the background, (B, K): a map is always scaled to its own maximum, this is not."
+def zero_shot_probabilities(job: CamJob, embedding: "Tensor") -> "Tensor":
+    """CLIP's probability of each class against the others and the background, (B, K), from CLS in the joint space (B, E).
+
+    A map is always scaled to its own maximum, this is not."""
     import torch
     from torch.nn.functional import normalize
     prompts = [part for part in job.prompts if part is not None]
-    z = normalize(job.backbone.encode(job.backbone.preprocess(pictures)).cls_embedding, dim=-1)
-    return (job.backbone.logit_scale * z @ torch.cat(prompts).T).softmax(-1)[:, :len(job.classes)]
+    return (job.backbone.logit_scale * normalize(embedding, dim=-1) @ torch.cat(prompts).T).softmax(-1)[:, :len(job.classes)]
 
 def explain_batch(job: CamJob, pictures: Sequence[Opened]) -> "dict[str, Tensor]":
-    "Compute, draw and store the maps of pictures of one size; gives them too, method -> (B, K, h, w)."
+    "Compute, draw and store the maps of pictures of one size, from one pass through the tower; gives them too, method -> (B, K, h, w)."
     import torch
-    from freqseg.frequency_cam import frequency_cams
+    from freqseg.frequency_cam import cam_of, cam_parts
     images = job.backbone.preprocess([picture.image for picture in pictures], pictures[0].size)
     present = torch.ones(len(images), len(job.classes), dtype=torch.bool, device=images.device)
-    cams = frequency_cams(job.backbone, images, job.prompts.text, present, job.prompts.background, job.methods, job.settings)
-    scores = class_scores(job, [picture.image for picture in pictures])
+    with torch.no_grad():
+        parts = cam_parts(job.backbone, images, job.prompts.text, present, job.prompts.background, job.methods, job.settings, {"joint": True})
+        cams = {method: cam_of(parts, method) for method in job.methods}
+        scores = zero_shot_probabilities(job, parts.features.cls_embedding)
     for row, picture in enumerate(pictures):
         _store(job, picture, {method: cam[row].cpu() for method, cam in cams.items()}, scores[row].cpu())
     return cams

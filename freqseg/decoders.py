@@ -184,7 +184,7 @@ def token_affinity(
 class DualHead(nn.Module):
     """FFR's segmentation head: a dilated convolution shared by two 1x1 classifiers, for features and for high frequencies.
 
-    Sizes are not printed in the paper; the defaults are those of ToCo's head with one convolution instead of two.
+    Sizes are not printed in the paper; the defaults are those of ToCo's code, with one convolution instead of two and with biases.
     Raises `InputError` for fewer than one convolution."""
     def __init__(self,
         dim: int,  # channels of the features

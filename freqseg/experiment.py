@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['VOC', 'COCO', 'WORLD', 'SMOKE', 'PRESETS', 'RUN', 'Preset', 'Plan', 'known_parameters', 'plan', 'parameter_defaults',
-           'parse_parameters', 'draw_scenes', 'Experiment', 'experiment']
+           'parse_parameters', 'field_comments', 'parameters_cell', 'draw_scenes', 'Experiment', 'experiment']
 
 # %% ../nbs/57_experiment.ipynb #f5cd684f
-import json, shutil, time
+import inspect, json, re, shutil, time
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from .clip import Backbone, load_clip
 from .data import SegmentationFolder, TrainTransform, dataset_splits, open_dataset, read_ids, unknown_name
 from .evaluate import device_name
 from .files import InputError, atomic_write
-from .runs import Parameter, launched, parse_parameter
+from .runs import Parameter, check_parameters, launched, parse_parameter
 from .segment import SystemReport, evaluate_system, software
 from .systems.segmenter import Segmenter
 from .train import TrainResult, TrainSettings, fit, read_checkpoint
@@ -46,7 +46,7 @@ class Preset:
     side: int|None = None                            # long side at scale 1 when evaluating; None = as in the files
     scales: tuple[float, ...] = (1.,)                # of the picture when evaluating, logits averaged
     flip: bool = True                                # evaluate mirror images, too
-    crf: str|None = None                             # dense CRF after the network: "weclip", "toco", "clip_es"
+    crf: str|None = None                             # dense CRF after the network: "weclip", "toco", "clip_es"; None = without
     settings: TrainSettings = TrainSettings()
     options: Mapping[str, Any] = field(default_factory=dict)   # of the system
 
@@ -91,9 +91,13 @@ class Plan:
     @property
     def command(self) -> str:
         "The command line that does the same."
-        values = {name: ",".join(map(str, value)) if isinstance(value, (tuple, list)) else value for name, value in self.given.items() if name != "preset"}
+        values = {name: _spelt(value) for name, value in self.given.items() if name != "preset"}
         options = [f"--{name} {value}" if name in _OPTIONS else f"-p {name}={value}" for name, value in values.items()]
         return " ".join([f"freqseg train {self.system} --preset {self.preset}", *options])
+
+def _spelt(value: Any) -> str:
+    "A value as the command line takes it."
+    return "none" if value is None else ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 _OPTIONS = ("out", "data", "device", "limit")   # those with a name of their own on the command line; the rest go through -p
 
@@ -102,18 +106,34 @@ RUN = ("preset", "out", "device", "limit")
 def known_parameters(system: str) -> dict[str, tuple[str, ...]]:
     "Names of parameters of a system's experiments, by what they belong to. Raises `InputError` for an unknown system."
     own = {"settings", "options"}
-    return dict(run=RUN, preset=tuple(f.name for f in fields(Preset) if f.name not in own), schedule=tuple(f.name for f in fields(TrainSettings)),
-                system=tuple(f.name for f in fields(system_named(system).Options)))
+    return {kind: RUN if kind == "run" else tuple(f.name for f in fields(home) if f.name not in own) for kind, home in _homes(system).items()}
+
+def _homes(system: str) -> dict[str, type]:
+    "The dataclass that each kind of parameter is a field of."
+    return dict(run=Plan, preset=Preset, schedule=TrainSettings, system=system_named(system).Options)
+
+def _stated(system: str, name: str, value: Any) -> Any:
+    """A parameter's value; the text "none" is None where the annotation has None, and a word like any other where it is a text.
+
+    Raises `InputError` for "none" where there must be a value."""
+    if not isinstance(value, str) or value != "none": return value
+    kinds = {name: kind for home in _homes(system).values() for name, kind in get_type_hints(home).items()}
+    able = [name for name, kind in kinds.items() if type(None) in get_args(kind)]
+    if name in able: return None
+    if kinds[name] is str: return value
+    raise InputError(f'{name}="none": it needs a value (None takes the preset\'s). Of {system}, these can do without one: {", ".join(able)}.')
 
 def plan(
     system: str,
-    parameters: Mapping[str, Any],   # flat; None = what the preset says
+    parameters: Mapping[str, Any],   # flat; None = what the preset says, "none" = no value at all
 ) -> Plan:
     "Resolve parameters. Raises `InputError` for an unknown system, preset or parameter, naming the nearest, and for values that cannot be."
     known = known_parameters(system)
     given = {name: value for name, value in parameters.items() if value is not None}
     for name in given:
         if not any(name in names for names in known.values()): raise unknown_name(name, [n for names in known.values() for n in names], f"parameter of {system}")
+    given = {name: _stated(system, name, value) for name, value in given.items()}
+    check_parameters(parameter_defaults(system), {name: value for name, value in given.items() if value is not None})
     preset = given.get("preset", "smoke")
     if preset not in PRESETS[system]: raise unknown_name(preset, PRESETS[system], "preset")
     pick = lambda kind: {name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if name in known[kind]}
@@ -149,6 +169,31 @@ def parse_parameters(
         if name not in known: raise unknown_name(name, known, f"parameter of {system}")
         values[name] = "none" if text == "none" else _parsed(known[name], text)
     return values
+
+# %% ../nbs/57_experiment.ipynb #1c404c13
+_RUN_LINES = (('preset = "smoke"', "smoke: seconds; world: minutes on two CPU cores; voc, coco: the papers' schedules"),
+              ("out = None", "folder of the run; None: a temporary one"), ('device = "auto"', "auto, cpu or cuda"),
+              ("limit = None", "report only the first so many pictures"))
+
+def field_comments(kind: type) -> dict[str, str]:
+    "The comment behind every field of a dataclass; a field that is given another default without one keeps its parent's."
+    found: dict[str, str] = {}
+    for home in reversed(kind.__mro__[:-1]): found |= dict(re.findall(r"^    (\w+): [^#\n]*# *(.+)$", inspect.getsource(home), re.MULTILINE))
+    return {field.name: found.get(field.name, "") for field in fields(kind)}
+
+def _lines(kind: type, names: Sequence[str], told: bool) -> list[tuple[str, str]]:
+    "Assignment and comment of every parameter; with `told` the default stands behind it in brackets."
+    comments, defaults = field_comments(kind), {field.name: field.default for field in fields(kind)}
+    words = {name: comments[name].replace("None = ", '"none" is ').replace(" = ", " is ") for name in names}
+    shown = {name: f" [{defaults[name]}]" if told and defaults[name] is not None else "" for name in names}
+    return [(f"{name} = None", words[name] + shown[name]) for name in names]
+
+def parameters_cell(system: str) -> str:
+    "Source of the cell tagged `parameters` of a system's training notebook. Raises `InputError` for an unknown system."
+    known, homes = known_parameters(system), _homes(system)
+    groups = [_RUN_LINES, *(_lines(homes[kind], known[kind], told=kind == "system") for kind in ("preset", "schedule", "system"))]
+    aligned = [[f"{line:<{max(len(line) for line, _ in group)}}  # {comment}" for line, comment in group] for group in groups]
+    return "\n\n".join("\n".join(lines) for lines in aligned)
 
 # %% ../nbs/57_experiment.ipynb #aa0bdb94
 def draw_scenes(

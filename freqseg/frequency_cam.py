@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'NEEDS', 'CamSettings', 'affinity_source', 'needed_parts',
            'frequency_cams']
 
 # %% ../nbs/36_frequency_cam.ipynb #f889c739
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .affinity import (POSITIVE_FLOOR, SOURCES, affinity_request, box_mask, propagate, relations, symmetrise)
-from .cam import (cosine_map, grad_cam_evidence, normalise_cam, patch_embeddings, similarity_request)
+from .cam import (background_score, cosine_map, grad_cam_evidence, normalise_cam, patch_embeddings, similarity_request)
 from .clip import Backbone, Features, merge_requests
 from .files import InputError
-from .ot_cam import class_scores, transport_cam
+from .ot_cam import similarity_matrix, transport_cam
 from .spectra import invert_attention, split_bands
 
 # %% ../nbs/36_frequency_cam.ipynb #4c227467
@@ -53,7 +53,8 @@ class CamSettings:
     power: int = 2                         # how often a map travels over the affinity (WeCLIP squares it)
     box: float | None = 0.4                # only regions in boxes around >= this share of the maximum travel (WeCLIP VOC); None = all
     sharpness: float = 1.0                 # factor on the inverted attention before it is made positive
-    similarity: str = "value"              # embeddings behind the score of transport: "value" or "intra"
+    similarity: str = "value"              # behind the score of transport: patch-text maps, "value" or "intra", or "gradcam"
+    contrast: str = "rest"                 # its background: the "rest" of the classes' maps, or a softmax against the background "prompts"
     lambda_l: float = 1.0                  # weight of A_s in the score of transport (DFA)
     lambda_h: float = 0.1                  # weight of A_inv (DFA)
     epsilon: float = 0.1                   # entropic regularisation of transport; smaller is sharper
@@ -69,7 +70,8 @@ class CamSettings:
 # %% ../nbs/36_frequency_cam.ipynb #2c90e378
 def _check_choices(settings: CamSettings) -> None:
     "Raise `InputError` for a word that names no choice."
-    for name, known in (("shape", ("square", "disc")), ("source", (None, *SOURCES)), ("similarity", ("value", "intra"))):
+    for name, known in (("shape", ("square", "disc")), ("source", (None, *SOURCES)), ("similarity", ("value", "intra", "gradcam")),
+                        ("contrast", ("rest", "prompts"))):
         if (value := getattr(settings, name)) not in known:
             raise InputError(f"{name}={value!r}: use one of {', '.join(map(str, known))}.")
 
@@ -97,7 +99,8 @@ def needed_parts(methods: Sequence[str], settings: CamSettings = CamSettings()) 
     if unknown or not methods or isinstance(methods, str):
         raise InputError(f"methods={methods!r}: give a sequence of {', '.join(METHODS)}.")
     parts = {part for name in methods for part in NEEDS[name]}
-    return parts | ({f"{settings.similarity}_cosines"} if "similarity" in parts else set())
+    behind = "evidence" if settings.similarity == "gradcam" else f"{settings.similarity}_cosines"
+    return parts | ({behind} if "similarity" in parts else set())
 
 # %% ../nbs/36_frequency_cam.ipynb #e2f4041a
 def cam_request(backbone: Backbone, methods: Sequence[str], settings: CamSettings = CamSettings()) -> dict[str, Any]:
@@ -169,7 +172,9 @@ class CamParts:
     @cached_property
     def similarity(self) -> Tensor:
         "The score S of transport, (B, N, K + 1) in [0, 1]; absent classes are 0 and the last column is the background (DFA)."
-        return class_scores(getattr(self, f"{self.settings.similarity}_cosines"), self.present, self.backbone.logit_scale)
+        chosen = self.settings
+        if chosen.similarity == "gradcam": return torch.cat([self.raw, background_score(self.raw)], 1).flatten(2).mT
+        return similarity_matrix(getattr(self, f"{chosen.similarity}_cosines"), self.present, self.backbone.logit_scale, chosen.contrast)
 
 # %% ../nbs/36_frequency_cam.ipynb #916f9913
 def _refined(parts: CamParts, affinity: Tensor) -> Tensor:
@@ -218,10 +223,11 @@ def cam_parts(
     background: Tensor | None = None,     # (Kb, E) unit-norm background prompts
     methods: Sequence[str] = tuple(METHODS),   # what `cam_of` will be asked for
     settings: CamSettings = CamSettings(),
+    also: Mapping[str, Any]|None = None,       # what else the features shall hold, as arguments of `Backbone.encode`
 ) -> CamParts:
     "Run the tower once, for all `methods`. Raises `InputError` for shapes that do not fit, sizes or unknown methods."
     _check_batch(images, text, present, background)
-    features = backbone.encode(images, **cam_request(backbone, methods, settings))
+    features = backbone.encode(images, **merge_requests(cam_request(backbone, methods, settings), also or {"joint": False}))
     return CamParts(backbone, features, text, present, background, settings)
 
 @torch.no_grad()

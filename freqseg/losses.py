@@ -150,7 +150,7 @@ def dense_energy_loss(
 
     The bilateral kernel k is exact. The gate g_i = 1 - max_c S_ic, 1 at unlabelled pixels, is held constant. "mean" averages
     over the pictures of the batch and does not depend on their size; "sum" is the published -1e-7 sum_ij g_i k_ij S_i . S_j,
-    whose size FFR's weight 0.05 expects. Pictures without a valid pixel count 0. Raises `InputError` for unknown options and
+    which ToCo weighs with 0.05. Pictures without a valid pixel count 0. Raises `InputError` for unknown options and
     batch sizes that differ."""
     _check_energy(image, probs, scale, form)
     size = tuple(max(1, round(side * scale)) for side in image.shape[-2:])

@@ -25,6 +25,7 @@ from .clip import nearest_multiple
 from .data import Batch, Sample, collate, to_tensors
 from .files import InputError, atomic_write
 from .metrics import confusion_matrix, iou_scores
+from .segment import OVERTAKING, evaluating, grouped
 
 if TYPE_CHECKING: from lightning_fabric import Fabric  # takes seconds to import, so a run does it, not everybody
 
@@ -485,7 +486,9 @@ def segmentation_scores(
     picture that cannot be read, or has no mask."""
     counts = torch.zeros(system.num_classes, system.num_classes, dtype=torch.int64)
     reader = DataLoader(_Whole(pictures), batch_size=None, num_workers=workers, generator=torch.Generator())
-    for samples in _by_size(_readable(reader, skip_bad), batch):
+    read = (_with_mask(sample) for sample in _readable(reader, skip_bad))
+    for group in grouped(read, lambda sample: tuple(sample.image.shape), batch, OVERTAKING*batch):
+        samples = [sample for _, sample in group]
         masks = torch.stack([sample.mask for sample in samples])
         logits = system.predict(_pixels(system, torch.stack([sample.image for sample in samples])))
         labels = F.interpolate(logits.float(), masks.shape[1:], mode="bilinear", align_corners=False).argmax(1)
@@ -509,15 +512,10 @@ def _readable(reader: Iterable[_Drawn], skip_bad: bool) -> Iterator[Sample]:
         elif not skip_bad: raise InputError(_unreadable(drawn.bad))
         else: warnings.warn("validation without picture {}: {}".format(*next(iter(drawn.bad.items()))))
 
-def _by_size(samples: Iterable[Sample], batch: int) -> Iterator[list[Sample]]:
-    "Tensors of one size, at most `batch` at a time; the incomplete groups come last."
-    waiting: dict[tuple[int, ...], list[Sample]] = {}
-    for sample in map(to_tensors, samples):
-        if sample.mask is None: raise InputError(f"picture {sample.id} has no mask to validate against: complete them, or pass val=None.")
-        group = waiting.setdefault(tuple(sample.image.shape), [])
-        group.append(sample)
-        if len(group) == batch: yield waiting.pop(tuple(sample.image.shape))
-    yield from waiting.values()
+def _with_mask(sample: Sample) -> Sample:
+    "The sample as tensors. Raises `InputError` for one without a mask."
+    if sample.mask is None: raise InputError(f"picture {sample.id} has no mask to validate against: complete them, or pass val=None.")
+    return to_tensors(sample)
 
 def _pixels(system: Trainable, images: Tensor) -> Tensor:
     "Pictures (B, 3, H, W) in [0, 1] as the system's backbone takes them: whole patches, normalised, on its device."
@@ -642,16 +640,9 @@ def _chart(run: _Run, values: Mapping[str, float | None]) -> None:
     for name, value in values.items() if run.board else ():
         if value is not None: run.board.add_scalar(name, value, run.step)
 
-@contextlib.contextmanager
-def _looking(system: Any) -> Iterator[None]:
-    "The system in eval mode."
-    system.eval()
-    try: yield
-    finally: system.train()
-
 def _validate(run: _Run) -> bool:
     "Scores into the log. Is this the best so far? Raises `InputError` when the scores hold no `miou`."
-    with _looking(run.system), run.fabric.autocast(): scores = _finite(_first(run.fabric, run.evaluate))
+    with evaluating(run.system), run.fabric.autocast(): scores = _finite(_first(run.fabric, run.evaluate))
     if "miou" not in scores: raise InputError(f"evaluate gave {sorted(scores)}: a score named miou is needed, by which the best checkpoint is chosen.")
     _first(run.fabric, lambda: _append(run.log, dict(step=run.step, scores=scores, seconds=round(run.elapsed, 3))))
     _chart(run, {f"scores/{name}": value for name, value in scores.items()})
@@ -662,7 +653,7 @@ def _validate(run: _Run) -> bool:
 def _keep_snapshot(run: _Run) -> None:
     "out/snapshots/step-000250.npz with what the caller wants to look at later."
     def write() -> None:
-        with _looking(run.system): arrays = run.snapshot(run.system, run.step)
+        with evaluating(run.system): arrays = run.snapshot(run.system, run.step)
         arrays = {name: value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value) for name, value in arrays.items()}
         with atomic_write(run.out/"snapshots"/f"step-{run.step:06d}.npz") as partial: np.savez_compressed(partial, **arrays)
     _first(run.fabric, write)

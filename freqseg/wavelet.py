@@ -266,7 +266,7 @@ class WaveletConv2d(nn.Module):
     `learn_filters=True` its text. Odd maps are zero-padded right and below, then cropped back, as in the code.
     Parameters: `dim (k^2 + 1) + dim` (base) `+ levels (4 dim k^2 + 4 dim) + dim^2` (pointwise), and 4 L with learnable
     filters. With dim 256 and k 3 these are 78,592; the published decoder has 8,192 more, which are fixed Haar filters
-    stored once per channel, 2 (4 dim) 2^2. Here fixed filters are not stored at all.
+    stored once per channel, 2 (4 dim) 2^2. Here fixed filters are one buffer, which no checkpoint holds.
     Raises `ValueError` for fewer than one level and as `filter_bank`."""
     def __init__(self,
         dim: int,  # channels in and out
@@ -276,17 +276,24 @@ class WaveletConv2d(nn.Module):
     ) -> None:
         super().__init__()
         if levels < 1: raise ValueError(f"levels must be at least 1, got {levels}")
-        filter_bank(wavelet)  # a misspelt name should fail here, not in the first training step
-        self.wavelet, self.filters = wavelet, LearnableWavelet(wavelet) if learn_filters else None
+        self.filters = LearnableWavelet(wavelet) if learn_filters else None
+        # A buffer, because a compiled graph cannot ask PyWavelets; not persistent, because the wavelet's name says it all.
+        fixed = None if learn_filters else filter_bank(wavelet).to(torch.get_default_dtype(), copy=True)
+        self.register_buffer("fixed_taps", fixed, persistent=False)
         self.base = ScaledDepthwise(dim, kernel)
         self.bands = nn.ModuleList(ScaledDepthwise(4 * dim, kernel, scale=0.1, bias=False) for _ in range(levels))
         self.pointwise = nn.Conv2d(dim, dim, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor: return self.pointwise(self.base(x) + self._branch(x, 0))
 
+    @property
+    def taps(self) -> Tensor:
+        "Filters in use, `(4, L)`: learned or fixed."
+        return self.fixed_taps if self.filters is None else self.filters.taps
+
     def _branch(self, x: Tensor, level: int) -> Tensor:
         "The sub-band path from `level` downwards, inverse transform included."
-        (h, w), taps = x.shape[-2:], self.wavelet if self.filters is None else self.filters.taps
+        (h, w), taps = x.shape[-2:], self.taps
         bands = sub_bands(F.pad(x, (0, w % 2, 0, h % 2)), taps)
         mixed = self.bands[level](bands.flatten(1, 2)).view_as(bands)
         if level + 1 < len(self.bands):

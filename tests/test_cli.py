@@ -9,15 +9,17 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 import freqseg
-from freqseg.cli import fitted_size, main, output_names, picture_files
-from freqseg.terminal import class_list, interruptible
+from freqseg.cli import cam_prompts, fitted_size, main, output_names, picture_files
+from freqseg.clip import Backbone, load_clip
 from freqseg.data import read_mask
 from freqseg.frequency_cam import METHODS
+from freqseg.terminal import class_list, interruptible
 from freqseg.world import WORLD_CLASSES, World
 
 FEW = "gradcam,high,inverse,transport"
@@ -153,6 +155,21 @@ def test_scores_tell_classes_that_are_there_from_others(tmp_path: Path) -> None:
         for name, score in zip(WORLD_CLASSES, np.load(tmp_path / "out" / f"{index}.npz")["scores"], strict=True):
             (there if name in world[index].classes else absent).append(score)
     assert np.mean(there) > 4 * np.mean(absent)
+
+
+def test_the_tower_looks_once_at_a_picture(scenes: Path, tmp_path: Path, monkeypatch) -> None:
+    looks, encode = [], Backbone.encode
+    def counted(self, images, **options):
+        looks.append(encode(self, images, **options))
+        return looks[-1]
+    monkeypatch.setattr(Backbone, "encode", counted)
+    picture = str(scenes / "JPEGImages" / "val_000001.png")
+    assert main(["cam", picture, "--classes", "house, star", "--method", "all", *WORLD, "--out", str(tmp_path)]) == 0
+    seen, = looks
+    prompts = torch.cat(cam_prompts(load_clip("world"), ["house", "star"]))
+    cosines = torch.nn.functional.normalize(seen.cls_embedding, dim=-1) @ prompts.T
+    expected = (load_clip("world").logit_scale * cosines).softmax(-1)[0, :2]
+    np.testing.assert_allclose(np.load(tmp_path / "val_000001.npz")["scores"], expected, atol=1e-6)
 
 
 @pytest.mark.slow

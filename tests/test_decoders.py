@@ -277,7 +277,6 @@ def test_bfloat16_autocast_stays_close_and_trains_every_parameter(kind: str) -> 
     assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in decoder.parameters())
 
 
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")  # the table of filters
 @kinds
 def test_the_decoder_compiles_into_one_graph(kind: str) -> None:
     decoder, tokens = small_decoder(kind, levels=2) if kind == "WTCLIP" else small_decoder(kind), random_tokens(3, 2, 12, 6, 5)

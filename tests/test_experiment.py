@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from freqseg.checkpoints import SYSTEMS
-from freqseg.experiment import PRESETS, draw_scenes, experiment, known_parameters, plan
+from freqseg.experiment import PRESETS, RUN, Preset, draw_scenes, experiment, field_comments, known_parameters, parameters_cell, plan
 from freqseg.files import InputError
+from freqseg.runs import notebook_parameters
+from freqseg.train import TrainSettings
 
 
 def test_every_system_has_the_four_presets_and_they_build_its_options() -> None:
@@ -48,6 +50,55 @@ def test_wrong_parameters_are_named() -> None:
     with pytest.raises(InputError, match="'vok'.*voc"): plan("dfa", dict(preset="vok"))
     with pytest.raises(InputError, match="'dafne'"): plan("dafne", {})
     with pytest.raises(InputError, match="preset voc needs the data"): plan("dfa", dict(preset="voc"))
+
+
+@pytest.mark.parametrize(("system", "name", "preset"), [("dfa", "window", "smoke"), ("dfa", "box", "smoke"), ("weclip", "box", "coco"), ("wtclip", "box", "voc"),
+                                                       ("ffr", "unfreeze", "world"), ("dfa", "temperature", "voc")])
+def test_the_text_none_switches_an_option_off(system: str, name: str, preset: str) -> None:
+    planned = plan(system, {"preset": preset, "data": "VOC", name: "none"})
+    assert planned.options[name] is None and getattr(SYSTEMS[system].Options(**planned.options), name) is None
+
+
+def test_the_text_none_switches_off_what_a_preset_sets() -> None:
+    planned = plan("weclip", dict(preset="voc", data="VOC", crf="none", side="none", limit="none"))
+    assert planned.chosen.crf is None and planned.chosen.side is None and planned.limit is None
+    kept = plan("weclip", dict(preset="voc", data="VOC"))
+    assert kept.chosen.crf == "weclip" and kept.chosen.side == 512
+
+
+@pytest.mark.parametrize("name", ["crop", "flip", "scales", "iterations", "lr", "betas", "lambda_h", "relate", "hidden", "out"])
+def test_the_text_none_is_refused_where_there_must_be_a_value(name: str) -> None:
+    with pytest.raises(InputError, match=f'^{name}="none": it needs a value.*side, crf.*window'): plan("dfa", {name: "none"})
+
+
+def test_the_text_none_is_a_word_where_words_stand() -> None:
+    assert plan("wtclip", dict(edge="none", pretrained="none")).options == dict(edge="none")
+    assert plan("wtclip", dict(pretrained="none")).chosen.pretrained == "none"
+    with pytest.raises(InputError, match="precision"): plan("dfa", dict(precision="none"))
+    with pytest.raises(InputError, match="'none'.*preset|preset.*'none'"): plan("dfa", dict(preset="none"))
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_the_parameters_of_a_training_notebook_are_those_of_its_system(system: str) -> None:
+    path = Path(__file__).parent.parent / "nbs" / "train" / f"{system}.ipynb"
+    cell, = (cell for cell in json.loads(path.read_text())["cells"] if "parameters" in cell["metadata"].get("tags", []))
+    assert "".join(cell["source"]) == parameters_cell(system), f"{path.name} is out of step: run python .ci/parameters.py"
+    told = notebook_parameters(path)
+    options = SYSTEMS[system].Options
+    homes = [(name, None) for name in RUN] + [(f.name, home) for home in (Preset, TrainSettings, options) for f in fields(home) if f.name not in ("settings", "options")]
+    assert list(told) == [name for name, _ in homes]
+    assert {name: one.default for name, one in told.items() if one.default is not None} == dict(preset="smoke", device="auto")
+    for name, home in homes:
+        assert len(told[name].help) > 4, f"{name} has no comment"
+        default = getattr(home, name, None) if home is options else None
+        assert told[name].help.endswith(f" [{default}]") == (default is not None)
+
+
+def test_comments_of_fields_come_from_the_class_that_says_them() -> None:
+    comments = field_comments(SYSTEMS["wtclip"].Options)
+    assert comments["decoder"] == '"transformer" (WeCLIP) or "wavelet" (WTCLIP)'   # another default, its parent's comment
+    assert comments["edge_levels"] == "wavelet levels of the picture whose details count as edges"
+    assert field_comments(Preset)["side"].endswith("None = as in the files")
 
 
 def test_a_namespace_gives_only_what_is_a_parameter(tmp_path: Path) -> None:

@@ -73,6 +73,23 @@ def test_each_map_equals_the_one_of_the_room_that_defines_it(backbone: Backbone,
         torch.testing.assert_close(cams[method], cam, atol=1e-4, rtol=1e-3, msg=lambda m, method=method: f"{method}: {m}")
 
 
+def test_transport_scores_patches_by_the_patch_text_map(backbone: Backbone, batch: tuple, cams: dict) -> None:
+    parts, present = cam_parts(backbone, *batch, methods=("transport",)), batch[2]
+    score = parts.similarity.mT.unflatten(2, (GRID, GRID))
+    torch.testing.assert_close(score[:, :-1], cams["patch_text"], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(score[:, -1], 1 - cams["patch_text"].amax(1), atol=1e-5, rtol=1e-4)
+    chosen = cam_parts(backbone, *batch, methods=("transport",), settings=CamSettings(similarity="gradcam"))
+    torch.testing.assert_close(chosen.similarity[..., :-1], cams["gradcam"].flatten(2).mT, atol=1e-5, rtol=1e-4)
+    assert "value_cosines" not in vars(chosen) and not chosen.similarity[..., :-1].mT[~present].any()
+
+
+@pytest.mark.parametrize("settings", [CamSettings(contrast="prompts"), CamSettings(similarity="gradcam"), CamSettings(similarity="intra")], ids=lambda s: f"{s.similarity}-{s.contrast}")
+def test_transport_over_every_score_is_a_map(settings: CamSettings, backbone: Backbone, batch: tuple, cams: dict) -> None:
+    cam, present = frequency_cams(backbone, *batch, methods=("transport",), settings=settings)["transport"], batch[2]
+    assert cam.isfinite().all() and cam.min() >= 0 and (cam[present].amax((-2, -1)) > 0.99).all() and not cam[~present].any()
+    assert (cam - cams["transport"]).abs().max() > 0.01
+
+
 def test_bands_sum_to_the_evidence(backbone: Backbone, batch: tuple) -> None:
     parts = cam_parts(backbone, *batch, methods=("low",), settings=CamSettings(mu=0.2, shape="disc"))
     low, high = parts.bands
@@ -164,7 +181,7 @@ def test_settings_choose_the_source(backbone: Backbone) -> None:
 @pytest.mark.parametrize("wrong, named", [
     (dict(mu=0.6), "mu=0.6"), (dict(mu=-1), "mu=-1"), (dict(shape="round"), "shape='round'"), (dict(source="heads"), "source='heads'"),
     (dict(layers=0), "layers=0"), (dict(layers=()), "layers="), (dict(power=0), "power=0"), (dict(power=1.5), "power=1.5"),
-    (dict(box=0.0), "box=0.0"), (dict(similarity="gradcam"), "similarity="), (dict(epsilon=0), "epsilon=0"), (dict(lambda_h=-1), "lambda_h=-1")])
+    (dict(box=0.0), "box=0.0"), (dict(similarity="tokens"), "similarity="), (dict(contrast="sky"), "contrast="), (dict(epsilon=0), "epsilon=0"), (dict(lambda_h=-1), "lambda_h=-1")])
 def test_wrong_settings_are_named(wrong: dict, named: str) -> None:
     with pytest.raises(InputError, match=named.replace("(", r"\(")): CamSettings(**wrong)
 

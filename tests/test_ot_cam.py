@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from freqseg.files import InputError
-from freqseg.ot_cam import class_marginal, row_normalise, score_matrix, transport_cam, transport_plan
+from freqseg.ot_cam import class_marginal, row_normalise, score_matrix, similarity_matrix, transport_cam, transport_plan
 from freqseg.sinkhorn import doubly_stochastic, transport
 
 H, W, K = 4, 5, 6
@@ -22,6 +22,45 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tens
     low, high = (doubly_stochastic(torch.rand(2, N, N, dtype=torch.float64) ** 4 + 1e-3, 1000, 1e-9, symmetric="average")
                  for _ in range(2))
     return torch.rand(2, N, K, dtype=torch.float64).to(dtype), low.to(dtype), high.to(dtype)
+
+
+# ---- similarity -----------------------------------------------------------------------------------------------------
+
+def cosines_and_labels() -> tuple[torch.Tensor, torch.Tensor]:
+    "Cosines (2, 4 classes + 3 background prompts, H, W) and image labels (2, 4)."
+    generator = torch.Generator().manual_seed(0)
+    return 0.2 + 0.1 * torch.randn(2, 7, H, W, generator=generator), torch.tensor([[True, False, True, False], [False, True, False, False]])
+
+
+def test_the_rest_is_what_the_maps_of_the_classes_leave() -> None:
+    cosines, labels = cosines_and_labels()
+    similarity = similarity_matrix(cosines, labels)
+    torch.testing.assert_close(similarity, similarity_matrix(cosines[:, :4], labels))   # background prompts have no say
+    for image, row in enumerate(labels):
+        for c in range(4):
+            flat = cosines[image, c].flatten()
+            expected = (flat - flat.min()) / (flat.max() - flat.min()) * row[c]
+            torch.testing.assert_close(similarity[image, :, c], expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(similarity[..., 4], 1 - similarity[..., :4].amax(-1))
+
+
+def test_how_loud_a_class_is_in_a_picture_matters_to_the_softmax_only() -> None:
+    cosines, labels = cosines_and_labels()
+    louder = cosines + torch.tensor([0.3, 0.3, 0.3, 0.3, 0, 0, 0]).view(7, 1, 1)
+    torch.testing.assert_close(similarity_matrix(louder, labels), similarity_matrix(cosines, labels), atol=1e-5, rtol=1e-4)
+    quiet, loud = (similarity_matrix(x, labels, 10.0, "prompts") for x in (cosines, louder))
+    assert (loud[..., 4] < quiet[..., 4]).all()
+
+
+def test_with_prompts_rows_are_shares_of_the_present_classes_and_all_prompts() -> None:
+    cosines, labels = cosines_and_labels()
+    similarity = similarity_matrix(cosines, labels, 10.0, "prompts")
+    logits = 10 * torch.cat([cosines[0, [0, 2]], cosines[0, 4:]]).flatten(1)
+    shares = logits.exp() / logits.exp().sum(0)
+    expected = torch.stack([shares[0], torch.zeros(N), shares[1], torch.zeros(N), shares[2:].sum(0)], 1)
+    torch.testing.assert_close(similarity[0], expected)
+    with pytest.raises(InputError, match="needs background prompts"): similarity_matrix(cosines[:, :4], labels, contrast="prompts")
+    with pytest.raises(InputError, match="contrast='sky'"): similarity_matrix(cosines, labels, contrast="sky")
 
 
 # ---- score ----------------------------------------------------------------------------------------------------------

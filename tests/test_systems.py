@@ -169,7 +169,7 @@ def test_the_decoder_selects_maps_only_after_the_switch(world: Backbone, batch: 
 
 @pytest.mark.parametrize("options", [dict(maps="propagate", align=False, inverse=False), dict(maps="propagate", align=False, relate=False),
                                      dict(maps="propagate", inverse=False), dict(maps="propagate"), {}, dict(similarity="intra"),
-                                     dict(similarity="gradcam"), dict(nothing="prompts"), dict(score="literal"), dict(per_head=True),
+                                     dict(similarity="gradcam"), dict(contrast="prompts"), dict(nothing="prompts"), dict(score="literal"), dict(per_head=True),
                                      dict(inversion="gaussian"), dict(combine="product", maps="propagate"), dict(window=None)])
 def test_dfa_runs_with_every_switch(options: dict, world: Backbone, batch: Batch) -> None:
     system = build("dfa", world, **options)

@@ -61,8 +61,14 @@ def test_text_that_means_no_value_is_refused(text: str, message: str) -> None:
 
 
 def test_a_plan_knows_the_command_that_gives_it() -> None:
-    planned = plan("dfa", dict(preset="voc", data="VOC2012", lambda_h=0.2, scales=(1.0, 1.5)))
-    assert planned.command == "freqseg train dfa --preset voc --data VOC2012 -p lambda_h=0.2 -p scales=1.0,1.5"
+    planned = plan("dfa", dict(preset="voc", data="VOC2012", lambda_h=0.2, scales=(1.0, 1.5), window="none"))
+    assert planned.command == "freqseg train dfa --preset voc --data VOC2012 -p lambda_h=0.2 -p scales=1.0,1.5 -p window=none"
+
+
+@pytest.mark.parametrize("values", [dict(flip="false"), dict(iterations=1.5), dict(lr="1e-3"), dict(scales=1.0), dict(relate=1)])
+def test_a_value_of_another_kind_is_refused_by_the_plan(values: dict[str, object]) -> None:
+    with pytest.raises(InputError, match=f"parameter {next(iter(values))} is "):
+        plan("dfa", values)
 
 
 # ---- train ----------------------------------------------------------------------------------------------------------

@@ -266,6 +266,22 @@ def test_block_treats_images_of_a_batch_independently() -> None:
     torch.testing.assert_close(block(x)[1:2], block(x[1:2]))
 
 
+@pytest.mark.parametrize("name", ["haar", "db2", "sym4", "coif1", "bior2.2", "rbio1.3", "dmey"])
+@pytest.mark.parametrize("learn", [False, True], ids=["fixed", "learned"])
+def test_block_compiles_into_one_graph(name: str, learn: bool) -> None:
+    torch.compiler.reset()
+    block, x = WaveletConv2d(4, levels=2, wavelet=name, learn_filters=learn), torch.randn(2, 4, 9, 6)
+    torch.testing.assert_close(torch.compile(block, backend="aot_eager", fullgraph=True)(x), block(x))
+
+
+def test_fixed_taps_follow_the_block_and_stay_out_of_its_checkpoints() -> None:
+    block, x = WaveletConv2d(3, wavelet="db2").double(), random_map(1, 3, 9, 6)
+    assert block.taps.dtype == torch.float64 and block(x).dtype == torch.float64
+    assert not [name for name in block.state_dict() if "taps" in name] and "filters.taps" in WaveletConv2d(3, learn_filters=True).state_dict()
+    block.taps.zero_()
+    assert WaveletConv2d(3, wavelet="db2").taps.abs().min() > 0, "two blocks share their taps"
+
+
 # --- mistakes and imports ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["dbb2", "morl", "", "db39"])

@@ -6,10 +6,11 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
+from freqseg.clip import Backbone, load_clip
 from freqseg.files import shipped
 from freqseg.metrics import confusion_matrix, mean_iou
 from freqseg.world import World
-from freqseg.world_report import (SOURCES, THRESHOLDS, mean_interval, pooled_ceiling, report_table, sampled_auc, seed_figures)
+from freqseg.world_report import (SOURCES, THRESHOLDS, mean_interval, measure_world, pooled_ceiling, report_table, sampled_auc, seed_figures)
 
 
 def test_sampled_auc_over_all_patches_is_sklearns():
@@ -43,6 +44,13 @@ def test_thresholds_come_from_the_tuning_scenes_alone():
     tuning, test = (dict(raw=perfect_at(index)) for index in (3, 5))
     figures = seed_figures(tuning, test)["raw"]
     assert figures["threshold"] == THRESHOLDS[3] and figures["miou"][0] < 50 and figures["gain"] == [0, 0, 0]
+
+
+def test_every_scene_is_encoded_once(monkeypatch):
+    seen, encode = [], Backbone.encode
+    monkeypatch.setattr(Backbone, "encode", lambda self, images, **options: seen.append(len(images)) or encode(self, images, **options))
+    report = measure_world(load_clip("world"), scenes=3, tuning_scenes=2, size=64, batch=2)
+    assert seen == [2, 2, 1] and set(report["seeds"]) == {"raw", *SOURCES} and len(report["high_share"]) == 6
 
 
 def test_the_report_that_ships_is_about_the_model_that_ships():

@@ -20,7 +20,7 @@ from ..data import Batch
 from ..dual_affinity import DualAffinity, DualAffinitySettings, combine_affinities
 from ..files import InputError
 from ..losses import balanced_cross_entropy, nearest_labels
-from ..ot_cam import class_scores, transport_cam
+from ..ot_cam import similarity_matrix, transport_cam
 from .segmenter import Segmenter, SegmenterOptions, Seen, enlarged, require_labels
 
 # %% ../../nbs/44_dfa.ipynb #4ccfa123
@@ -47,18 +47,19 @@ class DFAOptions(SegmenterOptions):
     lambda_relation: float = .2            # weight of L_r
     maps: str = "transport"                # "transport" (DFA), or "propagate": GradCAM walked over both affinities
     similarity: str = "value"              # rows of S: "value" (MaskCLIP), "intra" (intra-correlation) or "gradcam"
+    contrast: str = "rest"                 # background of S: the "rest" of the classes' maps, or a softmax against the background "prompts"
     lambda_l: float = 1.                   # weight of the smoothed affinity in the score of transport
     lambda_h: float = .1                   # weight of the inverse affinity
     score: str = "class"                   # "class", or "literal" as printed (in which the inverse affinity cannot matter)
     eps: float = .1                        # entropy of the transport
     temperature: float|None = None         # of the class shares; None = the number of patches
-    nothing: str = "max"                   # background of pseudo-labels: "max" is 1 - max, "prompts" their own column of the transport
-    combine: str = "sum"                   # of the affinities for maps="propagate": "sum" or "product"
-    walks: int = 2                         # steps for maps="propagate"
-    box: float|None = .4                   # boxes for maps="propagate"
+    nothing: str = "max"                   # background of pseudo-labels: "max" is 1 - max, "prompts" the background's own column of the transport
+    combine: str = "sum"                   # of the affinities, for maps that "propagate": "sum" or "product"
+    walks: int = 2                         # steps of maps that "propagate"
+    box: float|None = .4                   # boxes from which maps "propagate", as in WeCLIP; None = from everywhere
 
     def __post_init__(self) -> None:
-        words = dict(maps=("transport", "propagate"), similarity=("value", "intra", "gradcam"), nothing=("max", "prompts"))
+        words = dict(maps=("transport", "propagate"), similarity=("value", "intra", "gradcam"), contrast=("rest", "prompts"), nothing=("max", "prompts"))
         for name, known in words.items():
             if getattr(self, name) not in known: raise InputError(f"{name}={getattr(self, name)!r}: use one of {', '.join(known)}.")
         if self.nothing == "prompts" and self.maps != "transport": raise InputError("nothing='prompts' needs maps='transport': only a transport has a column for the background.")
@@ -94,7 +95,7 @@ class DFA(Segmenter):
             return torch.cat([cam, 1 - cam.amax(1, keepdim=True)], 1).flatten(2).mT
         prompts = self.text if self.background is None else torch.cat([self.text, self.background])
         cosines = cosine_map(patch_embeddings(self.backbone, seen.features, self.options.similarity), prompts)
-        return class_scores(cosines.float(), seen.present, self.backbone.logit_scale)
+        return similarity_matrix(cosines.float(), seen.present, self.backbone.logit_scale, self.options.contrast)
 
     def maps(self, seen: Seen, low: Tensor, high: Tensor|None) -> Tensor:
         "Maps (B, K + 1, h, w) in [0, 1] from both affinities, the background last."

@@ -34,7 +34,7 @@ class FFROptions(SegmenterOptions):
     lambda_h: float = 2.                  # weight of the high-frequency head within the segmentation loss
     lambda_1: float = 1.                  # weight of the rectification
     lambda_seg: float = .1                # weight of both segmentation losses
-    lambda_energy: float = 0.             # weight of the dense energy loss (0.05 in works of this family)
+    lambda_energy: float = 0.             # weight of the dense energy loss, a mean in [0, 1] (ToCo's 0.05 is for a sum)
     middle: int = -3                      # block whose tokens the intermediate classifier reads
     pool: str = "max"                     # of both classifiers: "max" or "mean"
     maps: str = "gradcam"                 # pseudo-labels from CLIP's "gradcam", or from the "classifier" (the paper, without CLIP)

@@ -27,7 +27,7 @@ class WeCLIPOptions(SegmenterOptions):
     switch: float = .5             # share of the training after which the decoder selects attention maps
     early_layers: int = 8          # blocks averaged before that
     late_layers: int = 6           # blocks selected from after it (COCO: 10)
-    box: float|None = .4           # only what lies in boxes around >= this share of a map's maximum travels (COCO: 0.7); None = all
+    box: float|None = .4           # only what lies in boxes around at least this share of a map's maximum travels (COCO: 0.7); None = all
     normalise: str = "weclip"      # of the affinity: "weclip" three rounds and squared, "sinkhorn" to a tolerance
     walks: int = 1                 # steps over the normalised affinity
     affinity_weight: float = .1    # of the affinity loss
