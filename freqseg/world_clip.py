@@ -294,7 +294,7 @@ def load_state(trainer: WorldClipTrainer, path: Path) -> None:
 
 def train_world_clip(
     out: str|Path,                 # folder for the scene cache and the checkpoint
-    steps: int = 2500,             # of `batch` pictures
+    steps: int = 3500,             # of `batch` pictures
     batch: int = 64,
     scenes: int = 60_000,          # drawn once, seen several times
     width: int = 128,
@@ -306,7 +306,7 @@ def train_world_clip(
 ) -> tuple[WorldClipTrainer, list[dict]]:
     """Train, or continue the training in `out`. Gives the trainer and a log of the smoothed losses every 25 steps.
 
-    2,500 steps take about 45 minutes on two CPU cores that have bf16 instructions."""
+    3,500 steps take about 75 minutes on two CPU cores that have bf16 instructions."""
     from tqdm import tqdm
     out, config = Path(out), world_config(width)
     counts = dict(easy=max(batch, scenes//8), medium=max(batch, scenes))
