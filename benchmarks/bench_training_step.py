@@ -15,11 +15,12 @@ Weights are random: time does not depend on them. Pseudo-labels and losses are c
 
 One thread and processor time, which other work on the machine disturbs least.
 """
-import copy, statistics, subprocess, sys, time, warnings
+import copy, re, resource, statistics, subprocess, sys, time, warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -272,7 +273,7 @@ def profiled(step: Step) -> Clock:
 
 def print_profile(clock: Clock) -> None:
     total, frozen = clock.spent.total(), ("frozen encoder", "GradCAM")
-    print(f"\nwhere our step goes   {'s':>6} {'share':>7} {'of it in matrix products':>26}")
+    print(f"where our step goes   {'s':>6} {'share':>7} {'of it in matrix products':>26}")
     for part, seconds in clock.spent.most_common():
         print(f"{part:<26}{seconds:6.2f} {seconds / total:7.1%} {clock.products[part] / max(seconds, 1e-9):18.0%}")
     inside = sum(clock.products[part] for part in frozen)
@@ -289,15 +290,20 @@ def peak_megabytes(form: str) -> tuple[float, float]:
     return before, peak
 
 
+def resident_peak() -> float:
+    "Most memory that was resident so far, MB. Linux's own figure, for `ru_maxrss` begins with that of the parent."
+    status = Path("/proc/self/status")
+    if status.exists(): return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 1e3
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+
+
 def report_memory(form: str) -> None:
     "What the fresh process does."
-    import resource
     torch.set_num_threads(1)
-    unit = 1e6 if sys.platform == "darwin" else 1e3
     step = Step(form)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    before = resident_peak()
     step()
-    print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+    print(before, resident_peak())
 
 
 def processor_seconds(step: Callable[[], None], rounds: int) -> float:
@@ -332,15 +338,15 @@ def main(rounds: int = 3) -> None:
     warnings.simplefilter("ignore")
     ours = Step("freqseg")
     print(f"{IMAGES} crops of {SIZE} x {SIZE}, {CLASSES} classes each, ViT-B/16 with random weights, fp32, one thread, torch {torch.__version__}")
-    same = {how: agreement(ours, Step(how)) for how in PEERS}
-    ours()   # the first step also makes the optimiser's moments
-    seconds, memory = processor_seconds(ours, rounds), peak_megabytes("freqseg")
-    print(f"{'':<22}{'CPU s a step':>12}{'ratio':>8}{'MB before':>11}{'MB at peak':>12}   pseudo-labels as ours")
-    print(f"{'freqseg':<22}{seconds:12.2f}{1:8.1f}{memory[0]:11.0f}{memory[1]:12.0f}")
-    for how in PEERS:
-        peer, memory = processor_seconds(Step(how), max(1, rounds // 2)), peak_megabytes(how)
-        print(f"grad-cam, {how:<12}{peer:12.2f}{peer / seconds:8.1f}{memory[0]:11.0f}{memory[1]:12.0f}   {same[how]:.4%}")
     print_profile(profiled(ours))
+    seconds, memory = processor_seconds(ours, rounds), peak_megabytes("freqseg")   # the first step made the optimiser's moments
+    print(f"\n{'':<22}{'CPU s a step':>12}{'ratio':>8}{'MB before':>11}{'MB at peak':>12}   pseudo-labels as ours")
+    print(f"{'freqseg':<22}{seconds:12.2f}{1:8.1f}{memory[0]:11.0f}{memory[1]:12.0f}", flush=True)
+    for how in PEERS:
+        peer, fresh = Step(how), Step("freqseg")   # one peer in memory at a time
+        same = agreement(fresh, peer)
+        theirs, memory = processor_seconds(peer, max(1, rounds // 2)), peak_megabytes(how)
+        print(f"grad-cam, {how:<12}{theirs:12.2f}{theirs / seconds:8.1f}{memory[0]:11.0f}{memory[1]:12.0f}   {same:.4%}", flush=True)
 
 
 if __name__ == "__main__":
