@@ -1,10 +1,11 @@
 """Evaluation at three scales and mirrored, with a dense CRF: are all cores busy?
 
-The network works in one process with one thread, CRFs in a pool beside it: while they are computed, the next pictures are looked
-at. Cores used = processor time of all processes / time on the clock. Other work on the machine takes cores away, so what was to be
-had is measured, too: as many plain loops as there are cores, side by side. WeCLIP, untrained, on the world's CLIP.
+The network works in one process, with one thread per core unless told otherwise, CRFs in a pool beside it: while they are
+computed, the next pictures are looked at. Cores used = processor time of all processes / time on the clock. Other work on the
+machine takes cores away, so what was to be had is measured, too: as many plain loops as there are cores, side by side. WeCLIP,
+untrained, on the world's CLIP.
 
-    python benchmarks/bench_evaluation.py [pictures]
+    python benchmarks/bench_evaluation.py [pictures] [threads]
     pytest benchmarks/bench_evaluation.py
 """
 import importlib.util, os, resource, subprocess, sys, tempfile, time
@@ -25,8 +26,8 @@ pytestmark = pytest.mark.benchmark
 
 
 def pictures(folder: Path, count: int) -> SegmentationFolder:
-    "Scenes of the world at 320 x 320, on disk."
-    write_world(str(folder), train=0, val=count, test=0, size=320, workers=1)
+    "Scenes of the world, on disk."
+    write_world(str(folder), train=0, val=count, test=0, size=224, workers=1)
     return open_folder(folder, "val", masks=True)
 
 
@@ -46,7 +47,7 @@ def cores_used(work: Callable[[], object]) -> tuple[float, float, float]:
 
 LOOP = "import time\nend = time.perf_counter() + {seconds}\nwhile time.perf_counter() < end: pass"
 
-def cores_to_be_had(seconds: float = 5) -> float:
+def cores_to_be_had(seconds: float = 2) -> float:
     "How many cores plain loops get, one process per core: what other work on the machine leaves."
     def loops() -> None:
         running = [subprocess.Popen([sys.executable, "-c", LOOP.format(seconds=seconds)]) for _ in range(CORES)]
@@ -55,7 +56,7 @@ def cores_to_be_had(seconds: float = 5) -> float:
 
 
 def evaluation(dataset: SegmentationFolder, crf: str | None) -> Callable[[], object]:
-    "Seed, mask and seg of a WeCLIP that has learned nothing; the network has one thread."
+    "Seed, mask and seg of a WeCLIP that has learned nothing."
     system = WeCLIP.build(load_clip("world"), dataset.classes).eval()
     return lambda: evaluate_system(system, dataset, scales=SCALES, crf=crf, samples=10, examples=1, progress=False)
 
@@ -75,11 +76,11 @@ def test_evaluation(benchmark, one_thread, tmp_path: Path, crf: str | None) -> N
     assert report.images == 4
 
 
-def main(count: int = 12) -> None:
-    torch.set_num_threads(1)
+def main(count: int = 6, threads: int = CORES) -> None:
+    torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
         dataset = pictures(Path(folder) / "world", count)
-        print(f"{count} scenes of 320 x 320, {len(SCALES)} scales, mirrored, seed + mask + seg, dense CRF of mask and seg, world CLIP; {CORES} cores")
+        print(f"{count} scenes of 224 x 224, {len(SCALES)} scales, mirrored, seed + mask + seg, dense CRF of mask and seg, world CLIP; {threads} threads, {CORES} cores")
         for crf in (None, "weclip") if importlib.util.find_spec("pydensecrf") else (None,):
             before, (cores, clock, processor), after = cores_to_be_had(), cores_used(evaluation(dataset, crf)), cores_to_be_had()
             print(f"{'with CRF' if crf else 'without':<9} {clock / count:6.2f} s a picture, {processor / count:6.2f} s of processor time: {cores:.2f} cores used"
