@@ -57,20 +57,21 @@ def test_wavelet_convolution(benchmark, levels: int) -> None:
 
 
 def alternating_medians(steps: dict[str, Callable[[], None]], rounds: int = 9) -> dict[str, float]:
-    "Median milliseconds of each call; rounds alternate so that a busy machine slows all of them alike."
+    "Median milliseconds of processor time of each call, in turns: on a busy machine a clock on the wall tells little."
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
         step()
     for _ in range(rounds):
         for name, step in steps.items():
-            start = time.perf_counter()
+            start = time.process_time()
             step()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.process_time() - start)
     return {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
 
 
 def main() -> None:
-    print(f"{SHAPE}, one level, forward and backward, {torch.get_num_threads()} threads")
+    torch.set_num_threads(1)
+    print(f"{SHAPE}, one level, forward and backward, one thread, processor time")
     for wavelet in WAVELETS:
         times = alternating_medians({name: round_trip(transform, wavelet) for name, transform in PEERS.items()})
         print(f"{wavelet:5} freqseg {times['freqseg']:7.1f} ms  ptwt {times['ptwt']:7.1f} ms  ratio {times['ptwt'] / times['freqseg']:.1f}x")

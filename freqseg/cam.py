@@ -79,9 +79,12 @@ def _sum_through_attention(
     "Closed form of the backward pass through softmax attention and its input projection, summed over the patches."
     query, key, value = qkv
     along = (sent * context).sum(-1)                                   # g_n . o_n
-    pulled = attention[..., 1:, :].mT @ sent[..., 1:, :]               # patch queries' share of the values' gradient
+    # Both products with the attention in one, all classes side by side as its columns: the attention is read once.
+    beside = torch.cat([sent, along[..., None]], -1)[..., 1:, :].permute(1, 2, 3, 0, 4)   # (B, heads, N, S, d + 1)
+    both = (attention[..., 1:, :].mT @ beside.flatten(3)).unflatten(3, beside.shape[3:]).permute(3, 0, 1, 2, 4)
+    pulled, weighed = both[..., :-1], both[..., -1]                    # patch queries' share of the values' gradient; of g_n . o_n
     from_cls = attention[..., :1, 1:].sum(-1) * sent[..., 0, :]        # the CLS query's share, summed over patches
-    columns = (pulled * value).sum(-1) - (attention[..., 1:, :].mT @ along[..., 1:, None])[..., 0]
+    columns = (pulled * value).sum(-1) - weighed
     rows = attention[..., 0] * (along - (sent * value[..., :1, :]).sum(-1))
     scale = query.shape[-1] ** -0.5
     summed = [scale * (columns[..., None] * key).sum(-2), scale * (rows[..., None] * query).sum(-2),
@@ -89,10 +92,15 @@ def _sum_through_attention(
     return torch.cat([part.flatten(-2) for part in summed], -1) @ block.attn.in_proj_weight
 
 # %% ../nbs/22_cam.ipynb #6b23cb06
-def _pull_through_attention(backbone: Backbone, ln1: Tensor, residual: Tensor, pool: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def _last_qkv(backbone: Backbone, features: Features) -> tuple[Tensor, Tensor, Tensor]:
+    "Queries, keys and values of the last block: those that were encoded, else computed."
+    found, last = (features.queries, features.keys, features.values), backbone.depth - 1
+    if last in features.queries: return tuple(part[last].detach() for part in found)
+    return split_qkv(backbone.blocks[-1], features.last_ln1.detach().clone())
+
+def _pull_through_attention(backbone: Backbone, features: Features, pool: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     "Image embedding z (B, E) and the map from gradients at z (S, B, E) to their sums over patches at ln_1 (S, B, D)."
-    block = backbone.blocks[-1]
-    qkv = split_qkv(block, ln1)
+    block, residual, qkv = backbone.blocks[-1], features.last_residual.detach().clone(), _last_qkv(backbone, features)
     attention = attention_weights(*qkv[:2])
     context = (attention @ qkv[2]).requires_grad_()
     z = _image_embedding(backbone, feed_forward(block, residual + merge_heads(block, context)), pool)
@@ -101,9 +109,9 @@ def _pull_through_attention(backbone: Backbone, ln1: Tensor, residual: Tensor, p
         return _sum_through_attention(block, qkv, attention, context.detach(), at_context)
     return z, pull
 
-def _pull_by_autograd(backbone: Backbone, ln1: Tensor, residual: Tensor, pool: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def _pull_by_autograd(backbone: Backbone, features: Features, pool: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     "The same for blocks that normalise queries and keys, where the sum over patches does not commute with the projection."
-    ln1 = ln1.requires_grad_()
+    ln1, residual = features.last_ln1.detach().clone().requires_grad_(), features.last_residual.detach().clone()
     z = _image_embedding(backbone, backbone.last_block(ln1, residual), pool)
     return z, lambda sent: torch.autograd.grad(z, ln1, sent, is_grads_batched=True, retain_graph=True)[0][:, :, 1:].sum(2)
 
@@ -127,13 +135,12 @@ def grad_cam_weights(
     _check_cam_inputs(features, text, present)
     slots, valid = _pack(present)
     with torch.inference_mode(False), torch.enable_grad():
-        ln1, residual = features.last_ln1.detach().clone(), features.last_residual.detach().clone()
         normed = isinstance(getattr(backbone.blocks[-1].attn, "ln_q", None), torch.nn.LayerNorm)
-        z, pull = (_pull_by_autograd if normed else _pull_through_attention)(backbone, ln1, residual, pool)
+        z, pull = (_pull_by_autograd if normed else _pull_through_attention)(backbone, features, pool)
         direction = contrast_direction(z.detach().to(text.dtype), text, present, background, backbone.logit_scale, exact).to(z.dtype)
         sent = direction.gather(1, slots[..., None].expand(-1, -1, direction.shape[-1])).transpose(0, 1)
         packed = torch.cat([pull(part) for part in sent.split(chunk)])
-    packed = packed.transpose(0, 1) * valid[..., None] / (len(ln1[0]) - 1 if exact else 1)
+    packed = packed.transpose(0, 1) * valid[..., None] / (features.last_ln1.shape[1] - 1 if exact else 1)
     return packed.new_zeros(*present.shape, packed.shape[-1]).scatter_add_(1, slots[..., None].expand_as(packed), packed)
 
 # %% ../nbs/22_cam.ipynb #ed13b0b7

@@ -39,7 +39,7 @@ def split_qkv(block: nn.Module, ln1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 # %% ../nbs/14_clip.ipynb #b37b3950
 def attention_weights(query: Tensor, key: Tensor) -> Tensor:
     "softmax(Q K^T / sqrt d) over the keys: (B, heads, n, d) twice -> (B, heads, n, n), rows sum to 1."
-    return (query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(dim=-1)
+    return ((query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)).softmax(dim=-1)   # scaled where numbers are fewer
 
 # %% ../nbs/14_clip.ipynb #11f76fb3
 def merge_heads(block: nn.Module, context: Tensor) -> Tensor:
@@ -331,11 +331,8 @@ def embed(self: Backbone, images: Tensor) -> Tensor:
 def block(self: Backbone, index: int, x: Tensor) -> Tensor:
     "Block `index` (negative counts from the last) on any token sequence: (B, n, D) -> (B, n, D), fused attention."
     block = self.blocks[index]
-    return self._finish(block, x, *split_qkv(block, block.ln_1(x)))
-
-@patch
-def _finish(self: Backbone, block: nn.Module, x: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return feed_forward(block, x + merge_heads(block, F.scaled_dot_product_attention(query, key, value)))
+    context = F.scaled_dot_product_attention(*split_qkv(block, block.ln_1(x)))
+    return feed_forward(block, x + merge_heads(block, context))
 
 @patch
 def last_block(self: Backbone,
@@ -372,13 +369,14 @@ def _indices(self: Backbone, blocks: Sequence[int], what: str) -> frozenset[int]
     return frozenset(index % self.depth for index in blocks)
 
 @patch
-def _record(self: Backbone, found: Features, request: _Request, index: int, query: Tensor, key: Tensor, value: Tensor) -> None:
-    "Keep what was asked of a block's attention. Written-out attention exists only here."
+def _attend(self: Backbone, found: Features, request: _Request, index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor|None:
+    "Keep what was asked of a block's attention; the mixed values, or None when nobody needs them. Written-out attention exists only here."
     if index in request.qkv:
         found.queries[index], found.keys[index], found.values[index] = query, key, value
-    if index in request.attention:
-        weights = attention_weights(query, key)
-        found.attention[index] = weights if request.per_head else weights.mean(dim=1)
+    if index not in request.attention: return F.scaled_dot_product_attention(query, key, value) if request.needs_output(index) else None
+    weights = attention_weights(query, key)
+    found.attention[index] = weights if request.per_head else weights.mean(dim=1)
+    return weights @ value if request.needs_output(index) else None   # there already, hence cheaper than fused attention
 
 @patch
 def _step(self: Backbone, found: Features, request: _Request, index: int, x: Tensor) -> Tensor:
@@ -388,10 +386,9 @@ def _step(self: Backbone, found: Features, request: _Request, index: int, x: Ten
     if index == self.depth - 1: found.last_residual, found.last_ln1 = x, ln1
     watched = index in request.qkv or index in request.attention
     if not (watched or request.needs_output(index)): return x
-    query, key, value = split_qkv(block, ln1)
-    self._record(found, request, index, query, key, value)
-    if not request.needs_output(index): return x
-    x = self._finish(block, x, query, key, value)
+    context = self._attend(found, request, index, *split_qkv(block, ln1))
+    if context is None: return x
+    x = feed_forward(block, x + merge_heads(block, context))
     if index in request.tokens: found.tokens[index] = x[:, 1:].transpose(1, 2).unflatten(2, found.grid)
     return x
 

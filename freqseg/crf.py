@@ -4,7 +4,7 @@
 
 # %% ../nbs/31_crf.ipynb #b427e9f2
 from __future__ import annotations
-import os, pickle, signal, subprocess, sys, traceback
+import math, mmap, os, pickle, signal, subprocess, sys, tempfile, traceback
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -94,6 +94,35 @@ def _crf_pairs(images: Iterable, probs: Iterable) -> Iterator[tuple[np.ndarray, 
                              f"(classes, {pixels.shape[0]}, {pixels.shape[1]}); resize them to the image first")
         yield pixels, scores
 
+# %% ../nbs/31_crf.ipynb #21b660fd
+def _nameless_memory() -> int:
+    "Descriptor of memory that processes can share. Where the system has none without a name, a deleted file."
+    if hasattr(os, "memfd_create"): return os.memfd_create("freqseg")
+    with tempfile.TemporaryFile() as file: return os.dup(file.fileno())
+
+class _Desk:
+    "Room for a picture and its scores in memory that two processes share. Only the parent makes it larger."
+    def __init__(self, memory: int) -> None: self.memory, self.map = memory, None   # descriptor; what is mapped of it
+
+    def arrays(self, image: tuple, probs: tuple) -> tuple[np.ndarray, np.ndarray]:
+        "The picture uint8 and the scores float32 that lie there, by their shapes."
+        split = 4 * math.prod(probs)
+        if self.map is None or len(self.map) < split + math.prod(image): self.map = mmap.mmap(self.memory, split + math.prod(image))
+        scores, pixels = memoryview(self.map)[:split], memoryview(self.map)[split:split + math.prod(image)]
+        return np.frombuffer(pixels, np.uint8).reshape(image), np.frombuffer(scores, np.float32).reshape(probs)
+
+    def lay(self, image: np.ndarray, probs: np.ndarray) -> None:
+        "Put them there. Raises `OSError` when there is no memory left."
+        size = image.nbytes + probs.nbytes
+        if os.fstat(self.memory).st_size < size: getattr(os, "posix_fallocate", lambda file, _, size: os.ftruncate(file, size))(self.memory, 0, size)
+        pixels, scores = self.arrays(image.shape, probs.shape)
+        pixels[:], scores[:] = image, probs
+
+    def close(self) -> None:
+        "Let go of it."
+        self.map = None
+        os.close(self.memory)
+
 # %% ../nbs/31_crf.ipynb #34a36cca
 _CUT_OFF = (EOFError, OSError, pickle.UnpicklingError)  # what a pipe raises whose other end died, between or within messages
 
@@ -108,42 +137,51 @@ def _sendable(error: Exception) -> Exception:
     try: return pickle.loads(pickle.dumps(error))
     except Exception: return RuntimeError(f"{type(error).__name__}: {error}")
 
-def _answer(image: np.ndarray, probs: np.ndarray, settings: tuple, labels: bool) -> tuple[np.ndarray | Exception, str | None]:
-    "The result of `crf_image` and None, or the error that it raised and where."
-    try: return crf_image(image, probs, CRFSettings(*settings), labels), None
+def _answer(desk: _Desk, image: tuple, probs: tuple, settings: tuple, labels: bool) -> tuple[np.ndarray | Exception | None, str | None]:
+    "The labels and None, or None twice when refined scores lie on the desk, or the error that was raised and where. Takes the shapes."
+    try:
+        pixels, scores = desk.arrays(image, probs)
+        found = crf_image(pixels, scores, CRFSettings(*settings), labels)
+        if labels: return found, None
+        scores[:] = found
+        return None, None
     except Exception as error: return _sendable(error), traceback.format_exc()
 
-def _serve() -> None:
-    "A child's life: jobs come in on standard input, answers go out on standard output, until the input ends."
-    jobs, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+def _serve(memory: int) -> None:
+    "A child's life: jobs come in on standard input, answers go out on standard output, until the input ends. Arrays lie in shared memory."
+    desk, jobs, answers = _Desk(memory), sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # nothing that a library prints may get between the answers
     with suppress(*_CUT_OFF):
         answers.write(_READY)  # something may have been printed before that, by a sitecustomize for one
         answers.flush()
-        while True: _send(answers, _answer(*pickle.load(jobs)))
+        while True: _send(answers, _answer(desk, *pickle.load(jobs)))
 
 # %% ../nbs/31_crf.ipynb #1a41f767
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2 ** 40)}  # the last two for glibc
+
 class _Child:
-    "One process that computes CRFs, with two pipes whose other ends nobody else holds: when it dies, they break at once."
+    "One process that computes CRFs, with a desk and two pipes whose other ends nobody else holds: when it dies, they break at once."
     ready = False  # has it said so?
 
     def __init__(self) -> None:
         # The package's own folder comes last, for programs that left the folder they imported it from.
         path = [*map(str, sys.path), str(Path(freqseg.__path__[0]).parent)]
-        program = f"import sys; sys.path[:] = {path!r}; from freqseg.crf import _serve; _serve()"
+        self.desk = _Desk(_nameless_memory())
+        program = f"import sys; sys.path[:] = {path!r}; from freqseg.crf import _serve; _serve({self.desk.memory})"
         self.process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                                        pass_fds=[self.desk.memory], start_new_session=True, env={**os.environ, **_ENVIRONMENT})
 
     def compute(self, image: np.ndarray, probs: np.ndarray, settings: CRFSettings, labels: bool) -> np.ndarray:
-        "`crf_image` over there. Raises what it raises, and `RuntimeError` when the process dies."
+        "`crf_image` over there. Raises what it raises, `OSError` when there is no memory to share, and `RuntimeError` when the process dies."
+        self.desk.lay(image, probs)
         try:
             self.ready = self.ready or any(line.endswith(_READY) for line in self.process.stdout)
             # As plain numbers: in a notebook that defines the class, the child could not import it.
-            _send(self.process.stdin, (image, probs, astuple(settings), labels))
+            _send(self.process.stdin, (image.shape, probs.shape, astuple(settings), labels))
             result, trace = pickle.load(self.process.stdout)
         except _CUT_OFF as error: raise RuntimeError(self._obituary()) from error
         if trace is not None: raise result from RuntimeError(f"in a CRF process:\n{trace}")
-        return result
+        return result if labels else self.desk.arrays(image.shape, probs.shape)[1].copy()
 
     def _obituary(self) -> str:
         "What it died of, as far as that can be seen from outside, and what to do."
@@ -156,9 +194,10 @@ class _Child:
     def __enter__(self) -> _Child: return self
 
     def __exit__(self, *reason: object) -> None:
-        "End it at once and let go of its pipes."
+        "End it at once and let go of its pipes and of the memory."
         self.process.kill()
         self.process.wait()
+        self.desk.close()
         self.process.stdout.close()
         with suppress(OSError): self.process.stdin.close()  # may hold the rest of a job that nobody reads now
 

@@ -137,7 +137,7 @@ class Segmenter(nn.Module):
     def request(self) -> dict[str, Any]:
         "What one look must give: tokens for the decoder, relations for the affinity, the last block's input for GradCAM."
         return merge_requests({"tokens": self.token_blocks}, affinity_request(self.backbone.depth, self.source, self.relation_blocks()),
-                              {"joint": False, "last_input": True})
+                              {"joint": False, "last_input": True, "qkv": (self.backbone.depth - 1,)})
 
     def relation_blocks(self) -> Sequence[int]:
         "Blocks whose relations between patches the affinity uses."
