@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import nbformat
@@ -243,11 +242,10 @@ def test_seeds_of_the_world_draw_their_own_scenes_once(tmp_path: Path, capsys: p
 @pytest.mark.slow
 def test_the_demo_makes_everything_that_it_announces(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    begin = time.monotonic()
+    monkeypatch.setattr("freqseg.cli.DEMO", dict(preset="smoke", scenes=(16, 8, 8), iterations=6))
     assert main(["demo", "--scenes", "6"]) == 0
-    assert time.monotonic() - begin < 600
     announced = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  demo/")]
-    assert len(announced) >= 4
+    assert len(announced) >= 5
     assert all((tmp_path / name).exists() for name in announced)
 
 

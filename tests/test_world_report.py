@@ -61,10 +61,10 @@ def test_the_report_that_ships_is_about_the_model_that_ships():
 
 
 def test_the_world_is_a_worthy_opponent():
-    """The figures that comparisons of methods rest on, as measured on 500 test scenes. An mAP of 85 is wanted; it is 84.2, of CLS 84.5."""
+    """The figures that comparisons of methods rest on, as measured on 500 test scenes."""
     report = json.loads(shipped("world_report.json").read_text())
     source = report["source"]
-    assert report["zero_shot_map"]["patches"][0] >= 84
+    assert report["zero_shot_map"]["patches"][0] >= 85
     assert 30 <= report["seeds"]["raw"]["miou"][0] <= 60
     assert report["same_class_auc"][f"{source} used"][0] >= .75
     assert report["seeds"][source]["gain"][1] > 0  # the lower end of the interval
