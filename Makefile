@@ -20,7 +20,7 @@ demo: .venv/.ready ## from a picture to CAM, bands and masks, with the weights t
 	@freqseg demo
 
 lab: .venv/.ready ## JupyterLab on the notebooks to explore
-	@jupyter lab nbs/explore
+	@jupyter lab nbs/explore $(if $(filter 0,$(shell id -u)),--allow-root)
 
 test: .venv/.ready ## everything: notebooks clean, in sync, lessons run, pytest, coverage
 	@bash .ci/test all
