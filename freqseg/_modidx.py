@@ -789,6 +789,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'freqseg.runs._failed': ('runs.html#_failed', 'freqseg/runs.py'),
                               'freqseg.runs._fits': ('runs.html#_fits', 'freqseg/runs.py'),
                               'freqseg.runs._parameters_source': ('runs.html#_parameters_source', 'freqseg/runs.py'),
+                              'freqseg.runs._plain': ('runs.html#_plain', 'freqseg/runs.py'),
                               'freqseg.runs._quiet_kernel': ('runs.html#_quiet_kernel', 'freqseg/runs.py'),
                               'freqseg.runs._read': ('runs.html#_read', 'freqseg/runs.py'),
                               'freqseg.runs._record_path': ('runs.html#_record_path', 'freqseg/runs.py'),

@@ -87,12 +87,16 @@ def _fits(value: Any, default: Any) -> bool:
     if isinstance(default, (list, tuple)): return isinstance(value, (list, tuple))
     return isinstance(value, type(default))
 
+def _plain(value: Any) -> Any:
+    "The value as papermill can write it down: of a tuple it would make a text."
+    return str(value) if isinstance(value, os.PathLike) else list(value) if isinstance(value, tuple) else value
+
 def check_parameters(
     known: Mapping[str, Parameter],   # of `notebook_parameters`
     given: Mapping[str, Any],         # name -> value
 ) -> dict[str, Any]:
-    "The given values, paths as text. Raises `InputError` for an unknown name (naming the nearest) or a value of another type."
-    values = {name: str(value) if isinstance(value, os.PathLike) else value for name, value in given.items()}
+    "The given values, paths as text and tuples as lists. Raises `InputError` for an unknown name (naming the nearest) or a value of another type."
+    values = {name: _plain(value) for name, value in given.items()}
     for name, value in values.items():
         if name not in known: raise _unknown_parameter(name, known)
         if not _fits(value, known[name].default):
@@ -129,7 +133,7 @@ class RunFailed(RuntimeError):
         self.error = error           # "ValueError: ..."
         self.traceback = traceback   # text file
         where = "the kernel died" if cell is None else f"cell In [{cell}] failed"
-        super().__init__(f"{where}: {error}. The notebook so far: {record}" + (f", the traceback: {traceback}." if traceback else "."))
+        super().__init__(f"{where}: {error.rstrip('.')}. The notebook so far: {record}" + (f", the traceback: {traceback}." if traceback else "."))
 
 # %% ../nbs/56_runs.ipynb #550577b5
 def _record_path(notebook: str|Path, out: str|Path) -> Path:

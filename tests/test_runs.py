@@ -108,7 +108,7 @@ def test_a_value_of_another_type_is_refused(walk: Path, name: str, value: object
         check_parameters(notebook_parameters(walk), {name: value})
 
 
-@pytest.mark.parametrize(("name", "value"), [("rate", 1), ("edges", (3,)), ("anything", 3), ("anything", "x"), ("loud", True)])
+@pytest.mark.parametrize(("name", "value"), [("rate", 1), ("edges", [3]), ("anything", 3), ("anything", "x"), ("loud", True)])
 def test_a_value_that_fits_passes_unchanged(walk: Path, name: str, value: object) -> None:
     assert check_parameters(notebook_parameters(walk), {name: value}) == {name: value}
 
@@ -168,3 +168,11 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_run(walk: Path, tm
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write into"):
         run_notebook(walk, tmp_path / "file" / "run.ipynb")
+
+
+def test_a_tuple_reaches_the_notebook_as_a_list(tmp_path: Path) -> None:
+    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
+    tagged = nbformat.v4.new_code_cell("scales = None", metadata={"tags": ["parameters"]})
+    notebook.cells = [tagged, nbformat.v4.new_code_cell("assert scales == [1.0, 1.5], scales")]
+    nbformat.write(notebook, tmp_path / "scales.ipynb")
+    run_notebook(tmp_path / "scales.ipynb", tmp_path / "out", {"scales": (1.0, 1.5)})
