@@ -589,6 +589,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'freqseg.losses.nearest_labels': ('losses.html#nearest_labels', 'freqseg/losses.py'),
                                 'freqseg.losses.neighbour_window': ('losses.html#neighbour_window', 'freqseg/losses.py'),
                                 'freqseg.losses.pair_labels': ('losses.html#pair_labels', 'freqseg/losses.py')},
+            'freqseg.memory': {'freqseg.memory.keep_memory': ('memory.html#keep_memory', 'freqseg/memory.py')},
             'freqseg.metrics': { 'freqseg.metrics.BestThreshold': ('metrics.html#bestthreshold', 'freqseg/metrics.py'),
                                  'freqseg.metrics.ConfusionMeter': ('metrics.html#confusionmeter', 'freqseg/metrics.py'),
                                  'freqseg.metrics.ConfusionMeter.__init__': ('metrics.html#confusionmeter.__init__', 'freqseg/metrics.py'),

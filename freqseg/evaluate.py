@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from .clip import Backbone, pad_to_patch
 from .data import Sample, SegmentationFolder, list_dataset
 from .files import InputError, atomic_write
+from .memory import keep_memory
 from .frequency_cam import METHODS, CamParts, CamSettings, affinity_source, cam_of, cam_parts, needed_parts
 from .metrics import (ConfusionMeter, Interval, best_threshold, bootstrap_interval, boundary_confusion, class_iou,
                              confusion_matrix, mean_iou, sweep_background)
@@ -527,6 +528,7 @@ def evaluate_seeds(
     One forward pass per picture serves all methods. Memory does not grow with the data set, but for some hundred bytes of
     counts per picture and method. Raises `InputError` for a data set without masks, image labels or background, and for
     options that cannot be."""
+    keep_memory()
     count, levels = _check_dataset(dataset, limit, batch), sweep_levels(thresholds, variant)
     wording, tuning = wording or usual_wording(backbone, dataset.classes), tuning_split(dataset, threshold_split)
     job = _seed_job(dataset, backbone, methods, settings, wording, precision, size=size, batch=batch, workers=workers, progress=progress)

@@ -37,6 +37,7 @@ from .data import (IGNORE, Listing, SegmentationFolder, read_image, read_mask, r
 from .evaluate import (SeedMaps, Spool, Stopwatch, add_sweep, dataset_name, device_name, finite, fitted_size, is_world,
                               seed_labels, sweep_levels, tuning_split)
 from .files import InputError
+from .memory import keep_memory
 from .metrics import (ConfusionMeter, Interval, Scores, best_threshold, bootstrap_average_precision, bootstrap_interval,
                              boundary_confusion, confusion_matrix, iou_scores, mean_iou, trimap_confusion)
 from .spectra import split_bands
@@ -935,6 +936,7 @@ def evaluate_system(
     Masks are read for scoring alone; which classes a picture has comes from its image label. Memory does not grow with the data
     set but for some hundred bytes of counts per picture and figure. Raises `InputError` for a system with other classes, a split
     that is empty or lacks masks or labels, damaged pictures (unless skipped), answers of a wrong shape, and when memory runs out."""
+    keep_memory()
     begin, levels = time.perf_counter(), sweep_levels(thresholds, variant)
     inference = Inference(tuple(scales), flip, side, batch=batch, precision=precision) if inference is None else named_inference(inference)
     job = _evaluation_job(system, dataset, inference, tuple(figures), crf, bands, cam_scales, workers=workers, skip_bad=skip_bad, progress=progress)

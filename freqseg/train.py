@@ -24,6 +24,7 @@ from tqdm import tqdm
 from .clip import nearest_multiple
 from .data import Batch, Sample, collate, to_tensors
 from .files import InputError, atomic_write
+from .memory import keep_memory
 from .metrics import confusion_matrix, iou_scores
 from .segment import OVERTAKING, evaluating, grouped
 
@@ -853,6 +854,7 @@ def fit(
     Afterwards the system has the weights of the last step, in eval mode; those of the best validation are in best.safetensors.
     Raises `InputError` for pictures or a folder that cannot be used, `TrainingDiverged` for a loss that is NaN or infinite, and
     `OutOfMemory`. The last good checkpoint stays whatever happens."""
+    keep_memory()
     settings, out = settings or TrainSettings(), Path(out)
     _check_data(system, train, val, evaluate is None)
     fabric = open_fabric(settings)
