@@ -51,9 +51,11 @@ def _train_here(args: argparse.Namespace, parameters: dict[str, Any]) -> int:
 def _train_on_many(args: argparse.Namespace, parameters: dict[str, Any]) -> int:
     "Train in a process per device; scenes and the folder are made before they start."
     from freqseg.experiment import experiment
-    from freqseg.runs import launch
+    from freqseg.runs import launch, launch_command
+    where = dict(nodes=args.nodes or 1, node_rank=args.node_rank, rendezvous=args.rendezvous)
+    launch_command(args.words, args.devices or 1, **where)   # says what is wrong before anything is drawn
     experiment(args.system, {**parameters, "out": args.out}).folder
-    return launch(args.words, args.devices or 1, nodes=args.nodes or 1, node_rank=args.node_rank, rendezvous=args.rendezvous)
+    return launch(args.words, args.devices or 1, **where)
 
 def train_command(args: argparse.Namespace) -> int:
     "Train a system: run its notebook with parameters. The executed notebook, metrics.json, report and checkpoints are in --out."
