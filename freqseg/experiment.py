@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checkpoints import load_system, system_named
+from .checkpoints import load_system, system_named, weights_title
 from .clip import Backbone, load_clip
 from .data import SegmentationFolder, TrainTransform, dataset_splits, open_dataset, read_ids, unknown_name
 from .evaluate import device_name
@@ -322,7 +322,7 @@ class Experiment:
         c = self.plan.chosen
         return evaluate_system(self.trained, self.test, scales=c.scales, flip=c.flip, side=c.side, crf=c.crf, limit=self.plan.limit,
                                threshold_split=None if c.test_split == c.val_split else self.val, bands=.25, batch=c.settings.batch,
-                               workers=c.settings.workers, skip_bad=c.settings.skip_bad, weights=f"{c.model}, {c.pretrained or 'as shipped'}", command=self.plan.command)
+                               workers=c.settings.workers, skip_bad=c.settings.skip_bad, weights=weights_title(self.trained), command=self.plan.command)
 
     def save(self) -> Path:
         "Write metrics.json: figures, parameters, what they depend on, steps and time. Gives its path."

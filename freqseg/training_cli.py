@@ -92,14 +92,15 @@ def evaluate_command(args: argparse.Namespace) -> int:
     "Seed, mask and seg figures of a trained system on a data set, with report, and masks in VOC's colours if asked for."
     import shlex
     import torch
-    from freqseg.checkpoints import load_system
+    from freqseg.checkpoints import load_system, weights_title
     from freqseg.report import evaluate_run
     data, split = _data_of(args)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     out = Path(args.out) if args.out else (Path(args.checkpoint) if Path(args.checkpoint).is_dir() else Path(args.checkpoint).parent)/f"evaluation-{split}"
     system = load_system(args.checkpoint, device=device)
     options = {name: getattr(args, name) for name in ("scales", "flip", "side", "crf", "bands", "limit", "batch", "workers", "precision", "skip_bad", "threshold_split")}
-    report = interruptible(lambda: evaluate_run(system, data, out, split=split, save_masks=args.save_masks, command=shlex.join(["freqseg", *args.words]), **options))
+    report = interruptible(lambda: evaluate_run(system, data, out, split=split, save_masks=args.save_masks, weights=weights_title(system),
+                                                 command=shlex.join(["freqseg", *args.words]), **options))
     if report is None: print(f"{split} has no masks to score against; the system's masks are in {args.save_masks}")
     else: print(figures_table(out), *_made(out, ("report.html", "report.md", "report.json")), sep="\n")
     return 0
