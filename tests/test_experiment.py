@@ -72,7 +72,7 @@ def test_the_text_none_is_refused_where_there_must_be_a_value(name: str) -> None
 
 
 def test_the_text_none_is_a_word_where_words_stand() -> None:
-    assert plan("wtclip", dict(edge="none", pretrained="none")).options == dict(edge="none")
+    assert plan("wtclip", dict(edge="none", pretrained="none")).options == dict(dim=64, edge="none")
     assert plan("wtclip", dict(pretrained="none")).chosen.pretrained == "none"
     with pytest.raises(InputError, match="precision"): plan("dfa", dict(precision="none"))
     with pytest.raises(InputError, match="'none'.*preset|preset.*'none'"): plan("dfa", dict(preset="none"))
@@ -103,7 +103,7 @@ def test_comments_of_fields_come_from_the_class_that_says_them() -> None:
 
 def test_a_namespace_gives_only_what_is_a_parameter(tmp_path: Path) -> None:
     run = experiment("dfa", dict(out=str(tmp_path), mu=.3, unrelated=object(), __name__="main"))
-    assert run.plan.options == dict(mu=.3) and run.plan.out == tmp_path
+    assert run.plan.options == dict(dim=64, mu=.3) and run.plan.out == tmp_path
 
 
 def test_scenes_are_drawn_once_and_never_mistaken_for_others(tmp_path: Path) -> None:
