@@ -501,7 +501,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'freqseg.experiment.Experiment.split': ('experiment.html#experiment.split', 'freqseg/experiment.py'),
                                     'freqseg.experiment.Experiment.system': ('experiment.html#experiment.system', 'freqseg/experiment.py'),
                                     'freqseg.experiment.Experiment.test': ('experiment.html#experiment.test', 'freqseg/experiment.py'),
-                                    'freqseg.experiment.Experiment.title': ('experiment.html#experiment.title', 'freqseg/experiment.py'),
                                     'freqseg.experiment.Experiment.train': ('experiment.html#experiment.train', 'freqseg/experiment.py'),
                                     'freqseg.experiment.Experiment.trained': ( 'experiment.html#experiment.trained',
                                                                                'freqseg/experiment.py'),

@@ -222,11 +222,6 @@ class Experiment:
     def __init__(self, plan: Plan): self.plan = plan
 
     def __repr__(self) -> str:
-        return f"{self.title}, in {self.plan.out}"
-
-    @property
-    def title(self) -> str:
-        "What is trained on what, for how long."
         p = self.plan
         return f"{p.system}, preset {p.preset}: {p.chosen.model} on {p.chosen.data}, {p.chosen.settings.iterations} steps of {p.chosen.settings.batch}"
 
@@ -237,7 +232,7 @@ class Experiment:
         return told | software()
 
     def _repr_markdown_(self) -> str:
-        cells = {"experiment": self.title, "options": ", ".join(f"{name} = {value}" for name, value in self.plan.options.items()) or "as they are", **self.record}
+        cells = {"experiment": repr(self), "options": ", ".join(f"{name} = {value}" for name, value in self.plan.options.items()) or "as they are", **self.record}
         return "\n".join(["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in cells.items())])
 
     @cached_property

@@ -51,3 +51,9 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real pictures: {os.path.relpath(folder, ROOT)} is absent and FREQSEG_REAL_DATA is not set")
     return folder.resolve()
+
+
+@pytest.fixture(scope="session")
+def pydensecrf():
+    "The package behind the dense CRF; skips where it is not installed (it has no build for Python 3.13)."
+    return pytest.importorskip("pydensecrf.densecrf", reason="pydensecrf2 is not installed (pip install 'freqseg[crf]')")

@@ -63,11 +63,6 @@ def exact_mean_field(image: np.ndarray, probs: np.ndarray, settings: CRFSettings
     return q.reshape(probs.shape)
 
 
-@pytest.fixture
-def pydensecrf():
-    return pytest.importorskip("pydensecrf.densecrf", reason="pydensecrf2 is not installed (pip install 'freqseg[crf]')")
-
-
 @pytest.mark.parametrize("name", CRF_PRESETS)
 def test_crf_is_close_to_exact_mean_field_over_all_pairs(pydensecrf, name: str) -> None:
     image = np.full((20, 22, 3), 60, np.uint8)

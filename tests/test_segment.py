@@ -247,7 +247,7 @@ def test_few_pictures_are_alive_whatever_the_data_set(tmp_path, system, monkeypa
     assert 0 < most[0] <= 12 and len(alive) <= 2
 
 
-def test_the_crf_reads_only_a_little_ahead_of_its_results(dataset, system) -> None:
+def test_the_crf_reads_only_a_little_ahead_of_its_results(pydensecrf, dataset, system) -> None:
     taken = [0]
     def items():
         for found in stream(job, dataset, range(len(dataset)), masks=True):
@@ -261,7 +261,7 @@ def test_the_crf_reads_only_a_little_ahead_of_its_results(dataset, system) -> No
 
 @torch.no_grad()
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_labels_after_the_crf_are_the_crf_of_the_probabilities(workers, dataset, system) -> None:
+def test_labels_after_the_crf_are_the_crf_of_the_probabilities(pydensecrf, workers, dataset, system) -> None:
     found = dict(segment(system, dataset, "single", crf="weclip", crf_workers=workers, indices=[2, 3], progress=False))
     for index in (2, 3):
         sample = dataset[index]
@@ -280,7 +280,7 @@ def test_only_classes_below_the_floor_of_the_crf_are_kept_from_it(dataset, syste
         assert (3 not in classes) == missing and probs.shape == (len(classes), 24, 32) and probs.sum(0) == pytest.approx(1, abs=1e-4)
 
 
-def test_leaving_early_stops_everything(dataset, system) -> None:
+def test_leaving_early_stops_everything(pydensecrf, dataset, system) -> None:
     system.train()
     labels = segment(system, dataset, "single", crf="weclip", crf_workers=1, progress=False)
     next(labels)
@@ -412,7 +412,7 @@ def test_a_seed_alone_is_evaluated_with_its_gallery(dataset, system) -> None:
     assert report.main.name == "seed" and report.threshold_split == "val" and len(report.best) == len(report.worst) == 1
 
 
-def test_saved_masks_are_those_of_the_main_figure(tmp_path, dataset, system) -> None:
+def test_saved_masks_are_those_of_the_main_figure(pydensecrf, tmp_path, dataset, system) -> None:
     report = evaluate_system(system, dataset, figures=("mask", "seg"), crf="weclip", crf_workers=1, save_masks=tmp_path, **QUIET)
     assert list(report.figures) == ["mask", "mask_crf", "seg", "seg_crf"]
     total = sum(room.confusion_matrix(read_mask(tmp_path / f"{sample.id}.png"), sample.mask, 4) for sample in dataset)
