@@ -543,7 +543,7 @@ def test_bf16_on_cuda_barely_moves_the_figures(dataset) -> None:
 
 
 @pytest.mark.slow
-def test_photographs_of_many_sizes_are_evaluated(real_data, tmp_path) -> None:
+def test_photographs_of_many_sizes_are_evaluated(pydensecrf, real_data, tmp_path) -> None:
     from freqseg.data import VOC_CLASSES, open_voc
     split = open_voc(real_data / "voc12_mini", "val", masks=True)
     report = evaluate_system(Toy(VOC_CLASSES).eval(), split, scales=(1.0, 0.75), side=96, crf="weclip", limit=6, save_masks=tmp_path, **QUIET)
