@@ -80,6 +80,7 @@ def problem() -> tuple[Backbone, Tensor]:
 @pytest.mark.parametrize("part", ["tower", "products"])
 def test_encoder(benchmark, problem, part: str) -> None:
     benchmark.pedantic(calls(*problem, next(iter(REQUESTS)))[part == "products"], rounds=2, warmup_rounds=1)
+    assert benchmark.stats["rounds"] == 2
 
 
 def main(threads: int = 1, rounds: int = 3) -> None:

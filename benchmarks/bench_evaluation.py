@@ -9,7 +9,7 @@ untrained, on the world's CLIP.
     pytest benchmarks/bench_evaluation.py
 """
 import importlib.util, os, resource, subprocess, sys, tempfile, time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -59,14 +59,6 @@ def evaluation(dataset: SegmentationFolder, crf: str | None) -> Callable[[], obj
     "Seed, mask and seg of a WeCLIP that has learned nothing."
     system = WeCLIP.build(load_clip("world"), dataset.classes).eval()
     return lambda: evaluate_system(system, dataset, scales=SCALES, crf=crf, samples=10, examples=1, progress=False)
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("crf", [None, "weclip"])

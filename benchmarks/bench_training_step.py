@@ -316,14 +316,6 @@ def processor_seconds(step: Callable[[], None], rounds: int) -> float:
     return statistics.median(spent)
 
 
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.benchmark(group=f"training step: {IMAGES} crops of {SIZE}, {CLASSES} classes each")
 @pytest.mark.parametrize("form", ["freqseg", *PEERS])
 def test_training_step(benchmark, one_thread, form: str) -> None:

@@ -6,7 +6,8 @@
 __all__ = ['WECLIP_TEMPLATE', 'split_qkv', 'attention_weights', 'merge_heads', 'feed_forward', 'resize_position_embedding',
            'nearest_multiple', 'pad_to_patch', 'Features', 'class_prompts', 'WorldTokenizer', 'Backbone',
            'native_tower', 'merge_requests', 'read_weights', 'fit_weights', 'named_config', 'build_clip',
-           'build_world_clip', 'save_clip', 'read_metadata', 'check_sha256', 'fetch_published', 'load_clip']
+           'build_world_clip', 'save_clip', 'read_metadata', 'check_sha256', 'fetch_published', 'usable_device',
+           'load_clip']
 
 # %% ../nbs/14_clip.ipynb #529443ca
 import difflib, hashlib, json, pickle, re, zipfile
@@ -630,6 +631,14 @@ def _load_named(name: str, pretrained: str|Path|None, quick_gelu: bool|None, see
     return Backbone(model, name.replace("/", "-"), tokenizer, **{**colours, **settings})
 
 # %% ../nbs/14_clip.ipynb #513a01b1
+def usable_device(
+    name: str = "auto",   # "auto", "cpu" or "cuda"
+) -> str:
+    "The device of that name; auto is CUDA where there is one. Raises `InputError` for CUDA where there is none."
+    if name == "auto": return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available(): raise InputError(f"device {name}: there is no CUDA device here. Take cpu, or leave device away.")
+    return name
+
 def load_clip(
     name: str|Path = "ViT-B-16",            # an open_clip ViT, "world" (ships with the package), or a file of `save_clip`
     pretrained: str|Path|None = "openai",   # published tag, weights file, or None for random weights; unused for world and files

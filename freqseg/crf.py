@@ -17,6 +17,7 @@ from typing import BinaryIO
 import numpy as np
 import freqseg
 from .files import InputError
+from .memory import keep_memory
 
 # %% auto #0
 __all__ = ['CRF_PRESETS', 'CRFSettings', 'crf_settings', 'crf_image', 'dense_crf']
@@ -151,14 +152,13 @@ def _serve(memory: int) -> None:
     "A child's life: jobs come in on standard input, answers go out on standard output, until the input ends. Arrays lie in shared memory."
     desk, jobs, answers = _Desk(memory), sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # nothing that a library prints may get between the answers
+    keep_memory()
     with suppress(*_CUT_OFF):
         answers.write(_READY)  # something may have been printed before that, by a sitecustomize for one
         answers.flush()
         while True: _send(answers, _answer(desk, *pickle.load(jobs)))
 
 # %% ../nbs/31_crf.ipynb #1a41f767
-_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2 ** 40)}  # the last two for glibc
-
 class _Child:
     "One process that computes CRFs, with a desk and two pipes whose other ends nobody else holds: when it dies, they break at once."
     ready = False  # has it said so?
@@ -169,7 +169,7 @@ class _Child:
         self.desk = _Desk(_nameless_memory())
         program = f"import sys; sys.path[:] = {path!r}; from freqseg.crf import _serve; _serve({self.desk.memory})"
         self.process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        pass_fds=[self.desk.memory], start_new_session=True, env={**os.environ, **_ENVIRONMENT})
+                                        pass_fds=[self.desk.memory], start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
     def compute(self, image: np.ndarray, probs: np.ndarray, settings: CRFSettings, labels: bool) -> np.ndarray:
         "`crf_image` over there. Raises what it raises, `OSError` when there is no memory to share, and `RuntimeError` when the process dies."

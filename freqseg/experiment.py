@@ -7,7 +7,7 @@ __all__ = ['VOC', 'COCO', 'WORLD', 'SMOKE', 'PRESETS', 'RUN', 'Preset', 'Plan', 
            'parse_parameters', 'field_comments', 'parameters_cell', 'draw_scenes', 'Experiment', 'experiment']
 
 # %% ../nbs/57_experiment.ipynb #f5cd684f
-import inspect, json, re, shutil, time
+import inspect, json, re, shlex, shutil, time
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cached_property
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .checkpoints import load_system, system_named, weights_title
-from .clip import Backbone, load_clip
+from .clip import Backbone, load_clip, usable_device
 from .data import SegmentationFolder, TrainTransform, dataset_splits, open_dataset, read_ids, unknown_name
 from .evaluate import device_name
 from .files import InputError, atomic_write
@@ -99,16 +99,16 @@ class Plan:
 
 def _spelt(value: Any) -> str:
     "A value as the command line takes it."
-    return "none" if value is None else ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+    return shlex.quote("none" if value is None else ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value))
 
 _OPTIONS = ("out", "data", "device", "limit")   # those with a name of their own on the command line; the rest go through -p
 
-RUN = ("preset", "out", "device", "limit")
+RUN = dict(preset="smoke", out=None, device="auto", limit=None)   # with their defaults
 
 def known_parameters(system: str) -> dict[str, tuple[str, ...]]:
     "Names of parameters of a system's experiments, by what they belong to. Raises `InputError` for an unknown system."
     own = {"settings", "options"}
-    return {kind: RUN if kind == "run" else tuple(f.name for f in fields(home) if f.name not in own) for kind, home in _homes(system).items()}
+    return {kind: tuple(RUN) if kind == "run" else tuple(f.name for f in fields(home) if f.name not in own) for kind, home in _homes(system).items()}
 
 def _homes(system: str) -> dict[str, type]:
     "The dataclass that each kind of parameter is a field of."
@@ -148,11 +148,9 @@ def plan(
 # %% ../nbs/57_experiment.ipynb #e2f5e5e9
 def parameter_defaults(system: str) -> dict[str, Parameter]:
     "Every parameter of a system's experiments with the default of its field; None takes anything. Raises `InputError` for an unknown system."
-    own = dict(preset="smoke", out="", device="auto", limit=None)
-    known = known_parameters(system)
-    sources = dict(preset=Preset, schedule=TrainSettings, system=system_named(system).Options)
-    given = {f.name: None if f.default is MISSING else f.default for kind, source in sources.items() for f in fields(source) if f.name in known[kind]}
-    return {name: Parameter(name, default) for name, default in {**own, **given}.items()}
+    known, homes = known_parameters(system), _homes(system)
+    given = {f.name: None if f.default is MISSING else f.default for kind, home in homes.items() if kind != "run" for f in fields(home) if f.name in known[kind]}
+    return {name: Parameter(name, default) for name, default in {**RUN, **given}.items()}
 
 def _parsed(parameter: Parameter, text: str) -> Any:
     "The value of one text; where several are wanted, one alone will do."
@@ -173,9 +171,8 @@ def parse_parameters(
     return values
 
 # %% ../nbs/57_experiment.ipynb #1c404c13
-_RUN_LINES = (('preset = "smoke"', "smoke: seconds; world: minutes on two CPU cores; voc, coco: the papers' schedules"),
-              ("out = None", "folder of the run; None: a temporary one"), ('device = "auto"', "auto, cpu or cuda"),
-              ("limit = None", "report only the first so many pictures"))
+_RUN_COMMENTS = ("smoke: seconds; world: minutes on two CPU cores; voc, coco: the papers' schedules",
+                 "folder of the run; None: a temporary one", "auto, cpu or cuda", "report only the first so many pictures")
 
 def field_comments(kind: type) -> dict[str, str]:
     "The comment behind every field of a dataclass; a field that is given another default without one keeps its parent's."
@@ -193,7 +190,8 @@ def _lines(kind: type, names: Sequence[str], told: bool) -> list[tuple[str, str]
 def parameters_cell(system: str) -> str:
     "Source of the cell tagged `parameters` of a system's training notebook. Raises `InputError` for an unknown system."
     known, homes = known_parameters(system), _homes(system)
-    groups = [_RUN_LINES, *(_lines(homes[kind], known[kind], told=kind == "system") for kind in ("preset", "schedule", "system"))]
+    own = [(f"{name} = {json.dumps(value) if value else None}", comment) for (name, value), comment in zip(RUN.items(), _RUN_COMMENTS)]
+    groups = [own, *(_lines(homes[kind], known[kind], told=kind == "system") for kind in ("preset", "schedule", "system"))]
     aligned = [[f"{line:<{max(len(line) for line, _ in group)}}  # {comment}" for line, comment in group] for group in groups]
     return "\n\n".join("\n".join(lines) for lines in aligned)
 
@@ -265,8 +263,7 @@ class Experiment:
     @cached_property
     def backbone(self) -> Backbone:
         "The frozen CLIP."
-        c, device = self.plan.chosen, self.plan.device
-        if device == "auto": device = "cuda" if torch.cuda.is_available() else "cpu"
+        c, device = self.plan.chosen, usable_device(self.plan.device)
         return load_clip(c.model, None if c.pretrained in ("", "none") else c.pretrained, normalise=c.colours, device=device)
 
     @cached_property

@@ -169,7 +169,8 @@ def _adjoint(
     null = null / null.norm(dim=-1, keepdim=True).clamp(min=tiny)
     system = torch.eye(col.shape[-1], dtype=col.dtype, device=col.device) * (1 + 1e-12) - coupling.mT @ coupling
     system = system + null[..., :, None] * null[..., None, :]
-    y = torch.linalg.solve(system, c - (coupling.mT @ r[..., None])[..., 0])
+    factor = torch.linalg.cholesky_ex(system)[0]  # not `solve`: after torch.set_num_threads its batched LU can be wrong
+    y = torch.cholesky_solve(c[..., None] - coupling.mT @ r[..., None], factor)[..., 0]
     x = r - (coupling @ y[..., None])[..., 0]
     return x * row, y * col
 

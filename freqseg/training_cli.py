@@ -48,14 +48,14 @@ def _train_here(args: argparse.Namespace, parameters: dict[str, Any]) -> int:
         return 1
     return 0
 
-def _train_on_many(args: argparse.Namespace, parameters: dict[str, Any]) -> int:
+def _train_on_many(args: argparse.Namespace, parameters: dict[str, Any], devices: int, nodes: int) -> int:
     "Train in a process per device; scenes and the folder are made before they start."
     from freqseg.experiment import experiment
     from freqseg.runs import launch, launch_command
-    where = dict(nodes=args.nodes or 1, node_rank=args.node_rank, rendezvous=args.rendezvous)
-    launch_command(args.words, args.devices or 1, **where)   # says what is wrong before anything is drawn
+    where = dict(nodes=nodes, node_rank=args.node_rank, rendezvous=args.rendezvous)
+    launch_command(args.words, devices, **where)   # says what is wrong before anything is drawn
     experiment(args.system, {**parameters, "out": args.out}).folder
-    return launch(args.words, args.devices or 1, **where)
+    return launch(args.words, devices, **where)
 
 def train_command(args: argparse.Namespace) -> int:
     "Train a system: run its notebook with parameters. The executed notebook, metrics.json, report and checkpoints are in --out."
@@ -63,8 +63,9 @@ def train_command(args: argparse.Namespace) -> int:
     notebook, parameters = training_notebook(args.system), given_parameters(args)
     args.out = Path(args.out or f"runs/{args.system}")
     if launched(): return _train_here(args, parameters)
-    if (args.devices or 1)*(args.nodes or 1) > 1:
-        status = _train_on_many(args, parameters)
+    devices, nodes = (parameters.get(name) or 1 for name in ("devices", "nodes"))
+    if devices*nodes > 1:
+        status = _train_on_many(args, parameters, devices, nodes)
         if status or args.node_rank: return status
     run_notebook(notebook, args.out/"run.ipynb", {**parameters, "out": str(args.out)}, live=sys.stderr)
     print(figures_table(args.out), *_made(args.out, ("report.html", "run.ipynb", "metrics.json", "best.safetensors", "last.safetensors")), sep="\n")
@@ -91,13 +92,12 @@ def _data_of(args: argparse.Namespace) -> tuple[Path, str]:
 def evaluate_command(args: argparse.Namespace) -> int:
     "Seed, mask and seg figures of a trained system on a data set, with report, and masks in VOC's colours if asked for."
     import shlex
-    import torch
     from freqseg.checkpoints import load_system, weights_title
+    from freqseg.clip import usable_device
     from freqseg.report import evaluate_run
     data, split = _data_of(args)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     out = Path(args.out) if args.out else (Path(args.checkpoint) if Path(args.checkpoint).is_dir() else Path(args.checkpoint).parent)/f"evaluation-{split}"
-    system = load_system(args.checkpoint, device=device)
+    system = load_system(args.checkpoint, device=usable_device(args.device))
     options = {name: getattr(args, name) for name in ("scales", "flip", "side", "crf", "bands", "limit", "batch", "workers", "precision", "skip_bad", "threshold_split")}
     report = interruptible(lambda: evaluate_run(system, data, out, split=split, save_masks=args.save_masks, weights=weights_title(system),
                                                  command=shlex.join(["freqseg", *args.words]), **options))
@@ -152,7 +152,7 @@ def add_train(commands: Any) -> None:
 def add_sweep(commands: Any) -> None:
     parser = commands.add_parser("sweep", help="train over a grid of parameters and seeds, and compare", description=sweep_command.__doc__)
     _add_parameters(parser)
-    parser.add_argument("--grid", action="append", required=True, metavar="NAME=A,B,...", help="values to try, may be repeated; separate them with ; where they hold commas")
+    parser.add_argument("--grid", action="append", default=[], metavar="NAME=A,B,...", help="values to try, may be repeated; none: seeds alone; separate them with ; where they hold commas")
     parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="trainings at each point (default: 3)")
     parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="trainings at a time (default: 1)")
     parser.add_argument("--out", metavar="DIR", help="the sweep's folder (default: runs/sweep_SYSTEM)")

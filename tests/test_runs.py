@@ -175,4 +175,5 @@ def test_a_tuple_reaches_the_notebook_as_a_list(tmp_path: Path) -> None:
     tagged = nbformat.v4.new_code_cell("scales = None", metadata={"tags": ["parameters"]})
     notebook.cells = [tagged, nbformat.v4.new_code_cell("assert scales == [1.0, 1.5], scales")]
     nbformat.write(notebook, tmp_path / "scales.ipynb")
-    run_notebook(tmp_path / "scales.ipynb", tmp_path / "out", {"scales": (1.0, 1.5)})
+    record = run_notebook(tmp_path / "scales.ipynb", tmp_path / "out", {"scales": (1.0, 1.5)})
+    assert nbformat.read(record, 4).metadata.papermill.parameters["scales"] == [1.0, 1.5]

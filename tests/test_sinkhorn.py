@@ -1,5 +1,8 @@
 """Sinkhorn: marginals, robustness, gradients, and agreement with POT."""
 
+import subprocess
+import sys
+
 import ot
 import ot.batch
 import pytest
@@ -288,6 +291,28 @@ def test_implicit_gradients_survive_a_plan_of_separate_blocks() -> None:
     found = [torch.autograd.grad((sinkhorn(kernel, gradient=g, iterations=500, tolerance=1e-6).plan * weight).sum(), kernel)[0]
              for g in ("implicit", "unroll")]
     torch.testing.assert_close(*found, atol=1e-5, rtol=1e-3)
+
+
+def test_implicit_gradients_do_not_depend_on_the_number_of_threads() -> None:
+    """After `torch.set_num_threads(2)` the batched LU of torch with MKL is wrong from about 150 x 150 (pytorch issue 142815).
+
+    In a process of its own: what MKL was told cannot be taken back."""
+    script = """
+import torch
+from freqseg.sinkhorn import doubly_stochastic
+torch.manual_seed(0)
+affinity = torch.rand(4, 200, 200, dtype=torch.float64) + 5 * torch.eye(200)
+weight = torch.randn(4, 200, 200, dtype=torch.float64)
+gradients = []
+for threads in (1, 2):
+    torch.set_num_threads(threads)
+    x = affinity.clone().requires_grad_()
+    (doubly_stochastic(x, 500, 1e-12, gradient="implicit") * weight).sum().backward()
+    gradients.append(x.grad)
+torch.testing.assert_close(*gradients)
+"""
+    done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
+    assert done.returncode == 0 and "ERROR" not in done.stdout, done.stdout[-2000:]
 
 
 # ---- options --------------------------------------------------------------------------------------------------------

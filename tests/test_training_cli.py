@@ -7,6 +7,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 from PIL import Image
 
 from freqseg.cli import main
@@ -125,7 +126,8 @@ def test_a_training_that_diverges_leaves_notebook_traceback_and_checkpoint(tmp_p
     (["train", "dfa", "-p", "preset=world", "--preset", "world"], "given twice"),
     (["train", "dfa", "-p", "out=here"], "--out"),
     (["train", "dfa", "-p", "warmup=10"], "leaves nothing of iterations"),
-    (["train", "dfa", "--devices", "2", "--nodes", "2"], "--rendezvous HOST:PORT")])
+    (["train", "dfa", "--devices", "2", "--nodes", "2"], "--rendezvous HOST:PORT"),
+    (["train", "dfa", "-p", "devices=2", "-p", "nodes=2"], "--rendezvous HOST:PORT")])
 def test_what_cannot_be_trained_is_said_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
                                                              words: list[str], message: str) -> None:
     monkeypatch.chdir(tmp_path)
@@ -173,7 +175,8 @@ def test_evaluate_reports_and_writes_masks_in_voc_s_colours(run: Path, tmp_path:
 @pytest.mark.slow
 @pytest.mark.parametrize("change, message", [
     (["--split", "tst"], "the folder has test"), (["--crf", "weclipp"], "use one of weclip"), (["--scales", "1.0,1.0"], "each scale once"),
-    (["--data", "nowhere"], "nowhere")])
+    (["--data", "nowhere"], "nowhere"),
+    pytest.param(["--device", "cuda"], "no CUDA device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"))])
 def test_what_cannot_be_evaluated_is_said(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: list[str], message: str) -> None:
     assert message in says(capsys, ["evaluate", str(run), "--out", str(tmp_path), *change], 2)
 
