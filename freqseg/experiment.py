@@ -52,8 +52,8 @@ class Preset:
 
 VOC = Preset("", train_split="train_aug", settings=TrainSettings(30_000), crf="weclip")
 COCO = replace(VOC, train_split="train", settings=TrainSettings(80_000, validate_every=5000))
-WORLD = Preset("world", "world", "", test_split="test", scenes=(1000, 100, 200), crop=128, scale=(.6, 1.1), options=dict(dim=64),
-               settings=TrainSettings(600, batch=8, lr=1e-3, warmup=20, validate_every=200, save_every=100, log_every=20, workers=1))
+WORLD = Preset("world", "world", "", test_split="test", scenes=(3200, 100, 200), crop=128, scale=(.6, 1.1), options=dict(dim=64),
+               settings=TrainSettings(400, batch=8, lr=1e-3, warmup=20, validate_every=200, save_every=100, log_every=20, workers=1))
 SMOKE = replace(WORLD, scenes=(16, 8, 8), crop=80, settings=TrainSettings(6, batch=2, lr=1e-3, warmup=2, validate_every=0, save_every=3, log_every=2, workers=0))
 
 def _papers(lr: float, iterations: tuple[int, int], batches: tuple[int, int], coco: Mapping[str, Any]|None = None, **schedule: Any) -> dict[str, Preset]:
@@ -73,7 +73,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
     "ffr": _papers(6e-5, (20_000, 80_000), (4, 8), warmup=2000, power=.9)}
 for _name, _presets in PRESETS.items():
     _lr = {"ffr": 1e-4}.get(_name, 1e-3)
-    _own = {"ffr": dict(hidden=64)}.get(_name, {})
+    _own = {"ffr": dict(hidden=128)}.get(_name, {})
     _presets |= {name: replace(preset, settings=replace(preset.settings, lr=_lr), options={**preset.options, **_own})
                  for name, preset in {"world": WORLD, "smoke": SMOKE}.items()}
 

@@ -6,7 +6,7 @@
 __all__ = ['INFERENCE', 'Item', 'LARGEST', 'Answer', 'FIGURES', 'OVERTAKING', 'SURE', 'TRIMAP', 'TRIMAP_ENDS', 'GALLERY_SIDE',
            'PACKAGES', 'Tower', 'Segmenter', 'Inference', 'Picture', 'scaled_pixels', 'read_truth', 'grouped',
            'in_sequence', 'window_boxes', 'View', 'interpolation_matrix', 'merge_views', 'merged_labels', 'show',
-           'check_system', 'KeepBand', 'Job', 'Found', 'analyse', 'evaluating', 'stream', 'Labelled', 'class_scores',
+           'check_system', 'Bands', 'Job', 'Found', 'analyse', 'evaluating', 'stream', 'Labelled', 'class_scores',
            'label', 'refined', 'picture_indices', 'segment', 'named_inference', 'write_masks', 'mask_path', 'Counts',
            'FigureScores', 'figure_scores', 'Example', 'Extremes', 'git_revision', 'software', 'SystemReport',
            'main_figure', 'evaluate_system']
@@ -58,13 +58,15 @@ class Segmenter(Protocol):
     backbone: Tower
 
     def predict(self, images: Tensor, keep: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        "Normalised images (B, 3, H, W) of whole patches to logits (B, C, h, w); `keep` changes the frozen tokens first."
+        """Normalised images (B, 3, H, W) of whole patches to logits (B, C, h, w).
+
+        `keep` changes the frozen tokens first, or gives n versions of them one after the other: the logits are (n B, C, h, w) then."""
 
     def cam(self, images: Tensor, labels: Tensor) -> Tensor:
         "Activation maps (B, K, h, w) in [0, 1] of the classes in labels (B, K) bool."
 
-    def pseudo_label(self, images: Tensor, labels: Tensor) -> Tensor:
-        "Labels (B, H, W) int64 made from image labels (B, K) bool, 255 = left open."
+    def explain(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        "From one look: what `cam` gives, and pseudo-labels (B, H, W) int64 made of it, 255 = left open."
 
 # %% ../nbs/53_segment.ipynb #8e4b0cd6
 def _check_inference(given: "Inference") -> None:
@@ -334,25 +336,24 @@ def check_system(system: Segmenter, dataset: SegmentationFolder) -> None:
         raise InputError(f"the system predicts {system.num_classes} classes, masks of the data set hold {dataset.num_classes}: "
                          "one of them counts a background class and the other does not.")
 
-def _checked(maps: Tensor, images: Tensor, channels: int, what: str) -> Tensor:
-    "The maps themselves, if they are (B, channels, h, w) without NaN."
-    if maps.ndim != 4 or len(maps) != len(images) or maps.shape[1] != channels:
-        raise InputError(f"the system's {what} have shape {tuple(maps.shape)} for {len(images)} images and {channels} classes: "
-                         f"({len(images)}, {channels}, h, w) is wanted.")
+def _checked(maps: Tensor, number: int, channels: int, what: str) -> Tensor:
+    "The maps themselves, if they are (number, channels, h, w) without NaN."
+    if maps.ndim != 4 or maps.shape[:2] != (number, channels):
+        raise InputError(f"the system's {what} have shape {tuple(maps.shape)} for {number} images and {channels} classes: "
+                         f"({number}, {channels}, h, w) is wanted.")
     if not maps.isfinite().all(): raise InputError(f"the system's {what} hold NaN or infinity: its weights are damaged, or its training diverged.")
     return maps
 
 # %% ../nbs/53_segment.ipynb #5a7e31a0
 @dataclass(frozen=True)
-class KeepBand:
-    "What is left of frozen tokens when only one band is kept (FFR's square region of ratio mu, or its complement)."
-    band: str             # "low" or "high"
+class Bands:
+    "Frozen tokens as they are, with low frequencies only (FFR's square region of ratio mu), and with the others only."
     mu: float = 0.4       # cut-off in cycles per token
     shape: str = "square" # or "disc"
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        "Tokens (B, D, h, w) with one band only."
-        return split_bands(tokens.float(), self.mu, self.shape)[self.band == "high"].to(tokens.dtype)
+        "Tokens (B, D, h, w) whole, low and high, one after the other: (3 B, D, h, w)."
+        return torch.cat([tokens, *(band.to(tokens.dtype) for band in split_bands(tokens.float(), self.mu, self.shape))])
 
 def _require_keep(system: Segmenter) -> None:
     "Raise `InputError` for a system that cannot be shown single bands."
@@ -377,7 +378,7 @@ class Job:
     inference: Inference                                           # of the network's answer
     figures: tuple[str, ...] = ("seg",)                            # of "seed", "mask" and "seg"
     cams: Inference = Inference(flip=False)                        # of activation maps
-    keeps: dict[str, KeepBand] = field(default_factory=dict)       # "seg_low", "seg_high"
+    bands: Bands | None = None                                     # adds "seg_low" and "seg_high"
     crf: CRFSettings | None = None
     background: bool = True                                        # is mask value 0 background?
     workers: int = 0                                               # processes that read pictures
@@ -393,6 +394,16 @@ class Job:
         "Every scale that something is shown at."
         wanted = [*self.inference.scales * ("seg" in self.figures), *self.cams.scales * ("seed" in self.figures), *(1.0,) * ("mask" in self.figures)]
         return tuple(dict.fromkeys(wanted))
+
+    @property
+    def cams_as_shown(self) -> bool:
+        "Are activation maps taken from the picture as it is, as pseudo-labels are?"
+        return self.cams.scales == (1.0,) and not self.cams.flip and self.cams.window is None
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        "The figures that the network answers, in the order of `Bands`."
+        return ("seg",) if self.bands is None else ("seg", "seg_low", "seg_high")
 
     @property
     def group(self) -> int:
@@ -414,19 +425,22 @@ def _shortened(job: Job) -> Any:
     wanted = job.inference.precision or ("bf16" if device.type == "cuda" else "fp32")
     return torch.autocast(device.type, torch.bfloat16) if wanted == "bf16" else nullcontext()
 
-def _logits(job: Job, pictures: Sequence[Picture], keep: KeepBand | None) -> list[list[View]]:
-    "Views of the network's answer."
-    options = {} if keep is None else {"keep": keep}
+def _logits(job: Job, pictures: Sequence[Picture]) -> dict[str, list[list[View]]]:
+    "Views of the network's answers by figure; the tower looks once for all of them."
+    options, channels = {} if job.bands is None else {"keep": job.bands}, job.system.num_classes
     def answer(images: Tensor, _: Tensor) -> Tensor:
         with _shortened(job): logits = job.system.predict(images, **options)
-        return _checked(logits, images, job.system.num_classes, "logits")
-    return show(job.system.backbone, pictures, answer, job.inference)
+        found = _checked(logits, len(job.answers)*len(images), channels, "logits")
+        return found.unflatten(0, (len(job.answers), -1)).transpose(0, 1).flatten(1, 2)
+    shown = show(job.system.backbone, pictures, answer, job.inference)
+    own = {name: slice(number*channels, (number + 1)*channels) for number, name in enumerate(job.answers)}
+    return {name: [[replace(view, maps=view.maps[part]) for view in views] for views in shown] for name, part in own.items()}
 
 # %% ../nbs/53_segment.ipynb #3becb8d0
 def _cams(job: Job, pictures: Sequence[Picture], labels: Tensor) -> list[SeedMaps]:
     "Activation maps of every picture on one grid, only those of its classes."
     def answer(images: Tensor, rows: Tensor) -> Tensor:
-        return _checked(job.system.cam(images, labels[rows]), images, labels.shape[1], "activation maps")
+        return _checked(job.system.cam(images, labels[rows]), len(images), labels.shape[1], "activation maps")
     return [_seed_maps(picture, views) for picture, views in zip(pictures, show(job.system.backbone, pictures, answer, job.cams))]
 
 def _seed_maps(picture: Picture, views: Sequence[View]) -> SeedMaps:
@@ -442,29 +456,35 @@ def _seed_maps(picture: Picture, views: Sequence[View]) -> SeedMaps:
     return SeedMaps(picture.index, classes, picture.labels[classes], kept[None], tuple(covered))
 
 # %% ../nbs/53_segment.ipynb #2e17b9b2
-def _pseudo_labels(job: Job, pictures: Sequence[Picture], labels: Tensor) -> list[np.ndarray]:
-    "Pseudo-labels of every picture at the size of its mask; what they leave open counts as background."
-    pixels = torch.stack([picture.scaled[1.0] for picture in pictures]).to(job.system.backbone.device)
-    images, (height, width) = pad_to_patch(job.system.backbone.normalise(pixels.float() / 255), job.system.backbone.patch_size)
-    with _explained(images, job.inference.batch):
-        found = torch.cat([job.system.pseudo_label(*part) for part in zip(images.split(job.inference.batch), labels.split(job.inference.batch))])
+def _explanations(job: Job, pictures: Sequence[Picture], labels: Tensor) -> tuple[list[SeedMaps], list[np.ndarray]]:
+    "Activation maps at scale 1, and pseudo-labels at the size of the mask; what these leave open counts as background."
+    tower, batch = job.system.backbone, job.inference.batch
+    pixels = torch.stack([picture.scaled[1.0] for picture in pictures]).to(tower.device)
+    images, (height, width) = pad_to_patch(tower.normalise(pixels.float() / 255), tower.patch_size)
+    with _explained(images, batch):
+        maps, found = (torch.cat(parts) for parts in zip(*itertools.starmap(job.system.explain, zip(images.split(batch), labels.split(batch)))))
     if tuple(found.shape) != (len(images), *images.shape[-2:]):
         raise InputError(f"the system's pseudo-labels have shape {tuple(found.shape)} for images {tuple(images.shape)}: (B, H, W) is wanted.")
+    maps = _checked(maps.float(), len(images), labels.shape[1], "activation maps")
+    covered = tuple(n*side/whole for n, side, whole in zip(maps.shape[-2:], (height, width), images.shape[-2:]))
+    cams = [_seed_maps(picture, [View(one, covered, (0, 1), (0, 1), (0, False))]) for picture, one in zip(pictures, maps)]
     found = found[:, :height, :width].masked_fill(found[:, :height, :width] == IGNORE, 0)
     sized = F.interpolate(found[:, None].float(), pictures[0].size, mode="nearest-exact")[:, 0]
-    return list(sized.to(torch.uint8).cpu().numpy())
+    return cams, list(sized.to(torch.uint8).cpu().numpy())
 
 # %% ../nbs/53_segment.ipynb #fed7b2e5
 @torch.no_grad()
 def analyse(job: Job, pictures: Sequence[Picture]) -> list[Found]:
     "Everything a job asks about pictures of one size. Raises `InputError` for answers that cannot be, and when memory runs out."
-    views, labels, empty = {}, None, [None] * len(pictures)
+    views, cams, pseudo = {}, [None]*len(pictures), [None]*len(pictures)
     if "seg" in job.figures:
-        for name, keep in {"seg": None, **job.keeps}.items():
-            with job.watch.measure("network" if keep is None else "network, single bands"): views[name] = _logits(job, pictures, keep)
+        with job.watch.measure("network"): views = _logits(job, pictures)
     if {"seed", "mask"} & set(job.figures): labels = torch.stack([picture.labels for picture in pictures]).to(job.system.backbone.device)
-    with job.watch.measure("activation maps"): cams = _cams(job, pictures, labels) if "seed" in job.figures else empty
-    with job.watch.measure("pseudo-labels"): pseudo = _pseudo_labels(job, pictures, labels) if "mask" in job.figures else empty
+    if "mask" in job.figures:
+        with job.watch.measure("maps and pseudo-labels"): shown, pseudo = _explanations(job, pictures, labels)
+    if "seed" in job.figures:
+        shared = "mask" in job.figures and job.cams_as_shown
+        with job.watch.measure("activation maps"): cams = shown if shared else _cams(job, pictures, labels)
     job.watch.pictures += len(pictures)
     return [Found(picture, {name: found[row] for name, found in views.items()}, cams[row], pseudo[row]) for row, picture in enumerate(pictures)]
 
@@ -872,12 +892,12 @@ class _Tally:
             self.sizes[index] = item.picture.size
             self.seeds.add(item.cams, truth)
 
-def _figure_names(figures: Sequence[str], crf: bool, keeps: Iterable[str]) -> tuple[str, ...]:
+def _figure_names(figures: Sequence[str], crf: bool, answers: Iterable[str]) -> tuple[str, ...]:
     "All figures of a run, in the order of FIGURES. Raises `InputError` for an unknown one, or none."
     for name in figures:
         if name not in ("seed", "mask", "seg"): raise unknown_name(name, ("seed", "mask", "seg"), "figure")
     if not figures: raise InputError("no figure to evaluate: name at least one of seed, mask, seg.")
-    wanted = {*figures, *(f"{name}_crf" for name in figures if crf and name != "seed"), *keeps}
+    wanted = {*figures, *(f"{name}_crf" for name in figures if crf and name != "seed"), *(answers if "seg" in figures else ())}
     return tuple(name for name in FIGURES if name in wanted)
 
 # %% ../nbs/53_segment.ipynb #9731886e
@@ -889,9 +909,8 @@ def _evaluation_job(system: Segmenter, dataset: SegmentationFolder, inference: I
     if bands is not None and "seg" not in figures: raise InputError(f"bands={bands}: bands are taken from the network's answer; add the figure seg.")
     if bands is not None: _require_keep(system)
     if crf is not None and figures == ("seed",): raise InputError(f"crf={crf!r}: there is nothing to refine; add the figure mask or seg.")
-    keeps = {} if bands is None else {f"seg_{band}": KeepBand(band, bands) for band in ("low", "high")}
     single = replace(inference, scales=tuple(cams), flip=False, window=None, stride=None)
-    return Job(system, inference, tuple(figures), single, keeps, None if crf is None else crf_settings(crf),
+    return Job(system, inference, tuple(figures), single, None if bands is None else Bands(bands), None if crf is None else crf_settings(crf),
                dataset.listing.background, **options)
 
 def _told_settings(job: Job, crf: Any, seeds: _Seeds | None, limit: int | None) -> dict[str, Any]:
@@ -899,7 +918,7 @@ def _told_settings(job: Job, crf: Any, seeds: _Seeds | None, limit: int | None) 
     shown = {**asdict(job.inference), "scales": list(job.inference.scales), "stride": job.inference.step}
     told = {"inference": shown, "crf": (crf if isinstance(crf, str) else asdict(crf)) if job.crf else None, "limit": limit}
     if seeds is not None: told |= {"cam_scales": list(job.cams.scales), "background": seeds.variant}
-    if job.keeps: told["band_cutoff"] = job.keeps["seg_low"].mu
+    if job.bands: told["band_cutoff"] = job.bands.mu
     return told
 
 # %% ../nbs/53_segment.ipynb #0898c4d4
@@ -940,7 +959,7 @@ def evaluate_system(
     begin, levels = time.perf_counter(), sweep_levels(thresholds, variant)
     inference = Inference(tuple(scales), flip, side, batch=batch, precision=precision) if inference is None else named_inference(inference)
     job = _evaluation_job(system, dataset, inference, tuple(figures), crf, bands, cam_scales, workers=workers, skip_bad=skip_bad, progress=progress)
-    tally = _Tally.begun(_figure_names(figures, job.crf is not None, job.keeps), dataset.num_classes, levels, variant, examples)
+    tally = _Tally.begun(_figure_names(figures, job.crf is not None, job.answers), dataset.num_classes, levels, variant, examples)
     tuning, indices = tuning_split(dataset, threshold_split), picture_indices(dataset, limit)
     for item in refined((label(job, found) for found in stream(job, dataset, indices, masks=True)), job.crf, crf_workers):
         with job.watch.measure("counting"): tally.add(item)

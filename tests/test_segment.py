@@ -20,9 +20,10 @@ from freqseg.crf import crf_image, crf_settings
 from freqseg.data import SegmentationFolder, list_folder, open_folder, palette, read_mask, write_labels, write_mask
 from freqseg.files import InputError
 from freqseg.metrics import boundary_iou, mean_iou, trimap_miou
-from freqseg.segment import (INFERENCE, FIGURES, Inference, Job, KeepBand, View, class_scores, evaluate_system, grouped, in_sequence,
+from freqseg.segment import (INFERENCE, FIGURES, Bands, Inference, Job, View, class_scores, evaluate_system, grouped, in_sequence,
                              interpolation_matrix, label, merge_views, merged_labels, picture_indices, refined, scaled_pixels, segment,
                              software, stream, window_boxes, write_masks)
+from freqseg.spectra import split_bands
 
 NAMES = ("disc", "box", "bar")
 PATCH = 4
@@ -54,9 +55,10 @@ class Toy(torch.nn.Module):
         maps = self.predict(images)[:, 1:].sigmoid()
         return maps / maps.amax((2, 3), keepdim=True) * labels[..., None, None]
 
-    def pseudo_label(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        cams = F.interpolate(self.cam(images, labels), images.shape[-2:], mode="bilinear")
-        return torch.cat([torch.full_like(cams[:, :1], 0.7), cams], 1).argmax(1)
+    def explain(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        cams = self.cam(images, labels)
+        large = F.interpolate(cams, images.shape[-2:], mode="bilinear")
+        return cams, torch.cat([torch.full_like(large[:, :1], 0.7), large], 1).argmax(1)
 
 
 def write_folder(folder: Path, sizes=SIZES, seed: int = 0, split: str = "val") -> Path:
@@ -367,16 +369,38 @@ def test_several_cam_scales_average_and_reach_one(dataset, system) -> None:
 def test_the_mask_is_the_pseudo_label_without_its_padding(dataset, system) -> None:
     found = next(stream(Job(system, Inference(), ("mask",), progress=False), dataset, [3]))
     shown = F.pad(torch.from_numpy(np.array(dataset[3].image)).permute(2, 0, 1).float() / 255 - MEAN, (0, 2, 0, 3))
-    assert np.array_equal(found.pseudo, system.pseudo_label(shown[None], dataset.labels[3:4])[0, :21, :30].numpy())
-    system.pseudo_label = lambda images, labels: torch.full((len(images), *images.shape[-2:]), 255)
+    assert np.array_equal(found.pseudo, system.explain(shown[None], dataset.labels[3:4])[1][0, :21, :30].numpy())
+    system.explain = lambda images, labels: (system.cam(images, labels), torch.full((len(images), *images.shape[-2:]), 255))
     assert not next(stream(Job(system, Inference(), ("mask",), progress=False), dataset, [3])).pseudo.any()
 
 
 @torch.no_grad()
+def test_seeds_and_masks_come_from_one_look_and_are_what_two_would_give(dataset, system, monkeypatch) -> None:
+    alone = {name: next(stream(Job(system, Inference(), (name,), progress=False), dataset, [3])) for name in ("seed", "mask")}
+    looks = system.asked[:]
+    system.asked.clear()
+    together = next(stream(Job(system, Inference(), ("seed", "mask"), progress=False), dataset, [3]))
+    assert len(system.asked) == 1 and len(looks) == 2
+    assert torch.equal(together.cams.cams, alone["seed"].cams.cams) and together.cams.covered == alone["seed"].cams.covered
+    assert np.array_equal(together.pseudo, alone["mask"].pseudo) and alone["mask"].cams is None
+    system.asked.clear()
+    scaled = next(stream(Job(system, Inference(), ("seed", "mask"), Inference((1.0, 2.0), flip=False), progress=False), dataset, [3]))
+    assert len(system.asked) == 3 and not torch.equal(scaled.cams.cams, together.cams.cams) and np.array_equal(scaled.pseudo, together.pseudo)
+
+
+@torch.no_grad()
+def test_bands_cost_no_second_look(dataset, system) -> None:
+    evaluate_system(system, dataset, figures=("seg",), **QUIET)
+    plain, system.asked = len(system.asked), []
+    evaluate_system(system, dataset, figures=("seg",), bands=0.2, **QUIET)
+    assert len(system.asked) == plain
+
+
+@torch.no_grad()
 def test_bands_filter_the_frozen_tokens_before_the_head(report, dataset, system) -> None:
-    for band in ("low", "high"):
+    for place, band in enumerate(("low", "high")):
         found = evaluate_system(system, dataset, figures=("seg",), bands=0.2, flip=False, **QUIET)[f"seg_{band}"]
-        labels = torch.cat([by_hand(system, sample.image, (1.0,), False, keep=KeepBand(band, 0.2)).argmax(0).flatten() for sample in dataset])
+        labels = torch.cat([by_hand(system, sample.image, (1.0,), False, keep=lambda tokens: split_bands(tokens, 0.2)[place]).argmax(0).flatten() for sample in dataset])
         truth = torch.cat([torch.from_numpy(sample.mask).long().flatten() for sample in dataset])
         assert found.miou.value == pytest.approx(multiclass_jaccard_index(labels, truth, 4, ignore_index=255).item(), abs=2e-3)
     assert report["seg_low"].class_map is not None and report["mask"].class_map is None
@@ -490,7 +514,7 @@ def test_answers_of_a_wrong_shape_or_with_nan_are_refused(dataset, system) -> No
     with torch.no_grad(): wrong.head = torch.nn.Parameter(Toy().head * torch.nan)
     with pytest.raises(InputError, match="NaN"): evaluate_system(wrong, dataset, figures=("seg",), **QUIET)
     system = Toy().eval()
-    system.pseudo_label = lambda images, labels: torch.zeros(len(images), 3, 3)
+    system.explain = lambda images, labels: (system.cam(images, labels), torch.zeros(len(images), 3, 3))
     with pytest.raises(InputError, match="pseudo-labels have shape"): evaluate_system(system, dataset, figures=("mask",), **QUIET)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from freqseg.checkpoints import SYSTEMS, checkpoint_path, load_system, save_system, system_named
@@ -107,7 +108,8 @@ def test_maps_are_in_range_zero_for_absent_classes_and_without_gradient(name: st
     cam = system.cam(images, batch.labels)
     assert cam.shape == (3, 20, 12, 12) and cam.min() >= 0 and cam.max() <= 1 and not cam.requires_grad
     assert cam[~batch.labels].abs().max() == 0
-    labels = system.pseudo_label(images, batch.labels)
+    again, labels = system.explain(images, batch.labels)
+    assert torch.equal(again, cam)
     assert labels.shape == (3, 96, 96) and labels.dtype == torch.int64
     for row, there in zip(labels, batch.labels): assert set(row.unique().tolist()) <= {0, *(there.nonzero()[:, 0] + 1).tolist()}
 
@@ -180,6 +182,23 @@ def test_dfa_runs_with_every_switch(options: dict, world: Backbone, batch: Batch
     assert set(losses) == wanted and sum(losses.values()).isfinite()
     cam = system.eval().cam(world.normalise(batch.images), batch.labels)
     assert 0 <= cam.min() and cam.max() <= 1
+
+
+def test_the_background_of_the_transport_competes_in_what_is_taught_and_in_what_is_shown(world: Backbone, batch: Batch) -> None:
+    images = world.normalise(batch.images)
+    plain, own = (build("dfa", world, nothing=nothing).eval() for nothing in ("max", "prompts"))
+    (cam, labels), (same, others) = (system.explain(images, batch.labels) for system in (plain, own))
+    assert torch.equal(cam, same) and not torch.equal(labels, others)
+    maps = own.evidence(own.see(images, batch.labels), 1.)
+    scores = torch.cat([maps[:, -1:], maps[:, :-1]], 1)
+    assert torch.equal(others, own.par(batch.images, F.interpolate(scores, images.shape[-2:], mode="bilinear")).argmax(1))
+
+
+def test_new_parts_of_ffr_learn_at_their_own_rate_frozen_or_not(world: Backbone) -> None:
+    [alone] = build("ffr", world).parameter_groups()
+    tower, new = build("ffr", world, unfreeze=[-1]).parameter_groups()
+    assert (alone["lr_scale"], tower["lr_scale"], new["lr_scale"]) == (10., 1., 10.)
+    assert [p.shape for p in alone["params"]] == [p.shape for p in new["params"]]
 
 
 def test_the_weights_of_the_losses_are_the_papers(world: Backbone) -> None:

@@ -111,20 +111,20 @@ class DFA(Segmenter):
 
     @torch.no_grad()
     def evidence(self, seen: Seen, progress: float) -> Tensor:
-        "Maps of the classes, (B, K, h, w) in [0, 1]."
+        "Maps of the classes, (B, K, h, w) in [0, 1]; the background's own after them where pseudo-labels are to compete with it."
         low, high = self.dual.paths(seen.features)
-        return self.maps(seen, low.affinity, None if high is None else high.affinity)[:, :-1]
+        return self.competing(self.maps(seen, low.affinity, None if high is None else high.affinity))
 
-    def background_score(self, maps: Tensor) -> Tensor|None:
-        "What competes with the classes in pseudo-labels: (B, 1, h, w), or None for 1 - max."
-        return maps[:, -1:] if self.options.nothing == "prompts" else None
+    def competing(self, maps: Tensor) -> Tensor:
+        "The maps that decide a pseudo-label: all of them, or the classes' alone, whose background is 1 - max."
+        return maps if self.options.nothing == "prompts" else maps[:, :-1]
 
     def training_step(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         "Weighted losses of one batch. Raises `InputError` without image labels."
         seen = self.see(self.backbone.normalise(batch.images), require_labels(batch))
         paths = self.dual.paths(seen.features)
         with torch.no_grad(): maps = self.maps(seen, *(None if path is None else path.affinity for path in paths))
-        labels = self.assign(maps[:, :-1], seen, batch.valid, self.background_score(maps))
+        labels = self.assign(self.competing(maps), seen, batch.valid)
         taught = self.dual.losses(paths, seen.features.grid, seen.decoded.features, nearest_labels(labels, seen.features.grid))
         weights = dict(alignment=self.options.lambda_align, rectification=self.options.lambda_relation)
         return {"seg": balanced_cross_entropy(enlarged(seen.decoded.logits, labels), labels),

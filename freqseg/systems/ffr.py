@@ -40,7 +40,7 @@ class FFROptions(SegmenterOptions):
     maps: str = "gradcam"                 # pseudo-labels from CLIP's "gradcam", or from the "classifier" (the paper, without CLIP)
     rectified: str|None = None            # "tokens" of the tower's last block, or features of the "decoder"; None = tokens when they can learn
     unfreeze: tuple[int, ...]|str|None = None   # blocks of the tower that learn, "all", or None = frozen
-    head_scale: float = 10.               # learning rate of everything new, relative to an unfrozen tower's
+    head_scale: float = 10.               # learning rate of everything new, relative to what a tower learns with; the frozen tower's heads have it, too
     hidden: int = 512                     # channels of the convolution that both heads share
     dilation: int = 5                     # of it, in patches
 
@@ -108,9 +108,8 @@ class FFR(Segmenter):
         return losses
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        "One group, or with an unfrozen tower two: the tower, and everything new at `head_scale` times its rate."
-        if self.options.unfreeze is None: return super().parameter_groups()
+        "Everything new at `head_scale` times the rate; before it the tower at the rate itself, where it learns."
         tower = [p for p in self.backbone.parameters() if p.requires_grad]
         known = set(map(id, tower))
-        new = [p for p in self.parameters() if p.requires_grad and id(p) not in known]
-        return [dict(params=tower, lr_scale=1.), dict(params=new, lr_scale=self.options.head_scale)]
+        new = dict(params=[p for p in self.parameters() if p.requires_grad and id(p) not in known], lr_scale=self.options.head_scale)
+        return [dict(params=tower, lr_scale=1.), new] if tower else [new]

@@ -148,7 +148,7 @@ class Segmenter(nn.Module):
         with torch.no_grad(): return self.backbone.encode(images, **(self.request() if request is None else request))
 
     def decode(self, features: Features, keep: Callable[[Tensor], Tensor]|None = None) -> Decoded:
-        "The decoder's features and logits at token resolution; `keep` may filter each block's tokens (B, D, h, w) first."
+        "The decoder's features and logits at token resolution; `keep` filters each block's tokens (B, D, h, w), or gives versions of them."
         tokens = [features.of(features.tokens, block, "tokens") for block in self.token_blocks]
         return self.decoder(tokens if keep is None else [keep(x) for x in tokens])
 
@@ -162,12 +162,13 @@ class Segmenter(nn.Module):
         return grad_cam(self.backbone, seen.features, self.text, seen.present, self.background).float()
 
     def evidence(self, seen: Seen, progress: float) -> Tensor:
-        "The system's activation maps (B, K, h, w) in [0, 1] at this share of the training; here CLIP's own."
+        "The system's activation maps (B, K, h, w) in [0, 1] at this share of the training; here CLIP's own. One more is a map of the background."
         return self.grad_cam(seen)
 
-    def assign(self, cam: Tensor, seen: Seen, valid: Tensor|None = None, nothing: Tensor|None = None) -> Tensor:
-        "Pseudo-labels (B, H, W) of maps (B, K, h, w); `nothing` (B, 1, h, w) stands in for 1 - max as the background's score."
-        return assign_labels(cam, seen.present, self.backbone.denormalise(seen.images), self.par, valid, nothing)
+    def assign(self, maps: Tensor, seen: Seen, valid: Tensor|None = None) -> Tensor:
+        "Pseudo-labels (B, H, W) of maps (B, K, h, w); a map after those of the classes is the background's score, which is 1 - max without."
+        cam, nothing = maps[:, :len(self.classes)], maps[:, len(self.classes):]
+        return assign_labels(cam, seen.present, self.backbone.denormalise(seen.images), self.par, valid, nothing if nothing.shape[1] else None)
 
     def common_losses(self, seen: Seen, cam: Tensor) -> dict[str, Tensor]:
         "Weighted losses of the parts that any system may carry: FFR's rectification, the wavelet's perfect reconstruction."
@@ -180,17 +181,18 @@ class Segmenter(nn.Module):
     @torch.no_grad()
     def cam(self, images: Tensor, labels: Tensor) -> Tensor:
         "Activation maps (B, K, h, w) in [0, 1] of normalised images, for the classes that `labels` (B, K) says are there; no gradients."
-        return self.evidence(self.see(images, labels), 1.)
+        return self.evidence(self.see(images, labels), 1.)[:, :len(self.classes)]
 
     @torch.no_grad()
-    def pseudo_label(self, images: Tensor, labels: Tensor) -> Tensor:
-        "What the decoder would be taught at the end of training: (B, H, W) int64."
+    def explain(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        "From one look: what `cam` gives, and the pseudo-labels (B, H, W) int64 that the decoder would be taught at the end of training."
         seen = self.see(images, labels)
-        return self.assign(self.evidence(seen, 1.), seen)
+        maps = self.evidence(seen, 1.)
+        return maps[:, :len(self.classes)], self.assign(maps, seen)
 
     @torch.no_grad()
     def predict(self, images: Tensor, keep: Callable[[Tensor], Tensor]|None = None) -> Tensor:
-        "Logits (B, C, h, w) at token resolution, background first; nothing but tokens is computed."
+        "Logits (B, C, h, w) at token resolution, background first, of n times as many for n versions of the tokens; nothing but tokens is computed."
         return self.decode(self.look(images, {"tokens": self.token_blocks, "joint": False}), keep).logits
 
     def parameter_groups(self) -> list[dict[str, Any]]:
