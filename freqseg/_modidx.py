@@ -320,6 +320,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'freqseg.decoders.TransformerDecoder.forward': ( 'decoders.html#transformerdecoder.forward',
                                                                                    'freqseg/decoders.py'),
                                   'freqseg.decoders.decoder_blocks': ('decoders.html#decoder_blocks', 'freqseg/decoders.py'),
+                                  'freqseg.decoders.pass_through': ('decoders.html#pass_through', 'freqseg/decoders.py'),
                                   'freqseg.decoders.token_affinity': ('decoders.html#token_affinity', 'freqseg/decoders.py'),
                                   'freqseg.decoders.wtclip_decoder': ('decoders.html#wtclip_decoder', 'freqseg/decoders.py')},
             'freqseg.dual_affinity': { 'freqseg.dual_affinity.AffinityPath': ( 'dual_affinity.html#affinitypath',

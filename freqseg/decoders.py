@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['decoder_blocks', 'BlockLinear', 'BlockFusion', 'QuickGELU', 'DecoderBlock', 'Decoded', 'TransformerDecoder',
-           'wtclip_decoder', 'token_affinity', 'DualHead']
+           'wtclip_decoder', 'token_affinity', 'pass_through', 'DualHead']
 
 # %% ../nbs/30_decoders.ipynb #d014e3e5
 from collections.abc import Sequence
@@ -181,22 +181,38 @@ def token_affinity(
     return product.to(torch.promote_types(product.dtype, torch.float32)).sigmoid()
 
 # %% ../nbs/30_decoders.ipynb #9e88421e
+@torch.no_grad()
+def pass_through(conv: nn.Conv2d) -> None:
+    """Start a convolution near the identity: channel c is handed on by output c, and with its sign turned by output c + inputs, so that
+    a ReLU after it loses nothing once there are twice as many outputs. Other weights keep a third of their random start."""
+    inputs, (row, column) = conv.in_channels, (side // 2 for side in conv.kernel_size)
+    conv.weight.div_(3)
+    for sign, first in ((1, 0), (-1, inputs)):
+        handed = torch.arange(min(inputs, max(0, conv.out_channels - first)))
+        conv.weight[first + handed, handed, row, column] += sign
+    nn.init.zeros_(conv.bias)
+
 class DualHead(nn.Module):
     """FFR's segmentation head: a dilated convolution shared by two 1x1 classifiers, for features and for high frequencies.
 
-    Sizes are not printed in the paper; the defaults are those of ToCo's code, with one convolution instead of two and with biases.
-    Raises `InputError` for fewer than one convolution."""
+    Sizes are not printed in the paper; the defaults are those of ToCo's code, with one convolution instead of two and with biases. Nor
+    is the start: by default both heads begin as linear classifiers of what they read (`pass_through`), which a short training needs.
+    Raises `InputError` for fewer than one convolution, and an unknown start."""
     def __init__(self,
         dim: int,  # channels of the features
         classes: int,  # with background
         hidden: int = 512,
         dilation: int = 5,  # reach of the 3x3 kernels, in patches
         convolutions: int = 1,
+        start: str = "identity",  # of the convolutions: near the "identity", or "random" as torch makes them
     ) -> None:
         super().__init__()
         if convolutions < 1: raise InputError(f"convolutions={convolutions}: the shared part needs at least one.")
+        if start not in ("identity", "random"): raise InputError(f"start={start!r}: use 'identity' or 'random'.")
         widths = [dim] + convolutions * [hidden]
-        convs = (nn.Conv2d(a, b, 3, padding=dilation, dilation=dilation) for a, b in zip(widths, widths[1:]))
+        convs = [nn.Conv2d(a, b, 3, padding=dilation, dilation=dilation) for a, b in zip(widths, widths[1:])]
+        if start == "identity":
+            for conv in convs: pass_through(conv)
         self.shared = nn.Sequential(*(layer for conv in convs for layer in (conv, nn.ReLU())))
         self.classifier, self.high_classifier = nn.Conv2d(hidden, classes, 1), nn.Conv2d(hidden, classes, 1)
 

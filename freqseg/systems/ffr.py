@@ -43,6 +43,7 @@ class FFROptions(SegmenterOptions):
     head_scale: float = 10.               # learning rate of everything new, relative to what a tower learns with; the frozen tower's heads have it, too
     hidden: int = 512                     # channels of the convolution that both heads share
     dilation: int = 5                     # of it, in patches
+    start: str = "identity"               # of it: near the "identity", or "random"
 
     def __post_init__(self) -> None:
         if self.maps not in ("gradcam", "classifier"): raise InputError(f"maps={self.maps!r}: use 'gradcam' or 'classifier'.")
@@ -63,7 +64,7 @@ class FFR(Segmenter):
         self.classifier = TokenClassifier(options.dim, known, options.pool)
         self.middle = TokenClassifier(self.backbone.width, known, options.pool, normalise=True)
         self.decoder.classifier = torch.nn.Identity()   # the two heads take its place: the decoder's "logits" are what they read
-        self.head = DualHead(options.dim, self.num_classes, options.hidden, options.dilation)
+        self.head = DualHead(options.dim, self.num_classes, options.hidden, options.dilation, start=options.start)
         self.rectifies_tokens = options.rectified == "tokens" or (options.rectified is None and options.unfreeze is not None)
 
     def request(self) -> dict[str, Any]:

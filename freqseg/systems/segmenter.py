@@ -43,6 +43,7 @@ class SegmenterOptions:
     rectify_weight: float = 1.            # FFR: lambda_1
     background: tuple[str, ...]|None = None   # prompts that compete with the classes; None = the usual ones
     source: str|None = None               # where the affinity comes from; None = what suits the backbone
+    background_power: float = 1.          # of the background's score (1 - max)^power in pseudo-labels; above 1 it claims less
     par_iterations: int = 20              # of pixel-adaptive refinement; 0 = without
 
 def read_options(kind: type, given: Mapping[str, Any]) -> Any:
@@ -71,13 +72,14 @@ def assign_labels(
     images: Tensor,               # (B, 3, H, W) in [0, 1]
     refine: nn.Module|None,       # PAR: (images, scores) -> scores; None = without
     valid: Tensor|None = None,    # (B, H, W) bool: False where a crop lies outside its picture
-    nothing: Tensor|None = None,  # (B, 1, h, w) score of the background; None = 1 - max
+    nothing: Tensor|None = None,  # (B, 1, h, w) score of the background; None = (1 - max)^power
+    power: float = 1.,            # of the background's score: above 1 it claims less
 ) -> Tensor:                      # (B, H, W) int64: 0 background, k + 1 for class k, 255 outside the picture
     "Pseudo-labels: enlarge, add the background score, refine on the picture, take the best (WeCLIP)."
     packed, classes = pack_present(cam.float(), present)
     if nothing is not None: packed = torch.cat([nothing.float(), packed], 1)
     scores = F.interpolate(packed, images.shape[-2:], mode="bilinear", align_corners=False)
-    if nothing is None: scores = torch.cat([background_score(scores), scores], 1)
+    if nothing is None: scores = torch.cat([background_score(scores, power), scores], 1)
     if refine is not None: scores = refine(images, scores)
     best = scores.argmax(1)
     named = classes.gather(1, (best - 1).clamp_min(0).flatten(1)).view_as(best) + 1
@@ -166,9 +168,10 @@ class Segmenter(nn.Module):
         return self.grad_cam(seen)
 
     def assign(self, maps: Tensor, seen: Seen, valid: Tensor|None = None) -> Tensor:
-        "Pseudo-labels (B, H, W) of maps (B, K, h, w); a map after those of the classes is the background's score, which is 1 - max without."
+        "Pseudo-labels (B, H, W) of maps (B, K, h, w); a map after those of the classes is the background's score."
         cam, nothing = maps[:, :len(self.classes)], maps[:, len(self.classes):]
-        return assign_labels(cam, seen.present, self.backbone.denormalise(seen.images), self.par, valid, nothing if nothing.shape[1] else None)
+        return assign_labels(cam, seen.present, self.backbone.denormalise(seen.images), self.par, valid,
+                             nothing if nothing.shape[1] else None, self.options.background_power)
 
     def common_losses(self, seen: Seen, cam: Tensor) -> dict[str, Tensor]:
         "Weighted losses of the parts that any system may carry: FFR's rectification, the wavelet's perfect reconstruction."
