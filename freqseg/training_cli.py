@@ -106,15 +106,24 @@ def evaluate_command(args: argparse.Namespace) -> int:
     return 0
 
 # %% ../nbs/66_training_cli.ipynb #37116144
+def _together(system: str, names: Sequence[str], texts: Sequence[str]) -> list[Any]:
+    "One value each of parameters that change together."
+    from freqseg.experiment import parse_parameters
+    if len(names) != len(texts): raise InputError(f"--grid {','.join(names)}: {','.join(texts)} has {len(texts)} values for {len(names)} parameters.")
+    found = parse_parameters(system, [f"{name}={text}" for name, text in zip(names, texts)])
+    return [found[name] for name in names]
+
 def _axes(system: str, texts: Sequence[str]) -> dict[str, list[Any]]:
     "The grid that texts like mu=0.1,0.2 mean. Raises `InputError` as `parse_parameters` does, and for a name that comes twice."
     from freqseg.experiment import parse_parameters
+    from freqseg.sweep import parameters_of
     axes: dict[str, list[Any]] = {}
     for text in texts:
-        name, found, values = text.partition("=")
+        axis, found, values = text.partition("=")
         if not found or not values: raise InputError(f"--grid {text}: give a name and its values, such as --grid mu=0.1,0.2,0.4.")
-        if name in axes: raise InputError(f"--grid names {name} twice: give all its values at once.")
-        axes[name] = [parse_parameters(system, [f"{name}={value}"])[name] for value in values.split(";" if ";" in values else ",")]
+        if axis in axes: raise InputError(f"--grid names {axis} twice: give all its values at once.")
+        if "," in axis: axes[axis] = [_together(system, parameters_of(axis), row.split(",")) for row in values.split(";")]
+        else: axes[axis] = [parse_parameters(system, [f"{axis}={value}"])[axis] for value in values.split(";" if ";" in values else ",")]
     return axes
 
 def sweep_command(args: argparse.Namespace) -> int:
@@ -152,7 +161,7 @@ def add_train(commands: Any) -> None:
 def add_sweep(commands: Any) -> None:
     parser = commands.add_parser("sweep", help="train over a grid of parameters and seeds, and compare", description=sweep_command.__doc__)
     _add_parameters(parser)
-    parser.add_argument("--grid", action="append", default=[], metavar="NAME=A,B,...", help="values to try, may be repeated; none: seeds alone; separate them with ; where they hold commas")
+    parser.add_argument("--grid", action="append", default=[], metavar="NAME=A,B,...", help="values to try, may be repeated; none: seeds alone; separate them with ; where they hold commas; a,b=1,2;3,4 changes a and b together")
     parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="trainings at each point (default: 3)")
     parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="trainings at a time (default: 1)")
     parser.add_argument("--out", metavar="DIR", help="the sweep's folder (default: runs/sweep_SYSTEM)")

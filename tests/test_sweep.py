@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,6 +163,11 @@ def test_commas_in_a_word_make_no_second_parameter() -> None:
     ({"seed": [1]}, 1, {}, "seed cannot be a parameter of the grid: .*with seeds"),
     ({"out": ["o"]}, 1, {}, "out cannot be a parameter of the grid"),
     ({"preset": ["smoke"]}, 1, {}, "preset cannot be a parameter of the grid: figures on different pictures"),
+    ({"a,b": [1, 2]}, 1, {}, "grid a,b: give 2 values for these 2 parameters, not 1"),
+    ({"a,b": [[1, "x", 2]]}, 1, {}, r"grid a,b: give 2 values for these 2 parameters, not \[1, 'x', 2\]"),
+    ({"a,b": [[1, "x"]], "a": [2]}, 1, {}, "the grid names a twice"),
+    ({"b,seed": [["x", 1]]}, 1, {}, "seed cannot be a parameter of the grid"),
+    ({"a,b": [[1, "x"]]}, 1, {"b": "y"}, "b is in the grid, so it cannot be fixed"),
     ({"a": [1]}, 1, {"seed": 1}, "seed cannot be fixed: .*with seeds"),
     ({"a": [1]}, 1, {"out": "o"}, "out cannot be fixed"),
     ({"a": [1]}, 1, {"a": 2}, "a is in the grid, so it cannot be fixed"),
@@ -385,6 +391,31 @@ def test_runs_that_disagree_on_the_data_are_no_comparison(tmp_path: Path) -> Non
     path.write_text(path.read_text().replace("1200", "7"))
     text = read_sweep(tmp_path / "s").markdown()
     assert "1,200 pictures; and toys, split test, 7 pictures" in text and "no comparison" in text
+
+
+def test_parameters_that_change_together_are_rows_of_one_axis(toy: Path, tmp_path: Path) -> None:
+    grid = {"a, b": [[1, "x"], [2, "y"], [1, "y"]], "nap": [0.0]}
+    now = new_design(toy, grid, [0, 1])
+    assert now.points == [{"a": 1, "b": "x", "nap": 0.0}, {"a": 2, "b": "y", "nap": 0.0}, {"a": 1, "b": "y", "nap": 0.0}]
+    pretended(tmp_path / "s", now, lambda point, seed: point["a"] / 10 + seed / 100)
+    text = read_sweep(tmp_path / "s").markdown()
+    assert "| a | b | nap | seeds |" in text and "| 2 | y | 0.0 | 2 | 20.5 [14.1, 26.9] |" in text and "# Sweep of toy over a, b, nap" in text
+    more = extended(now, new_design(toy, {**grid, "a, b": [[3, "y"], [2, "y"]]}, [0]), tmp_path)
+    assert [point["a"] for point in more.points] == [1, 2, 1, 3]
+    executed = sweep(toy, tmp_path / "s", {"a, b": [[2, "y"], [1, "x"]], "nap": [0.0]}, [0], {}, progress=False).executed
+    assert executed == ()
+
+
+def test_a_record_tells_what_its_runs_told(tmp_path: Path) -> None:
+    pretended(tmp_path / "s", Design("toy", {"a": [1, 2, 3]}, [0, 1], {"b": "x"}, ("freqseg sweep toy",)), lambda point, seed: 0.5 + seed / 10 if point["a"] != 3 else None, world=True)
+    result = read_sweep(tmp_path / "s")
+    result.save(tmp_path / "t")
+    shutil.rmtree(tmp_path / "s")
+    again = read_sweep(tmp_path / "t" / "sweep.json")
+    assert again.markdown() == result.markdown() and again.as_dict() == result.as_dict() and again.missing.keys() == {"a=3,seed=0", "a=3,seed=1"}
+    (tmp_path / "t" / "sweep.json").write_text("{}")
+    with pytest.raises(InputError, match="no record of a sweep"):
+        read_sweep(tmp_path / "t" / "sweep.json")
 
 
 @pytest.mark.parametrize("content", ["", "[]", "null", '{"report": 3}', '{"report": {"figures": {}}}', '{"report"'])
