@@ -71,9 +71,10 @@ PRESETS: dict[str, dict[str, Preset]] = {
     "wtclip": _scaled(_papers(2e-3, (30_000, 80_000), (4, 4), _LARGE_BOXES), side=512, scales=(1., .75)),
     "dfa": _scaled(_papers(1e-4, (30_000, 80_000), (4, 8)), scales=(1., 1.2, 1.5)),
     "ffr": _papers(6e-5, (20_000, 80_000), (4, 8), warmup=2000, power=.9)}
+_SHORT = dict(switch=2., background_power=2.)   # 400 steps do not teach the decoder's affinity: maps that it selects are worse, so it never does
 for _name, _presets in PRESETS.items():
     _lr = {"ffr": 1e-4}.get(_name, 1e-3)
-    _own = {"ffr": dict(hidden=128)}.get(_name, {})
+    _own = {"weclip": _SHORT, "wtclip": _SHORT, "ffr": dict(hidden=128, maps="smoothed", background_power=2., lambda_seg=1.)}.get(_name, {})
     _presets |= {name: replace(preset, settings=replace(preset.settings, lr=_lr), options={**preset.options, **_own})
                  for name, preset in {"world": WORLD, "smoke": SMOKE}.items()}
 

@@ -29,7 +29,7 @@ def training_notebook(system: str) -> Path:
 def given_parameters(args: argparse.Namespace) -> dict[str, Any]:
     "The parameters that a command line names, as values. Raises `InputError` for what no training would accept, before one begins."
     from freqseg.experiment import parse_parameters, plan
-    named = {name: value for name in ("preset", "data", "device", "limit", "devices", "nodes") if (value := getattr(args, name, None)) is not None}
+    named = {name: value for name in ("preset", "data", "device", "limit", "skip_bad", "devices", "nodes") if (value := getattr(args, name, None)) is not None}
     doubled = set(named) & {pair.partition("=")[0] for pair in args.parameter}
     if doubled: raise InputError(f"given twice, as an option and with -p: {', '.join(sorted(doubled))}.")
     values = named | parse_parameters(args.system, args.parameter)
@@ -144,6 +144,7 @@ def _add_parameters(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="PATH", help="the dataset folder, where the preset needs one")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to compute (default: auto)")
     parser.add_argument("--limit", type=positive, metavar="N", help="report only the first N pictures")
+    parser.add_argument("--skip-bad", action="store_true", default=None, help="learn from the next picture instead of one that cannot be read; both are named")
     parser.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE",
                         help="any parameter of the notebook, may be repeated; freqseg run nbs/train/SYSTEM.ipynb lists them")
 

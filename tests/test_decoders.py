@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from freqseg.clip import load_clip
 from freqseg.decoders import (
-    BlockFusion, BlockLinear, DecoderBlock, DualHead, TransformerDecoder, decoder_blocks, token_affinity, wtclip_decoder,
+    BlockFusion, BlockLinear, DecoderBlock, DualHead, TransformerDecoder, decoder_blocks, pass_through, token_affinity, wtclip_decoder,
 )
 from freqseg.files import InputError
 
@@ -363,6 +363,22 @@ def test_the_dilated_kernel_looks_as_many_patches_away_as_told() -> None:
     reach = torch.zeros(11, 11, dtype=torch.bool)
     reach[1::4, 1::4] = True
     assert torch.equal(changed, reach)
+
+
+def test_a_convolution_near_the_identity_and_a_relu_lose_nothing() -> None:
+    conv, x = torch.nn.Conv2d(3, 7, 3, padding=2, dilation=2), torch.randn(2, 3, 8, 9)
+    before = conv.weight.detach().clone()
+    pass_through(conv)
+    handed = torch.zeros_like(conv.weight)
+    for channel in range(3): handed[channel, channel, 1, 1], handed[channel + 3, channel, 1, 1] = 1, -1
+    torch.testing.assert_close(conv.weight.detach(), before / 3 + handed)
+    with torch.no_grad(): conv.weight.copy_(handed)
+    passed = conv(x).relu()
+    torch.testing.assert_close(passed[:, :3] - passed[:, 3:6], x)
+    for narrow in (1, 4):   # fewer outputs than twice the inputs: as many as there are
+        pass_through(conv := torch.nn.Conv2d(3, narrow, 3))
+        assert conv.weight.abs().amax((1, 2, 3)).min() > .6
+    with pytest.raises(InputError, match="start='zero'"): DualHead(3, 2, start="zero")
 
 
 def test_a_dual_head_refuses_maps_that_differ_and_too_few_convolutions() -> None:

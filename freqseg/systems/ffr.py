@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..affinity import box_mask, propagate, smoothed_affinity
+from ..cam import normalise_cam
 from ..clip import Backbone, Features, merge_requests
 from ..data import Batch
 from ..decoders import Decoded, DualHead
@@ -37,7 +39,8 @@ class FFROptions(SegmenterOptions):
     lambda_energy: float = 0.             # weight of the dense energy loss, a mean in [0, 1] (ToCo's 0.05 is for a sum)
     middle: int = -3                      # block whose tokens the intermediate classifier reads
     pool: str = "max"                     # of both classifiers: "max" or "mean"
-    maps: str = "gradcam"                 # pseudo-labels from CLIP's "gradcam", or from the "classifier" (the paper, without CLIP)
+    maps: str = "gradcam"                 # pseudo-labels from CLIP's "gradcam", from it "smoothed" as WeCLIP does, or from the "classifier" (the paper, without CLIP)
+    box: float|None = .4                  # of smoothed maps: only what lies in boxes around at least this share of the maximum travels; None = all
     rectified: str|None = None            # "tokens" of the tower's last block, or features of the "decoder"; None = tokens when they can learn
     unfreeze: tuple[int, ...]|str|None = None   # blocks of the tower that learn, "all", or None = frozen
     head_scale: float = 10.               # learning rate of everything new, relative to what a tower learns with; the frozen tower's heads have it, too
@@ -46,7 +49,7 @@ class FFROptions(SegmenterOptions):
     start: str = "identity"               # of it: near the "identity", or "random"
 
     def __post_init__(self) -> None:
-        if self.maps not in ("gradcam", "classifier"): raise InputError(f"maps={self.maps!r}: use 'gradcam' or 'classifier'.")
+        if self.maps not in ("gradcam", "smoothed", "classifier"): raise InputError(f"maps={self.maps!r}: use 'gradcam', 'smoothed' or 'classifier'.")
         if self.rectified not in (None, "tokens", "decoder"): raise InputError(f"rectified={self.rectified!r}: use 'tokens', 'decoder' or None.")
         if self.rectify is not None: raise InputError("FFR always rectifies: set its cut-off with mu, its weight with lambda_1.")
         if self.rectified == "tokens" and self.unfreeze is None: raise InputError("rectified='tokens' needs tokens that learn: set unfreeze, or rectify the decoder's features.")
@@ -84,9 +87,13 @@ class FFR(Segmenter):
 
     @torch.no_grad()
     def evidence(self, seen: Seen, progress: float) -> Tensor:
-        "Activation maps (B, K, h, w) in [0, 1]: CLIP's, or those of the classifier on the decoder's features."
-        if self.options.maps == "gradcam": return self.grad_cam(seen)
-        return self.classifier.cam(seen.decoded.features, seen.present).float()
+        "Activation maps (B, K, h, w) in [0, 1]: CLIP's, these walked over its attention, or those of the classifier on the decoder's features."
+        o = self.options
+        if o.maps == "classifier": return self.classifier.cam(seen.decoded.features, seen.present).float()
+        cam = self.grad_cam(seen)
+        if o.maps == "gradcam": return cam
+        affinity = smoothed_affinity(seen.features, self.source, self.relation_blocks(), normalise="weclip")
+        return normalise_cam(propagate(affinity, cam, 1, None if o.box is None else box_mask(cam, o.box)))
 
     def rectify(self, seen: Seen, cam: Tensor) -> Tensor:
         "The rectification loss on the tower's last tokens, or on the decoder's features."
