@@ -219,7 +219,7 @@ def test_smoothed_maps_of_ffr_are_weclips_before_its_decoder_selects(world: Back
         assert torch.equal(ffr.cam(images, batch.labels), weclip.cam(images, batch.labels))
 
 
-@pytest.mark.parametrize("options", [dict(maps="classifier"), dict(maps="smoothed"), dict(start="random"), dict(background_power=2.), dict(pool="mean"), dict(lambda_energy=.05), dict(shape="disc", mu=.2)])
+@pytest.mark.parametrize("options", [dict(maps="classifier"), dict(maps="smoothed"), dict(start="random"), dict(order="scores"), dict(background_power=2.), dict(pool="mean"), dict(lambda_energy=.05), dict(shape="disc", mu=.2)])
 def test_ffr_runs_with_every_switch(options: dict, world: Backbone, batch: Batch) -> None:
     losses = build("ffr", world, **options).train().training_step(batch, 0.0)
     assert sum(losses.values()).isfinite() and ("energy" in losses) == ("lambda_energy" in options)

@@ -39,6 +39,7 @@ class FFROptions(SegmenterOptions):
     lambda_energy: float = 0.             # weight of the dense energy loss, a mean in [0, 1] (ToCo's 0.05 is for a sum)
     middle: int = -3                      # block whose tokens the intermediate classifier reads
     pool: str = "max"                     # of both classifiers: "max" or "mean"
+    order: str = "tokens"                 # they pool the "tokens" and classify the result (ToCo, on which FFR builds), or pool the "scores" of all tokens
     maps: str = "gradcam"                 # pseudo-labels from CLIP's "gradcam", from it "smoothed" as WeCLIP does, or from the "classifier" (the paper, without CLIP)
     box: float|None = .4                  # of smoothed maps: only what lies in boxes around at least this share of the maximum travels; None = all
     rectified: str|None = None            # "tokens" of the tower's last block, or features of the "decoder"; None = tokens when they can learn
@@ -64,8 +65,8 @@ class FFR(Segmenter):
         super().__init__(backbone if options.unfreeze is None else unfreeze(backbone, options.unfreeze), classes, options)
         self.middle_block, known = range(backbone.depth)[options.middle], len(self.classes)
         self.rectification = FrequencyRectification(options.mu, options.shape, options.threshold)
-        self.classifier = TokenClassifier(options.dim, known, options.pool)
-        self.middle = TokenClassifier(self.backbone.width, known, options.pool, normalise=True)
+        self.classifier = TokenClassifier(options.dim, known, options.pool, options.order)
+        self.middle = TokenClassifier(self.backbone.width, known, options.pool, options.order, normalise=True)
         self.decoder.classifier = torch.nn.Identity()   # the two heads take its place: the decoder's "logits" are what they read
         self.head = DualHead(options.dim, self.num_classes, options.hidden, options.dilation, start=options.start)
         self.rectifies_tokens = options.rectified == "tokens" or (options.rectified is None and options.unfreeze is not None)
