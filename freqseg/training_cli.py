@@ -7,7 +7,7 @@ __all__ = ['training_notebook', 'given_parameters', 'train_command', 'figures_ta
            'add_train', 'add_sweep', 'add_evaluate']
 
 # %% ../nbs/66_training_cli.ipynb #17bd8a6c
-import argparse, os, sys
+import argparse, os, re, sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,8 +72,10 @@ def train_command(args: argparse.Namespace) -> int:
     return 0
 
 def figures_table(folder: Path) -> str:
-    "The table of figures of the report in a folder, for a terminal."
-    return aligned((folder/"report.md").read_text(encoding="utf-8").split("## IoU by class")[0].strip()) + "\n"
+    "The table of figures of the report in a folder, for a terminal: their names in it, what they mean below it."
+    text, row = (folder/"report.md").read_text(encoding="utf-8").split("## IoU by class")[0].strip(), re.compile(r"^\| (\w+): (.+?) \|", re.MULTILINE)
+    meanings = [f"  {name:<8}  {meaning}" for name, meaning in row.findall(text)]
+    return "\n".join([aligned(row.sub(r"| \1 |", text)), "", *meanings]) + "\n"
 
 def _made(folder: Path, names: Sequence[str]) -> list[str]:
     "What there is to open."

@@ -97,7 +97,7 @@ def test_the_same_command_does_not_train_twice(run: Path, capsys: pytest.Capture
     before = (run / "last.safetensors").stat().st_mtime_ns
     assert main(["train", "weclip", "--device", "cpu", "--out", str(run), *FEW]) == 0
     assert (run / "last.safetensors").stat().st_mtime_ns == before
-    assert "seg: network output" in capsys.readouterr().out
+    assert "  seg       network output" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -140,7 +140,7 @@ def test_two_processes_train_and_one_shows_it(tmp_path: Path) -> None:
     words = ["train", "weclip", "--device", "cpu", "--devices", "2", "--out", str(tmp_path / "run"), *FEW, "-p", "batch=1"]
     done = subprocess.run([sys.executable, "-c", "from freqseg.cli import main; raise SystemExit(main())", *words], text=True, capture_output=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "seg: network output" in done.stdout
+    assert "  seg       network output" in done.stdout
     described = json.loads((tmp_path / "run" / "run.json").read_text())
     assert described["settings"]["pictures_per_step"] == 2 and read_checkpoint(tmp_path / "run" / "last.safetensors").step == 4
 
