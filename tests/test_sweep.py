@@ -406,6 +406,19 @@ def test_parameters_that_change_together_are_rows_of_one_axis(toy: Path, tmp_pat
     assert executed == ()
 
 
+def test_bands_are_told_in_the_record_and_not_in_the_table(tmp_path: Path) -> None:
+    pretended(tmp_path / "s", Design("toy", {}, [0, 1], {}), lambda point, seed: 0.5 + seed / 10)
+    for seed in (0, 1):
+        path = tmp_path / "s" / f"seed={seed}" / "metrics.json"
+        told = json.loads(path.read_text())
+        told["report"]["figures"] |= {f"seg_{band}": {"miou": {"value": value + seed / 10}} for band, value in (("low", 0.3), ("high", 0.1))}
+        path.write_text(json.dumps(told))
+    result = read_sweep(tmp_path / "s")
+    assert result.rows[0].measures["low"].value == pytest.approx(0.35) and result.rows[0].measures["high"].values == pytest.approx({0: 0.1, 1: 0.2})
+    assert "band" not in result.markdown() and len(result.plot().axes[0].patches) == 3
+    assert result.as_dict()["rows"][0]["measures"]["high"]["value"] == pytest.approx(0.15)
+
+
 def test_a_record_tells_what_its_runs_told(tmp_path: Path) -> None:
     pretended(tmp_path / "s", Design("toy", {"a": [1, 2, 3]}, [0, 1], {"b": "x"}, ("freqseg sweep toy",)), lambda point, seed: 0.5 + seed / 10 if point["a"] != 3 else None, world=True)
     result = read_sweep(tmp_path / "s")
