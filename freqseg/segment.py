@@ -482,9 +482,9 @@ def analyse(job: Job, pictures: Sequence[Picture]) -> list[Found]:
     if {"seed", "mask"} & set(job.figures): labels = torch.stack([picture.labels for picture in pictures]).to(job.system.backbone.device)
     if "mask" in job.figures:
         with job.watch.measure("maps and pseudo-labels"): shown, pseudo = _explanations(job, pictures, labels)
-    if "seed" in job.figures:
-        shared = "mask" in job.figures and job.cams_as_shown
-        with job.watch.measure("activation maps"): cams = shown if shared else _cams(job, pictures, labels)
+    if {"seed", "mask"} <= set(job.figures) and job.cams_as_shown: cams = shown
+    elif "seed" in job.figures:
+        with job.watch.measure("activation maps"): cams = _cams(job, pictures, labels)
     job.watch.pictures += len(pictures)
     return [Found(picture, {name: found[row] for name, found in views.items()}, cams[row], pseudo[row]) for row, picture in enumerate(pictures)]
 
