@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Array', 'confusion_matrix', 'class_iou', 'mean_iou', 'Scores', 'iou_scores', 'boundary_width', 'boundary_band',
            'boundary_confusion', 'boundary_iou', 'boundary_distance', 'trimap_confusion', 'trimap_miou', 'GzssScores',
-           'gzss_scores', 'sweep_background', 'BestThreshold', 'best_threshold', 'ConfusionMeter', 'Interval',
-           'bootstrap_interval', 'rank_auc', 'patch_labels', 'affinity_auc', 'average_precision',
-           'mean_average_precision', 'bootstrap_average_precision']
+           'gzss_figures', 'gzss_scores', 'sweep_bias', 'sweep_background', 'BestThreshold', 'best_threshold',
+           'ConfusionMeter', 'Interval', 'bootstrap_interval', 'rank_auc', 'patch_labels', 'affinity_auc',
+           'average_precision', 'mean_average_precision', 'bootstrap_average_precision']
 
 # %% ../nbs/50_metrics.ipynb #9581c45e
 import math
@@ -322,6 +322,18 @@ def _check_split(seen: Sequence[int], unseen: Sequence[int], classes: int) -> No
         raise InputError(f"classes {outside} are outside 0..{classes - 1} of the confusion matrix")
 
 # %% ../nbs/50_metrics.ipynb #8ea419da
+def gzss_figures(
+    confusion: Array,  # counts (..., C, C), rows = target
+    seen: Sequence[int],  # ids with training masks
+    unseen: Sequence[int],  # ids without
+) -> Tensor:  # (..., 4): pAcc, mIoU(S), mIoU(U), hIoU
+    "The figures of `gzss_scores` for many matrices at once; hIoU is 0 where both means are."
+    counts, rows = _tensor(confusion).double(), [*seen, *unseen]
+    accuracy = counts.diagonal(dim1=-2, dim2=-1)[..., rows].sum(-1) / counts[..., rows, :].sum((-2, -1))
+    s, u = mean_iou(confusion, seen), mean_iou(confusion, unseen)
+    harmonic = torch.where(s + u > 0, 2 * s * u / (s + u), torch.zeros_like(s)).where(~(s + u).isnan(), torch.nan)
+    return torch.stack([accuracy, s, u, harmonic], -1)
+
 def gzss_scores(
     confusion: Array,  # counts (C, C) over all classes, rows = target
     seen: Sequence[int],  # ids with training masks
@@ -333,9 +345,32 @@ def gzss_scores(
     `InputError` when the lists overlap, are empty, or name classes that the matrix does not have.
     """
     _check_split(seen, unseen, len(confusion))
-    s, u = mean_iou(confusion, seen).item(), mean_iou(confusion, unseen).item()
-    harmonic = 2 * s * u / (s + u) if s + u else 0.0
-    return GzssScores(iou_scores(confusion, [*seen, *unseen]).pixel_accuracy, s, u, harmonic)
+    return GzssScores(*gzss_figures(confusion, seen, unseen).tolist())
+
+def sweep_bias(
+    scores: Array,  # (C, H, W) of one picture
+    target: Array,  # (H, W), 255 ignored
+    seen: Sequence[int],  # ids with training masks
+    unseen: Sequence[int],  # ids without
+    biases: Sequence[float],  # rising
+) -> Tensor:  # (n, C, C) counts, rows = target
+    """Confusion of argmax(scores - bias [class is seen]) for every bias, in one pass over the pixels.
+
+    The best seen class keeps a pixel while its lead over the best unseen one exceeds the bias; so two histograms over the leads, summed up, hold
+    all confusions. Raises `InputError` for lists as `gzss_scores` does, for classes in neither, and for biases that do not rise."""
+    scores, target, classes = _tensor(scores), _tensor(target), len(scores)
+    _check_split(seen, unseen, classes)
+    if len(seen) + len(unseen) < classes: raise InputError(f"{classes} classes are scored, but only {len(seen) + len(unseen)} are seen or unseen: name every one.")
+    if sorted(set(biases)) != list(biases): raise InputError(f"biases={list(biases)}: give each once, in rising order.")
+    (lead, first), (rival, second) = (scores[list(group)].max(0) for group in (seen, unseen))
+    best = torch.tensor(list(seen), device=scores.device)[first], torch.tensor(list(unseen), device=scores.device)[second]
+    place = torch.bucketize(lead - rival, torch.tensor(biases, dtype=scores.dtype, device=scores.device)).flatten()   # biases below the lead
+    labelled = (target.flatten() != IGNORE).to(scores.device)
+    rows, bins = target.flatten().long().to(scores.device)[labelled], len(biases) + 1
+    held, lost = ((rows * classes + own.flatten()[labelled]) * bins + place[labelled] for own in best)
+    held, lost = (cells.bincount(minlength=classes * classes * bins).view(classes, classes, bins).movedim(-1, 0) for cells in (held, lost))
+    return (held.flip(0).cumsum(0).flip(0)[1:] + lost.cumsum(0)[:-1]).cpu()
+
 
 # %% ../nbs/50_metrics.ipynb #df6bb339
 def _strongest(cam: Tensor, present: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -50,6 +50,61 @@ def zoo(tmp_path: Path) -> Path:
     return root
 
 
+# ---- seen and unseen classes ----------------------------------------------------------------------------------------
+
+def test_a_zero_shot_view_has_no_background_and_hides_unseen_classes(zoo: Path) -> None:
+    listing, split = data.list_folder(zoo, "train"), data.zero_shot_split(["ant", "fire bee"], ["fire bee"])
+    plain, all_classes, training = (SegmentationFolder(one, masks=True) for one in (
+        listing, data.zero_shot_view(listing, split), data.zero_shot_view(listing, split, data.UNLABELLED)))
+    assert (all_classes.num_classes, all_classes.listing.value_names) == (2, ("ant", "fire bee")) and len(training) == len(plain)
+    for before, shown, hidden in zip(plain, all_classes, training):
+        assert np.array_equal(shown.mask, np.array([255, 0, 1] + [9]*252 + [255])[before.mask])
+        assert np.array_equal(hidden.mask, np.array([255, 0, 254] + [9]*252 + [255])[before.mask])
+    assert all_classes.listing.labels is not None and training.listing.labels is None and training[0].labels is None
+
+
+def test_a_zero_shot_view_renumbers_published_masks() -> None:
+    listing = data.Listing(Path("."), "cocostuff", "val", data.COCOSTUFF_CLASSES, False, (), (), (), None, None, data.COCOSTUFF_PUBLISHED)
+    view = data.zero_shot_view(listing, data.COCOSTUFF_ZERO_SHOT, IGNORE)
+    assert view.mapping[0] == 0 and view.mapping[20] == IGNORE and view.mapping[181] == 170 and len(view.mapping) == 171   # value 20 is the cow
+
+
+def test_a_split_of_other_classes_is_refused(zoo: Path) -> None:
+    with pytest.raises(InputError, match="aeroplane is in one"): data.zero_shot_view(data.list_folder(zoo, "train"), data.VOC_ZERO_SHOT)
+
+
+@pytest.mark.parametrize("short, scale, expected", [(512, (1, 1), (512, 768)), (100, (.5, .5), (50, 75)), (None, (1, 1), (200, 300))])
+def test_the_short_side_is_where_a_factor_of_one_leads(short: int | None, scale: tuple, expected: tuple) -> None:
+    assert data.RandomScale(*scale, short)(Image.new("RGB", (300, 200))).size == expected[::-1]
+
+
+def test_crops_of_one_class_are_drawn_again_as_far_as_there_are_others() -> None:
+    mask = np.zeros((40, 40), np.uint8)
+    mask[:, 30:] = 1
+    sample = Sample("a", Image.fromarray(noise(0, 40, 40)), mask, None)
+    def most(largest: float) -> list[float]:
+        torch.manual_seed(0)
+        crops = [TrainTransform(16, (1, 1), 0, largest=largest)(sample).mask for _ in range(100)]
+        return [float(crop.flatten().bincount().max()) / crop.numel() for crop in crops]
+    free, varied = most(1.), most(.75)
+    assert np.mean([share > .75 for share in free]) > .5 and np.mean([share > .75 for share in varied]) < .15
+    alone = TrainTransform(16, largest=.5)(Sample("b", sample.image, np.zeros((40, 40), np.uint8), None))   # nothing else to be had
+    assert alone.mask.shape == (16, 16)
+
+
+def test_varied_colours_leave_mask_and_outside_alone() -> None:
+    mask = np.random.default_rng(0).integers(0, 3, (24, 32)).astype(np.uint8)
+    torch.manual_seed(1)
+    sample, plain, coloured = Sample("a", Image.fromarray(noise()), mask, None), TrainTransform(48, (1, 1), 0), TrainTransform(48, (1, 1), 0, colours=True)
+    changed = 0
+    for seed in range(6):
+        torch.manual_seed(seed); one = plain(sample)
+        torch.manual_seed(seed); other = coloured(sample)
+        assert torch.equal(one.mask, other.mask) and torch.equal(one.valid, other.valid) and (other.image[:, ~other.valid] == 0).all()
+        changed += not torch.equal(one.image, other.image)
+    assert changed
+
+
 # ---- names ----------------------------------------------------------------------------------------------------------
 
 def test_the_published_zero_shot_splits_have_their_published_indices() -> None:

@@ -14,6 +14,7 @@ from scipy import ndimage
 from sklearn.metrics import average_precision_score, jaccard_score, precision_score, recall_score, roc_auc_score
 from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassJaccardIndex
 
+from freqseg import metrics
 from freqseg.files import InputError
 from freqseg.metrics import (
     ConfusionMeter,
@@ -689,3 +690,24 @@ def test_real_masks_score_perfectly_against_themselves(real_data):
         assert boundary_iou(filled, mask, 21).miou == 1
         assert (trimap_miou(filled, mask, 21) == 1).all()
         np.testing.assert_allclose(boundary_distance(mask), np.minimum(slow_distance(mask), 20), rtol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_bias_sweep_equals_an_argmax_for_every_bias(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    scores, target = generator.random((5, 17, 13)), generator.choice([0, 1, 2, 3, 4, 255], (17, 13))
+    seen, unseen, biases = [0, 3, 4], [1, 2], [-.2, 0., .1, .45]
+    swept = metrics.sweep_bias(scores, target, seen, unseen, biases)
+    for bias, counts in zip(biases, swept):
+        held = scores.copy()
+        held[seen] -= bias
+        assert torch.equal(counts, metrics.confusion_matrix(held.argmax(0), target, 5))
+    figures = metrics.gzss_figures(swept, seen, unseen)
+    for row, counts in zip(figures, swept): assert tuple(row.tolist()) == pytest.approx(tuple(metrics.gzss_scores(counts, seen, unseen)))
+
+
+def test_a_bias_sweep_that_cannot_be_is_explained() -> None:
+    scores, target = np.zeros((3, 4, 4)), np.zeros((4, 4), int)
+    with pytest.raises(InputError, match="every one"): metrics.sweep_bias(scores, target, [0], [1], [0.])
+    with pytest.raises(InputError, match="rising"): metrics.sweep_bias(scores, target, [0, 2], [1], [.1, 0.])
+    with pytest.raises(InputError, match="both seen and unseen"): metrics.sweep_bias(scores, target, [0, 1, 2], [1], [0.])

@@ -17,10 +17,11 @@ from torchmetrics.functional.classification import multiclass_jaccard_index
 
 import freqseg.segment as room
 from freqseg.crf import crf_image, crf_settings
-from freqseg.data import SegmentationFolder, list_folder, open_folder, palette, read_mask, write_labels, write_mask
+from freqseg.data import (SegmentationFolder, list_folder, open_folder, palette, read_mask, write_labels, write_mask, zero_shot_split,
+                          zero_shot_view)
 from freqseg.files import InputError
 from freqseg.metrics import boundary_iou, mean_iou, trimap_miou
-from freqseg.segment import (INFERENCE, FIGURES, Bands, Inference, Job, View, class_scores, evaluate_system, grouped, in_sequence,
+from freqseg.segment import (BIASES, INFERENCE, FIGURES, Bands, Inference, Job, Scoring, View, class_scores, evaluate_system, grouped, in_sequence,
                              interpolation_matrix, label, merge_views, merged_labels, picture_indices, refined, scaled_pixels, segment,
                              software, stream, window_boxes, write_masks)
 from freqseg.spectra import split_bands
@@ -130,7 +131,7 @@ def by_hand(system: Toy, image: Image.Image, scales, flip: bool, average: str = 
 
 def scores_of(system: Toy, dataset: SegmentationFolder, inference: Inference) -> list[torch.Tensor]:
     "Scores (C, H, W) of every picture as the room computes them."
-    return [merge_views(found.views["seg"], found.picture.size, inference.average)
+    return [merge_views(found.views["seg"], found.picture.size, Scoring(inference.average))
             for found in stream(Job(system, inference, progress=False), dataset, range(len(dataset)))]
 
 
@@ -203,7 +204,7 @@ def test_labels_made_in_strips_are_the_labels_made_at_once(monkeypatch) -> None:
 
 def test_inference_of_the_papers() -> None:
     assert INFERENCE["weclip"] == Inference((1.0, 0.75), True, 512) and INFERENCE["dfa"].scales == (1.0, 1.2, 1.5)
-    assert {tuple(pixels.shape) for pixels in scaled_pixels(Image.new("RGB", (500, 375)), (1.0, 0.75), 512).values()} == {(3, 384, 512), (3, 288, 384)}
+    assert {tuple(pixels.shape) for pixels in scaled_pixels(Image.new("RGB", (500, 375)), (1.0, 0.75), Inference(side=512)).values()} == {(3, 384, 512), (3, 288, 384)}
 
 
 # ---- many pictures --------------------------------------------------------------------------------------------------
@@ -572,3 +573,57 @@ def test_photographs_of_many_sizes_are_evaluated(pydensecrf, real_data, tmp_path
     split = open_voc(real_data / "voc12_mini", "val", masks=True)
     report = evaluate_system(Toy(VOC_CLASSES).eval(), split, scales=(1.0, 0.75), side=96, crf="weclip", limit=6, save_masks=tmp_path, **QUIET)
     assert report.dataset == "PASCAL VOC 2012" and report.images == 6 and len(list(tmp_path.iterdir())) == 6 and not report.world
+
+
+# ---- zero-shot figures ----------------------------------------------------------------------------------------------
+
+class ZeroShotToy(Toy):
+    "Every class by itself, seen ones held back."
+    activation = "sigmoid"
+
+    def __init__(self, handicap: float) -> None:
+        super().__init__(seed=3)
+        self.num_classes, self.handicap = len(self.classes), handicap*torch.tensor([1., 0., 1.])
+
+    def predict(self, images, keep=None): return super().predict(images, keep)[:, 1:]
+
+
+@pytest.fixture
+def zero_shot_dataset(dataset) -> SegmentationFolder:
+    split = zero_shot_split(dataset.classes, unseen=dataset.classes[1:2])
+    return SegmentationFolder(zero_shot_view(dataset.listing, split), masks=True)
+
+
+@pytest.mark.parametrize("average", ["logits", "probabilities"])
+def test_zero_shot_figures_equal_a_slow_count(average, zero_shot_dataset) -> None:
+    system, split = ZeroShotToy(.1).eval(), zero_shot_dataset.listing.zero_shot
+    found = evaluate_system(system, zero_shot_dataset, figures=("seg",), inference=Inference(flip=False, average=average), samples=20, progress=False)
+    totals = {bias: np.zeros((3, 3), np.int64) for bias in (0., .25)}
+    for sample in zero_shot_dataset:
+        scores = by_hand(system, sample.image, (1.0,), False, "logits").sigmoid() - system.handicap[:, None, None]
+        for bias, total in totals.items():
+            labels = (scores - bias*torch.tensor([1., 0., 1.])[:, None, None]).argmax(0).numpy()
+            kept = sample.mask != 255
+            total += sklearn_confusion(sample.mask[kept], labels[kept], labels=range(3))
+    told = found.zero_shot
+    for bias, total in totals.items():
+        iou = np.diag(total)/(total.sum(0) + total.sum(1) - np.diag(total))
+        s, u = np.nanmean(iou[split.seen_index]), np.nanmean(iou[split.unseen_index])
+        point = told.curve[BIASES.index(bias)]
+        assert point == pytest.approx((bias, s, u, 2*s*u/(s + u)), abs=2e-3)
+    total = totals[0.]
+    assert told.pixel_accuracy.value == pytest.approx(np.trace(total)/total.sum(), abs=2e-3)
+    assert (told.miou_seen.value, told.miou_unseen.value, told.hiou.value) == pytest.approx(told.curve[BIASES.index(0.)][1:], abs=1e-9)
+    assert told.miou_seen.low <= told.miou_seen.value <= told.miou_seen.high and told.handicap == pytest.approx(.1)
+    np.testing.assert_allclose(told.confused.sum(1).numpy(), 1)
+    assert told.confused[1, 0].item() == pytest.approx(total[1, 1]/total[1].sum(), abs=2e-3)
+    json.dumps(found.as_dict())
+
+
+def test_a_zero_shot_system_is_refused_by_data_with_a_background(dataset) -> None:
+    with pytest.raises(InputError, match="background"): evaluate_system(ZeroShotToy(.1), dataset, figures=("seg",), progress=False)
+
+
+def test_the_short_side_sets_the_scale() -> None:
+    assert Inference(short=512).fitted((375, 500)) == (512, 683) and Inference(short=512).fitted((500, 375)) == (683, 512)
+    with pytest.raises(InputError, match="one of them"): Inference(short=512, side=512)
