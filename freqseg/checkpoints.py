@@ -17,22 +17,24 @@ from .data import unknown_name
 from .files import InputError
 from .systems.dfa import DFA
 from .systems.ffr import FFR
-from .systems.segmenter import Segmenter
+from .systems.segmenter import System
+from .systems.sptseg import SPTSEG
 from .systems.weclip import WeCLIP
 from .systems.wtclip import WTCLIP
+from .systems.zegclip import ZegCLIP
 from .train import Checkpoint, read_checkpoint, write_checkpoint
 
 # %% ../nbs/55_checkpoints.ipynb #bc0c8885
-SYSTEMS: dict[str, type[Segmenter]] = {system.name: system for system in (WeCLIP, WTCLIP, DFA, FFR)}
+SYSTEMS: dict[str, type[System]] = {system.name: system for system in (WeCLIP, WTCLIP, DFA, FFR, ZegCLIP, SPTSEG)}
 
-def system_named(name: str) -> type[Segmenter]:
+def system_named(name: str) -> type[System]:
     "The system of that name. Raises `InputError` for an unknown one, naming the nearest."
     if name in SYSTEMS: return SYSTEMS[name]
     raise unknown_name(name, SYSTEMS, "system")
 
 # %% ../nbs/55_checkpoints.ipynb #03cbc9a8
 def save_system(
-    system: Segmenter,
+    system: System,
     path: str|Path,      # .safetensors
     **state: Any,        # kept beside it, for example step=12000
 ) -> Path:
@@ -54,7 +56,7 @@ def load_system(
     backbone: Backbone|None = None,           # None = load the one that the checkpoint names
     device: str|torch.device = "cpu",
     classes: Sequence[str]|None = None,       # refuse a checkpoint for other classes
-) -> Segmenter:
+) -> System:
     """The system of a checkpoint, in eval mode.
 
     Raises `InputError` for a file that cannot be read, another class list, and a backbone that does not fit."""
@@ -68,7 +70,7 @@ def load_system(
     except InputError as error: raise InputError(f"{path}: {error}") from error
     return system.to(device).eval()
 
-def weights_title(system: Segmenter) -> str:
+def weights_title(system: System) -> str:
     "Which CLIP a system stands on, in words; random weights are said to be random."
     name, tag = str(system.backbone.recipe.get("name", "?")), system.backbone.recipe.get("pretrained")
     if name == "world": return "the world's CLIP"

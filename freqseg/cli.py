@@ -493,12 +493,13 @@ def _add_demo(commands: Any) -> None:
 # %% ../nbs/64_cli.ipynb #ec281883
 def build_parser() -> argparse.ArgumentParser:
     "The parser of `freqseg`; every command stores its function as `run`."
+    from freqseg.segment_cli import add_segment
     from freqseg.training_cli import add_evaluate, add_sweep, add_train
     parser = argparse.ArgumentParser("freqseg", description="See what a CLIP segmenter knows at each frequency.",
                                      epilog="freqseg COMMAND --help says more. Try first: freqseg demo")
     parser.add_argument("--version", action="version", version=f"freqseg {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_demo, _add_cam, _add_seeds, add_train, add_sweep, add_evaluate, _add_check, _add_world, _add_run): add(commands)
+    for add in (_add_demo, _add_cam, _add_seeds, add_train, add_sweep, add_evaluate, add_segment, _add_check, _add_world, _add_run): add(commands)
     return parser
 
 # %% ../nbs/64_cli.ipynb #34b03f73

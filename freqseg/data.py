@@ -9,9 +9,9 @@ __all__ = ['IGNORE', 'UNLABELLED', 'VOC_CLASSES', 'COCO_CLASSES', 'COCOSTUFF_CLA
            'write_mask', 'read_image', 'read_mask', 'LabelTable', 'shipped_ids', 'shipped_labels', 'read_classes',
            'read_ids', 'read_labels', 'write_labels', 'Listing', 'folder_splits', 'list_folder', 'list_voc',
            'list_coco', 'list_cocostuff', 'detect_dataset', 'list_dataset', 'dataset_splits', 'Sample',
-           'SegmentationFolder', 'require_same_size', 'zero_shot_view', 'open_voc', 'open_coco', 'open_cocostuff',
-           'open_folder', 'open_dataset', 'labels_from_masks', 'classes_in_mask', 'RandomScale', 'to_tensors',
-           'VariedCrop', 'TrainTransform', 'Batch', 'collate']
+           'SegmentationFolder', 'require_same_size', 'zero_shot_view', 'thinned', 'open_voc', 'open_coco',
+           'open_cocostuff', 'open_folder', 'open_dataset', 'labels_from_masks', 'classes_in_mask', 'RandomScale',
+           'to_tensors', 'VariedCrop', 'TrainTransform', 'Batch', 'collate']
 
 # %% ../nbs/10_data.ipynb #2b95110a
 import contextlib, csv, difflib, functools, os, struct
@@ -430,6 +430,13 @@ class Listing:
         "The name of every mask value 0..C-1."
         return ("background",) * self.background + self.classes
 
+    def file_values(self, mask: np.ndarray) -> np.ndarray:
+        "Class values (H, W) as the data set's own files number them, uint8; 255 stays 255."
+        table = np.arange(256, dtype=np.uint8)
+        for value, index in (self.mapping or {}).items():
+            if index < UNLABELLED: table[index] = value
+        return table[mask]
+
 # %% ../nbs/10_data.ipynb #d16aba6d
 def _contents(folder: Path) -> str:
     "What a folder holds, for a message."
@@ -728,6 +735,20 @@ def _unlike_split(listing: Listing, split: ZeroShotSplit) -> str:
     strange = [name for name in split.classes if name not in listing.classes] or [name for name in listing.classes if name not in split.classes]
     return (f"the zero-shot split is one of {len(split.classes)} classes, {listing.root} has {len(listing.classes)}: "
             + (f"{strange[0]} is in one of them only." if strange else "the same ones in another order.") + " Make one with zero_shot_split(classes, unseen).")
+
+# %% ../nbs/10_data.ipynb #91fc4a5a
+def thinned(
+    listing: Listing,
+    share: float,    # of the pictures, above 0 and at most 1
+    seed: int = 0,   # which ones
+) -> Listing:
+    "Part of a split, in its order, at least one picture. Raises `InputError` for another share."
+    if not 0 < share <= 1: raise InputError(f"share={share}: give what is left of the split, above 0 and at most 1.")
+    count = len(listing.ids)
+    kept = np.sort(np.random.default_rng(seed).permutation(count)[:max(1, round(share * count))])
+    rows = {name: tuple(getattr(listing, name)[row] for row in kept) for name in ("ids", "images", "masks")}
+    tables = {name: None if (table := getattr(listing, name)) is None else table[kept] for name in ("labels", "labelled")}
+    return replace(listing, **rows, **tables)
 
 # %% ../nbs/10_data.ipynb #d3bb89d0
 def open_voc(root: str | Path, split: str = "train", transform: Callable[[Sample], Sample] | None = None,

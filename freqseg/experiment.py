@@ -20,12 +20,14 @@ from torch import Tensor
 
 from .checkpoints import load_system, system_named, weights_title
 from .clip import Backbone, load_clip, usable_device
-from .data import SegmentationFolder, TrainTransform, dataset_splits, open_dataset, read_ids, unknown_name
+from .data import (IGNORE, UNLABELLED, SegmentationFolder, TrainTransform, ZeroShotSplit, dataset_splits, list_dataset, read_ids, thinned,
+                          unknown_name, zero_shot_view)
 from .evaluate import device_name
 from .files import InputError, atomic_write
 from .runs import Parameter, check_parameters, launched, parse_parameter
-from .segment import SystemReport, evaluate_system, software
-from .systems.segmenter import Segmenter
+from .segment import Inference, SystemReport, evaluate_system, software
+from .systems.segmenter import System
+from .systems.zegclip import seen_and_unseen
 from .train import TrainResult, TrainSettings, fit, read_checkpoint
 from .world import SPLITS, write_world
 
@@ -40,10 +42,17 @@ class Preset:
     train_split: str = "train"                       # what is learned from
     val_split: str = "val"                           # what chooses the best checkpoint and the seeds' threshold
     test_split: str = "val"                          # what is reported
+    share: float = 1.                                # of the training pictures that is used
     scenes: tuple[int, int, int] = (0, 0, 0)         # of the embedded world: train, val, test
     crop: int = 320                                  # pixels
     scale: tuple[float, float] = (.5, 2.)            # of the random resize
-    side: int|None = None                            # long side at scale 1 when evaluating; None = as in the files
+    largest: float = 1.                              # a crop is drawn again while one class fills this share of it; needs masks
+    vary_colours: bool = False                       # brightness, contrast, saturation and hue of crops
+    short: int|None = None                           # short side at scale 1, in training and evaluation; None = as in the files
+    side: int|None = None                            # or long side at scale 1 when evaluating
+    slide: int|None = None                           # side of a sliding window when evaluating, pixels; None = whole pictures
+    slide_step: int|None = None                      # from window to window; None = two thirds of it
+    average: str = "logits"                          # over scales, mirror images and windows: "logits" or "probabilities"
     scales: tuple[float, ...] = (1.,)                # of the picture when evaluating, logits averaged
     flip: bool = True                                # evaluate mirror images, too
     crf: str|None = None                             # dense CRF after the network: "weclip", "toco", "clip_es"; None = without
@@ -52,7 +61,7 @@ class Preset:
 
 VOC = Preset("", train_split="train_aug", settings=TrainSettings(30_000), crf="weclip")
 COCO = replace(VOC, train_split="train", settings=TrainSettings(80_000, validate_every=5000))
-WORLD = Preset("world", "world", "", test_split="test", scenes=(3200, 100, 200), crop=128, scale=(.6, 1.1), options=dict(dim=64),
+WORLD = Preset("world", "world", "", test_split="test", scenes=(3200, 100, 200), crop=128, scale=(.6, 1.1),
                settings=TrainSettings(400, batch=8, lr=1e-3, warmup=20, validate_every=200, save_every=100, log_every=20, workers=1))
 SMOKE = replace(WORLD, scenes=(16, 8, 8), crop=80, settings=TrainSettings(6, batch=2, lr=1e-3, warmup=2, validate_every=0, save_every=3, log_every=2, workers=0))
 
@@ -66,17 +75,35 @@ def _scaled(presets: dict[str, Preset], **inference: Any) -> dict[str, Preset]:
     return {name: replace(preset, **inference) for name, preset in presets.items()}
 
 _LARGE_BOXES = dict(late_layers=10, box=.7)   # of WeCLIP on COCO
+_ZERO_SHOT = replace(VOC, crop=512, largest=.75, vary_colours=True, short=512, flip=False, slide=512, slide_step=426, average="probabilities", crf=None,
+                     settings=TrainSettings(20_000, batch=16, lr=2e-4, warmup=1500, power=.9, validate_every=0), options=dict(filter_size=512))
+
+def _zero_shot(iterations: int) -> dict[str, Preset]:
+    "The presets of a zero-shot system: ZegCLIP's schedule, and so many steps on COCO-Stuff."
+    large = replace(_ZERO_SHOT, train_split="train", settings=replace(_ZERO_SHOT.settings, iterations=iterations), options=dict(_ZERO_SHOT.options, prompts=100, wording="scene"))
+    return {"voc": _ZERO_SHOT, "coco_stuff": large}
+
 PRESETS: dict[str, dict[str, Preset]] = {
     "weclip": _scaled(_papers(2e-3, (30_000, 80_000), (4, 4), _LARGE_BOXES), side=512, scales=(1., .75)),
     "wtclip": _scaled(_papers(2e-3, (30_000, 80_000), (4, 4), _LARGE_BOXES), side=512, scales=(1., .75)),
     "dfa": _scaled(_papers(1e-4, (30_000, 80_000), (4, 8)), scales=(1., 1.2, 1.5)),
-    "ffr": _papers(6e-5, (20_000, 80_000), (4, 8), warmup=2000, power=.9)}
-_SHORT = dict(switch=2., background_power=2.)   # 400 steps do not teach the decoder's affinity: maps that it selects are worse, so it never does
-for _name, _presets in PRESETS.items():
-    _lr = {"ffr": 1e-4}.get(_name, 1e-3)
-    _own = {"weclip": _SHORT, "wtclip": _SHORT, "ffr": dict(hidden=128, maps="smoothed", background_power=2., lambda_seg=1.)}.get(_name, {})
-    _presets |= {name: replace(preset, settings=replace(preset.settings, lr=_lr), options={**preset.options, **_own})
-                 for name, preset in {"world": WORLD, "smoke": SMOKE}.items()}
+    "ffr": _papers(6e-5, (20_000, 80_000), (4, 8), warmup=2000, power=.9),
+    "zegclip": _zero_shot(80_000),
+    "sptseg": _zero_shot(96_000)}
+
+# On the embedded world everything is smaller. 400 steps do not teach WeCLIP's decoder an affinity worth selecting by, so it never does (`switch`).
+_SMALL: dict[str, tuple[float, dict[str, Any]]] = {
+    "weclip": (1e-3, dict(dim=64, switch=2., background_power=2.)),
+    "wtclip": (1e-3, dict(dim=64, switch=2., background_power=2.)),
+    "dfa": (1e-3, dict(dim=64)),
+    "ffr": (1e-4, dict(dim=64, hidden=128, maps="smoothed", background_power=2., lambda_seg=1.)),
+    "zegclip": (1e-3, dict(filter_size=128)),
+    "sptseg": (1e-3, dict(filter_size=128))}
+for _name, (_lr, _options) in _SMALL.items():
+    for _size, _preset in {"world": WORLD, "smoke": SMOKE}.items():
+        PRESETS[_name][_size] = replace(_preset, settings=replace(_preset.settings, lr=_lr), options=_options,
+                                        **(dict(flip=False, average="probabilities") if _name in ("zegclip", "sptseg") else {}))
+
 
 # %% ../nbs/57_experiment.ipynb #35fc21c2
 @dataclass(frozen=True)
@@ -172,7 +199,7 @@ def parse_parameters(
     return values
 
 # %% ../nbs/57_experiment.ipynb #1c404c13
-_RUN_COMMENTS = ("smoke: seconds; world: minutes on two CPU cores; voc, coco: the papers' schedules",
+_RUN_COMMENTS = ("smoke: seconds; world: minutes on two CPU cores; {}: the papers' schedules",
                  "folder of the run; None: a temporary one", "auto, cpu or cuda", "report only the first so many pictures")
 
 def field_comments(kind: type) -> dict[str, str]:
@@ -191,7 +218,8 @@ def _lines(kind: type, names: Sequence[str], told: bool) -> list[tuple[str, str]
 def parameters_cell(system: str) -> str:
     "Source of the cell tagged `parameters` of a system's training notebook. Raises `InputError` for an unknown system."
     known, homes = known_parameters(system), _homes(system)
-    own = [(f"{name} = {json.dumps(value) if value else None}", comment) for (name, value), comment in zip(RUN.items(), _RUN_COMMENTS)]
+    papers = ", ".join(name for name in PRESETS[system] if name not in ("smoke", "world"))
+    own = [(f"{name} = {json.dumps(value) if value else None}", comment.format(papers)) for (name, value), comment in zip(RUN.items(), _RUN_COMMENTS)]
     groups = [own, *(_lines(homes[kind], known[kind], told=kind == "system") for kind in ("preset", "schedule", "system"))]
     aligned = [[f"{line:<{max(len(line) for line, _ in group)}}  # {comment}" for line, comment in group] for group in groups]
     return "\n\n".join("\n".join(lines) for lines in aligned)
@@ -239,27 +267,45 @@ class Experiment:
         "Where the pictures are; scenes of the embedded world are drawn first."
         return draw_scenes(self.plan.out/"world", self.plan.chosen.scenes) if self.plan.chosen.data == "world" else Path(self.plan.chosen.data)
 
-    def split(self, name: str, **options: Any) -> SegmentationFolder:
-        "One split of the data; train_aug gives way to train where there is none."
-        if name == "train_aug" and name not in dataset_splits(self.folder): name = "train"
-        return open_dataset(self.folder, name, **options)
+    @cached_property
+    def zero_shot(self) -> ZeroShotSplit|None:
+        "Which classes have masks in training; None where no class has any."
+        if system_named(self.plan.system).supervision == "labels": return None
+        return seen_and_unseen(list_dataset(self.folder, self._split_name(self.plan.chosen.test_split)).classes,
+                               *(self.plan.options.get(name) for name in ("unseen", "seen")))
+
+    def _split_name(self, name: str) -> str:
+        "The split itself; train_aug gives way to train where there is none."
+        return "train" if name == "train_aug" and name not in dataset_splits(self.folder) else name
+
+    def split(
+        self, name: str,
+        transform: TrainTransform|None = None,
+        masks: bool = True,
+        unseen: int|None = None,   # mask value of unseen classes in zero-shot segmentation; None = their own
+        share: float = 1.,
+    ) -> SegmentationFolder:
+        "One split of the data, or a share of it; for a zero-shot system without background."
+        found = thinned(list_dataset(self.folder, self._split_name(name)), share)
+        return SegmentationFolder(found if self.zero_shot is None else zero_shot_view(found, self.zero_shot, unseen), transform, masks)
 
     @cached_property
     def train(self) -> SegmentationFolder:
-        "What is learned from: crops and image labels; masks are not opened."
+        "What is learned from: crops with image labels, whose masks are not opened; or for a zero-shot system with masks of seen classes."
         c = self.plan.chosen
-        return self.split(c.train_split, transform=TrainTransform(c.crop, c.scale), masks=False)
+        crops = TrainTransform(c.crop, c.scale, short=c.short, largest=c.largest, colours=c.vary_colours)
+        return self.split(c.train_split, crops, self.zero_shot is not None, UNLABELLED, c.share)
 
     @cached_property
     def val(self) -> SegmentationFolder:
-        "What chooses the best checkpoint and the seeds' threshold."
-        return self.split(self.plan.chosen.val_split, masks=True)
+        "What chooses the best checkpoint and the seeds' threshold; masks of unseen classes are hidden."
+        return self.split(self.plan.chosen.val_split, unseen=IGNORE)
 
     @cached_property
     def test(self) -> SegmentationFolder:
         "What is reported."
         c = self.plan.chosen
-        return self.val if c.test_split == c.val_split else self.split(c.test_split, masks=True)
+        return self.val if c.test_split == c.val_split and self.zero_shot is None else self.split(c.test_split)
 
     @cached_property
     def backbone(self) -> Backbone:
@@ -268,7 +314,7 @@ class Experiment:
         return load_clip(c.model, None if c.pretrained in ("", "none") else c.pretrained, normalise=c.colours, device=device)
 
     @cached_property
-    def system(self) -> Segmenter:
+    def system(self) -> System:
         "The system, with weights that depend on the seed alone."
         with torch.random.fork_rng():
             torch.manual_seed(self.plan.chosen.settings.seed)
@@ -278,12 +324,14 @@ class Experiment:
     def identity(self) -> dict[str, Any]:
         "What a run's folder must agree on besides system, data and schedule."
         c = self.plan.chosen
-        return dict(crop=c.crop, scale=c.scale)
+        varied = dict(short=c.short, largest=c.largest, vary_colours=c.vary_colours, share=c.share)
+        return dict(crop=c.crop, scale=c.scale) | {name: value for name, value in varied.items() if value != Preset.__dataclass_fields__[name].default}
 
     @cached_property
     def result(self) -> TrainResult:
         "The training: begun, continued, or already done."
-        return fit(self.system, self.train, self.plan.out, self._settings(), self.val, snapshot=self._snapshot, identity=self.identity)
+        return fit(self.system, self.train, self.plan.out, self._settings(), self.val, None if self.zero_shot is None else self._seen_scores,
+                   self._snapshot, self.identity)
 
     def _settings(self) -> TrainSettings:
         "The schedule as this process can keep it: what many devices have trained, one can show, with as many pictures a step."
@@ -298,28 +346,42 @@ class Experiment:
         last = self.plan.out/"last.safetensors"
         return last.exists() and read_checkpoint(last).step >= self.plan.chosen.settings.iterations
 
-    def _snapshot(self, system: Segmenter, step: int) -> dict[str, np.ndarray]:
-        "Activation maps and labels of the first validation pictures, to be looked at later."
+    def _seen_scores(self, system: System, pictures: SegmentationFolder) -> dict[str, float]:
+        "Mean IoU of the seen classes alone: nobody may choose a checkpoint by masks of unseen ones."
+        found = evaluate_system(system, pictures, figures=("seg",), inference=self.inference, samples=1, examples=0, progress=False,
+                                workers=self.plan.chosen.settings.workers)["seg"].scores
+        return dict(miou=found.iou[self.zero_shot.seen_index].nanmean().item(), pixel_accuracy=found.pixel_accuracy)
+
+    @property
+    def inference(self) -> Inference:
+        "How pictures are shown when evaluating."
+        c = self.plan.chosen
+        return Inference(c.scales, c.flip, c.side, c.short, c.average, c.slide, c.slide_step, c.settings.batch)
+
+    def _snapshot(self, system: System, step: int) -> dict[str, np.ndarray]:
+        "Activation maps, where there are any, and labels of the first validation pictures, to be looked at later."
         found = {}
         for index in range(min(4, len(self.val))):
-            sample, present = self.val[index], self.val.labels[index:index + 1].to(self.backbone.device)
+            sample = self.val[index]
             images = self.backbone.preprocess([sample.image], self.plan.chosen.crop).to(self.backbone.device)
-            found |= {f"cam_{index}": system.cam(images, present)[0, present[0]].half().cpu().numpy(),
-                      f"labels_{index}": system.predict(images)[0].argmax(0).byte().cpu().numpy()}
+            found[f"labels_{index}"] = system.predict(images)[0].argmax(0).byte().cpu().numpy()
+            if self.zero_shot is not None: continue
+            present = self.val.labels[index:index + 1].to(self.backbone.device)
+            found[f"cam_{index}"] = system.cam(images, present)[0, present[0]].half().cpu().numpy()
         return found
 
     @cached_property
-    def trained(self) -> Segmenter:
+    def trained(self) -> System:
         "The system with the weights of its best validation."
         done = self.result.out
         return load_system(done, self.backbone, self.backbone.device, self.train.classes)
 
     @cached_property
     def report(self) -> SystemReport:
-        "Seed, mask and seg figures on the reported split; the seeds' threshold comes from the validation split where that is another one."
+        "The system's figures on the reported split; the seeds' threshold comes from the validation split where that is another one."
         c = self.plan.chosen
-        return evaluate_system(self.trained, self.test, scales=c.scales, flip=c.flip, side=c.side, crf=c.crf, limit=self.plan.limit,
-                               threshold_split=None if c.test_split == c.val_split else self.val, bands=.25, batch=c.settings.batch,
+        own = dict(figures=("seg",)) if self.zero_shot else dict(threshold_split=None if c.test_split == c.val_split else self.val)
+        return evaluate_system(self.trained, self.test, inference=self.inference, crf=c.crf, limit=self.plan.limit, bands=.25, **own,
                                workers=c.settings.workers, skip_bad=c.settings.skip_bad, weights=weights_title(self.trained), command=self.plan.command)
 
     def save(self) -> Path:

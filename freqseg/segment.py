@@ -7,9 +7,10 @@ __all__ = ['INFERENCE', 'Item', 'LARGEST', 'Answer', 'FIGURES', 'OVERTAKING', 'S
            'GALLERY_SIDE', 'PACKAGES', 'Tower', 'Segmenter', 'Inference', 'Picture', 'scaled_pixels', 'read_truth',
            'grouped', 'in_sequence', 'window_boxes', 'View', 'interpolation_matrix', 'Scoring', 'merge_views',
            'merged_strips', 'merged_labels', 'show', 'check_system', 'Bands', 'Job', 'Found', 'analyse', 'evaluating',
-           'stream', 'Labelled', 'class_scores', 'label', 'refined', 'picture_indices', 'segment', 'named_inference',
-           'write_masks', 'mask_path', 'Counts', 'FigureScores', 'figure_scores', 'ZeroShotScores', 'zero_shot_scores',
-           'Example', 'Extremes', 'git_revision', 'software', 'SystemReport', 'main_figure', 'evaluate_system']
+           'stream', 'Labelled', 'class_scores', 'label', 'refined', 'picture_indices', 'segment', 'usual_inference',
+           'named_inference', 'segment_picture', 'write_masks', 'mask_path', 'Counts', 'FigureScores', 'figure_scores',
+           'ZeroShotScores', 'zero_shot_scores', 'Example', 'Extremes', 'git_revision', 'software', 'SystemReport',
+           'main_figure', 'evaluate_system']
 
 # %% ../nbs/53_segment.ipynb #4d1d5759
 import inspect, itertools, json, math, subprocess, time
@@ -669,11 +670,34 @@ def segment(
     found = stream(job, dataset, picture_indices(dataset) if indices is None else indices)
     for item in refined((label(job, one) for one in found), job.crf, crf_workers): yield item.picture.id, item.labels["seg_crf" if job.crf else "seg"]
 
+def usual_inference(system: Segmenter) -> Inference:
+    "Whole pictures and mirror images, logits averaged; where every class stands by itself, no mirror images and probabilities, as ZegCLIP has it."
+    return Inference(flip=False, average="probabilities") if getattr(system, "activation", "softmax") == "sigmoid" else Inference()
+
 def named_inference(given: Inference | str) -> Inference:
     "The inference itself, or the one of that name. Raises `InputError` for an unknown name."
     if isinstance(given, Inference): return given
     if given not in INFERENCE: raise unknown_name(given, INFERENCE, "inference")
     return INFERENCE[given]
+
+# %% ../nbs/53_segment.ipynb #a6179a1b
+def segment_picture(
+    system: Segmenter,
+    image: Image.Image,                        # RGB
+    inference: Inference | str | None = None,  # None = `usual_inference`
+    floor: float | None = None,                # least score, 0 to 1, of the best class
+) -> np.ndarray:
+    "Best class of every pixel, (H, W) uint8; 255 where its score is below `floor`. Raises `InputError` when memory runs out, and for damaged weights."
+    inference = usual_inference(system) if inference is None else named_inference(inference)
+    job = Job(system, inference, progress=False)
+    with evaluating(system):
+        found = analyse(job, [Picture(0, "the picture", np.array(image), scaled_pixels(image, job.scales, inference), None, None)])[0]
+    labels, scoring = [], job.scoring
+    for _, ranked in merged_strips(found.views["seg"], image.size[::-1], scoring):
+        scores = ranked if scoring.handicap is not None or scoring.average == "probabilities" else scoring.scores(ranked)
+        best = scores.max(0)
+        labels.append(best.indices.to(torch.uint8).masked_fill(best.values < (-1 if floor is None else floor), IGNORE))
+    return torch.cat(labels).cpu().numpy()
 
 # %% ../nbs/53_segment.ipynb #556f6127
 def write_masks(
@@ -692,7 +716,7 @@ def write_masks(
     chosen = [index for index in picture_indices(dataset, limit) if not (skip_existing and mask_path(folder, dataset.ids[index]).exists())]
     written = 0
     for name, labels in segment(system, dataset, inference, indices=chosen, **options):
-        write_mask(mask_path(folder, name), labels)
+        write_mask(mask_path(folder, name), dataset.listing.file_values(labels))
         written += 1
     return written
 
@@ -1052,7 +1076,7 @@ def evaluate_system(
     tuning, indices = tuning_split(dataset, threshold_split), picture_indices(dataset, limit)
     for item in refined((label(job, found) for found in stream(job, dataset, indices, masks=True)), job.crf, crf_workers):
         with job.watch.measure("counting"): tally.add(item)
-        if save_masks is not None: write_mask(mask_path(save_masks, item.picture.id), _main_labels(item, tally.main))
+        if save_masks is not None: write_mask(mask_path(save_masks, item.picture.id), dataset.listing.file_values(_main_labels(item, tally.main)))
     scored = _scored(job, tally, dataset, tuning, limit, samples, seed)
     zero_shot = None if job.zero_shot is None else zero_shot_scores(tally.counts["seg"], tally.biases, job.zero_shot, _handicap(job), samples, seed)
     seconds = {**job.watch.seconds, "in all": time.perf_counter() - begin}

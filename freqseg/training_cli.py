@@ -9,6 +9,7 @@ __all__ = ['training_notebook', 'given_parameters', 'train_command', 'figures_ta
 # %% ../nbs/66_training_cli.ipynb #17bd8a6c
 import argparse, os, re, sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +98,14 @@ def evaluate_command(args: argparse.Namespace) -> int:
     from freqseg.checkpoints import load_system, weights_title
     from freqseg.clip import usable_device
     from freqseg.report import evaluate_run
+    from freqseg.segment import usual_inference
     data, split = _data_of(args)
     out = Path(args.out) if args.out else (Path(args.checkpoint) if Path(args.checkpoint).is_dir() else Path(args.checkpoint).parent)/f"evaluation-{split}"
     system = load_system(args.checkpoint, device=usable_device(args.device))
-    options = {name: getattr(args, name) for name in ("scales", "flip", "side", "crf", "bands", "limit", "batch", "workers", "precision", "skip_bad", "threshold_split")}
+    options = {name: getattr(args, name) for name in ("crf", "bands", "limit", "workers", "skip_bad", "threshold_split")}
+    if system.supervision == "masks": options |= dict(figures=("seg",), threshold_split=None)
+    options["inference"] = replace(usual_inference(system), **{name: value for name in ("scales", "flip", "side", "short", "window", "stride", "batch", "precision")
+                                                               if (value := getattr(args, name)) is not None})
     report = interruptible(lambda: evaluate_run(system, data, out, split=split, save_masks=args.save_masks, weights=weights_title(system),
                                                  command=shlex.join(["freqseg", *args.words]), **options))
     if report is None: print(f"{split} has no masks to score against; the system's masks are in {args.save_masks}")
@@ -141,8 +146,8 @@ def sweep_command(args: argparse.Namespace) -> int:
 # %% ../nbs/66_training_cli.ipynb #c9ce75e2
 def _add_parameters(parser: argparse.ArgumentParser) -> None:
     "Options of whatever trains."
-    parser.add_argument("system", metavar="SYSTEM", help="weclip, wtclip, dfa or ffr")
-    parser.add_argument("--preset", metavar="NAME", help="smoke: seconds; world: minutes on two CPU cores; voc, coco: the papers' schedules (default: smoke)")
+    parser.add_argument("system", metavar="SYSTEM", help="weclip, wtclip, dfa, ffr, zegclip or sptseg")
+    parser.add_argument("--preset", metavar="NAME", help="smoke: seconds; world: minutes on two CPU cores; voc, coco, coco_stuff: the papers' schedules (default: smoke)")
     parser.add_argument("--data", metavar="PATH", help="the dataset folder, where the preset needs one")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to compute (default: auto)")
     parser.add_argument("--limit", type=positive, metavar="N", help="report only the first N pictures")
@@ -181,12 +186,15 @@ def add_evaluate(commands: Any) -> None:
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N pictures")
     parser.add_argument("--skip-bad", action="store_true", help="leave out pictures that cannot be read, and say which")
     group = parser.add_argument_group("inference")
-    group.add_argument("--scales", type=numbers, default=(1.0,), metavar="A,B,...", help="sizes of the picture, logits averaged (default: 1.0)")
-    group.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror images, too (default: yes)")
+    group.add_argument("--scales", type=numbers, metavar="A,B,...", help="sizes of the picture, answers averaged (default: 1.0)")
+    group.add_argument("--flip", action=argparse.BooleanOptionalAction, default=None, help="mirror images, too (default: yes; no for zero-shot systems)")
     group.add_argument("--side", type=positive, metavar="PIXELS", help="long side at scale 1 (default: as in the files)")
+    group.add_argument("--short", type=positive, metavar="PIXELS", help="or the short side (ZegCLIP on VOC and COCO-Stuff: 512)")
+    group.add_argument("--window", type=positive, metavar="PIXELS", help="side of a sliding window (ZegCLIP: 512; default: whole pictures)")
+    group.add_argument("--stride", type=positive, metavar="PIXELS", help="of the window (ZegCLIP: 426; default: two thirds of it)")
     group.add_argument("--crf", metavar="NAME", help="dense CRF afterwards, beside the network: weclip, toco, clip_es")
     group.add_argument("--bands", type=frequency, metavar="F", help="also keep only what is below, or above, F cycles per token of the frozen tokens")
-    group.add_argument("--batch", type=positive, default=4, metavar="N", help="images at a time (default: 4)")
+    group.add_argument("--batch", type=positive, metavar="N", help="images at a time (default: 4)")
     group.add_argument("--workers", type=count, default=2, metavar="N", help="processes that read pictures (default: 2)")
     group.add_argument("--precision", choices=("fp32", "bf16"), help="of the network (default: bf16 on CUDA, else fp32)")
     group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute (default: auto)")

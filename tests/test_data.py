@@ -69,6 +69,22 @@ def test_a_zero_shot_view_renumbers_published_masks() -> None:
     assert view.mapping[0] == 0 and view.mapping[20] == IGNORE and view.mapping[181] == 170 and len(view.mapping) == 171   # value 20 is the cow
 
 
+def test_smaller_shares_are_parts_of_larger_ones(zoo: Path) -> None:
+    listing = data.list_folder(zoo, "train")
+    one, two = data.thinned(listing, .1), data.thinned(listing, .67)
+    assert len(one.ids) == 1 and len(two.ids) == 2 and set(one.ids) <= set(two.ids) and data.thinned(listing, 1).ids == listing.ids
+    row = listing.ids.index(one.ids[0])
+    assert one.images[0] == listing.images[row] and (one.labels[0] == listing.labels[row]).all() and SegmentationFolder(one, masks=True)[0].mask is not None
+    for share in (0, 1.5):
+        with pytest.raises(InputError, match="share="): data.thinned(listing, share)
+
+
+def test_masks_are_numbered_as_in_the_files(zoo: Path) -> None:
+    listing = data.list_folder(zoo, "train")
+    view = data.zero_shot_view(listing, data.zero_shot_split(listing.classes, ["ant"]))
+    assert view.file_values(np.array([[0, 1, 255]])).tolist() == [[1, 2, 255]] and listing.file_values(np.array([[0, 2]])).tolist() == [[0, 2]]
+
+
 def test_a_split_of_other_classes_is_refused(zoo: Path) -> None:
     with pytest.raises(InputError, match="aeroplane is in one"): data.zero_shot_view(data.list_folder(zoo, "train"), data.VOC_ZERO_SHOT)
 

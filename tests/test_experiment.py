@@ -13,10 +13,13 @@ from freqseg.runs import notebook_parameters
 from freqseg.train import TrainSettings
 
 
+PAPERS = {name: ("voc", "coco_stuff" if system.supervision == "masks" else "coco") for name, system in SYSTEMS.items()}
+
+
 def test_every_system_has_the_four_presets_and_they_build_its_options() -> None:
     assert set(PRESETS) == set(SYSTEMS)
     for name, presets in PRESETS.items():
-        assert set(presets) == {"smoke", "world", "voc", "coco"}
+        assert set(presets) == {"smoke", "world", *PAPERS[name]}
         for preset in presets.values():
             known = {field.name for field in fields(SYSTEMS[name].Options)}
             assert set(preset.options) <= known and preset.settings.warmup < preset.settings.iterations
@@ -24,11 +27,13 @@ def test_every_system_has_the_four_presets_and_they_build_its_options() -> None:
 
 def test_the_papers_schedules_are_the_papers() -> None:
     found = {(name, preset): (p.settings.iterations, p.settings.batch, p.settings.lr, p.settings.power, p.settings.warmup, p.crop)
-             for name, presets in PRESETS.items() for preset, p in presets.items() if preset in ("voc", "coco")}
+             for name, presets in PRESETS.items() for preset, p in presets.items() if preset in PAPERS[name]}
     assert found == {("weclip", "voc"): (30_000, 4, 2e-3, 1.0, 50, 320), ("weclip", "coco"): (80_000, 4, 2e-3, 1.0, 50, 320),
                      ("wtclip", "voc"): (30_000, 4, 2e-3, 1.0, 50, 320), ("wtclip", "coco"): (80_000, 4, 2e-3, 1.0, 50, 320),
                      ("dfa", "voc"): (30_000, 4, 1e-4, 1.0, 50, 320), ("dfa", "coco"): (80_000, 8, 1e-4, 1.0, 50, 320),
-                     ("ffr", "voc"): (20_000, 4, 6e-5, .9, 2000, 320), ("ffr", "coco"): (80_000, 8, 6e-5, .9, 2000, 320)}
+                     ("ffr", "voc"): (20_000, 4, 6e-5, .9, 2000, 320), ("ffr", "coco"): (80_000, 8, 6e-5, .9, 2000, 320),
+                     ("zegclip", "voc"): (20_000, 16, 2e-4, .9, 1500, 512), ("zegclip", "coco_stuff"): (80_000, 16, 2e-4, .9, 1500, 512),
+                     ("sptseg", "voc"): (20_000, 16, 2e-4, .9, 1500, 512), ("sptseg", "coco_stuff"): (96_000, 16, 2e-4, .9, 1500, 512)}
     assert PRESETS["weclip"]["coco"].options == dict(late_layers=10, box=.7) and PRESETS["dfa"]["voc"].scales == (1.0, 1.2, 1.5)
 
 

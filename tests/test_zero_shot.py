@@ -1,0 +1,208 @@
+"""ZegCLIP and SPT-SEG: parameter counts, what learns, classes that stand by themselves, hidden masks, other vocabularies."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from freqseg.checkpoints import load_system, save_system
+from freqseg.clip import Backbone, load_clip
+from freqseg.data import UNLABELLED, VOC_CLASSES, Batch
+from freqseg.files import InputError
+from freqseg.systems.sptseg import SPTSEG
+from freqseg.systems.zegclip import WORLD_ZERO_SHOT, ZegCLIP, seen_and_unseen
+from freqseg.world import WORLD_CLASSES, World
+
+SYSTEMS = {"zegclip": ZegCLIP, "sptseg": SPTSEG}
+SELF = 3*(4*(512*512 + 512) + 2*512)                                     # of three layers: an attention and a norm that no published forward pass runs
+BEHIND = 2*(512*512 + 512) + (512*2048 + 2048 + 2048*512 + 512) + 2*2*512   # of the last layer: what follows its scores, which are the answer
+
+
+@pytest.fixture(scope="module")
+def world() -> Backbone:
+    return load_clip("world")
+
+
+@pytest.fixture(scope="module")
+def clip() -> Backbone:
+    return load_clip("ViT-B-16", pretrained=None)
+
+
+@pytest.fixture(scope="module")
+def batch() -> Batch:
+    "Three crops; unseen classes and background carry no label."
+    scenes = [World(0, "train")[index] for index in range(3)]
+    images = torch.stack([torch.from_numpy(scene.image[64:160, 64:160]).permute(2, 0, 1)/255 for scene in scenes])
+    masks = torch.stack([torch.from_numpy(scene.mask[64:160, 64:160]) for scene in scenes]).long() - 1
+    unseen = torch.isin(masks, torch.tensor(WORLD_ZERO_SHOT.unseen_index))
+    return Batch(("a", "b", "c"), images, masks.masked_fill(unseen, UNLABELLED).masked_fill(masks < 0, 255), None)
+
+
+def build(name: str, backbone: Backbone, classes=WORLD_CLASSES, **options):
+    torch.manual_seed(0)
+    return SYSTEMS[name].build(backbone, classes, **options)
+
+
+def trainable(system: torch.nn.Module) -> int: return sum(p.numel() for p in system.parameters() if p.requires_grad)
+
+
+# ---- counts ---------------------------------------------------------------------------------------------------------
+
+def test_zegclip_has_the_published_numbers_of_parameters(clip: Backbone) -> None:
+    "The published numbers less what never gets a gradient, which is not created here."
+    assert trainable(build("zegclip", clip, VOC_CLASSES)) + SELF + BEHIND == 13_821_184
+    assert trainable(build("zegclip", clip, VOC_CLASSES, prompts=100)) + SELF + BEHIND == 14_650_624
+    assert trainable(build("zegclip", clip, VOC_CLASSES, self_attention=True)) + BEHIND == 13_821_184
+
+
+def test_the_number_of_sptseg_follows_from_its_parts(clip: Backbone) -> None:
+    system = build("sptseg", clip, VOC_CLASSES)
+    tower = 12*10*768 + (768*768 + 768) + 2*768 + 14*8*768*2      # prompts, their layer, the norm, one complex filter for the 14 x 14 grid
+    assert trainable(system.tower) == tower
+    assert trainable(system) == tower + (1024*512 + 512) + trainable(system.decoder)
+    assert trainable(build("sptseg", clip, VOC_CLASSES, shared_filter=False)) == trainable(system) + 14*8*768*2
+    assert trainable(build("sptseg", clip, VOC_CLASSES, filter_size=512)) == trainable(system) + (32*17 - 14*8)*768*2
+    assert trainable(build("sptseg", clip, VOC_CLASSES, spectral=None, decoder="cross")) == 13_821_184 - SELF - BEHIND
+
+
+# ---- what learns ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_step_trains_prompts_filters_and_head_and_nothing_of_the_backbone(name: str, world: Backbone, batch: Batch) -> None:
+    before = copy.deepcopy(world.state_dict())
+    system = build(name, world).train()
+    optimiser = torch.optim.AdamW([dict(params=group["params"], lr=1e-3) for group in system.parameter_groups()])
+    losses = system.training_step(batch, 0.)
+    assert set(losses) == ({"focal", "dice"} if name == "zegclip" else {"focal", "ssim"}) and all(loss.isfinite() for loss in losses.values())
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in system.parameters() if p.requires_grad)
+    optimiser.step()
+    assert all(torch.equal(value, before[key]) for key, value in world.state_dict().items()) and not any(p.requires_grad for p in world.parameters())
+    assert sum(len(group["params"]) for group in system.parameter_groups()) == sum(p.requires_grad for p in system.parameters())
+    assert not any(key.startswith("backbone.") for key in system.trainable_state())
+
+
+def test_norms_do_not_decay(world: Backbone) -> None:
+    rest, norms = build("sptseg", world).parameter_groups()
+    assert norms["weight_decay"] == 0 and all(p.ndim == 1 for p in norms["params"]) and any(p.ndim > 1 for p in rest["params"])
+
+
+@pytest.mark.parametrize("options", [dict(spectral="1-2"), dict(decoder="spectral"), dict(spectral="1-6", shared_filter=False), dict(spectral="6", filter_init="zero"),
+                                     dict(decoder="spectral", high_heads=4, window=2), dict(decoder="spectral", mask_padding=False, similarity="clamp"),
+                                     dict(decoder_layers=1), dict(decoder_layers=5, decoder="spectral"), dict(self_attention=True), dict(prompts=0), dict(ssim=1.),
+                                     dict(ignored_as_negative=False), dict(transductive=True), dict(drop_path=0., prompt_dropout=0., decoder_dropout=0.)])
+def test_every_switch_trains(options: dict, world: Backbone, batch: Batch) -> None:
+    system = build("zegclip", world, **options).train()
+    for progress in (0., .9):
+        loss = sum(system.training_step(batch, progress).values())
+        loss.backward()
+        assert loss.isfinite() and all(p.grad.isfinite().all() for p in system.parameters() if p.grad is not None)
+
+
+def test_a_few_steps_learn(world: Backbone, batch: Batch) -> None:
+    for name in SYSTEMS:
+        system = build(name, world, drop_path=0., prompt_dropout=0., decoder_dropout=0.).train()
+        optimiser = torch.optim.AdamW(system.parameters(), lr=1e-3)
+        losses = []
+        for _ in range(15):
+            loss = sum(system.training_step(batch, 0.).values())
+            optimiser.zero_grad(); loss.backward(); optimiser.step()
+            losses.append(loss.item())
+        assert losses[-1] < .8*losses[0], name
+
+
+# ---- classes stand by themselves ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_masks_follow_the_order_of_names_and_do_not_heed_other_names(name: str, world: Backbone, batch: Batch) -> None:
+    system, images = build(name, world).eval(), world.normalise(batch.images)
+    whole = system.predict(images)
+    assert whole.shape == (3, 20, 12, 12)
+    for names in (("tree", "key"), ("moon", "tree", "key", "ring"), ("tree", "grass", "key")):
+        other = system.with_vocabulary(names)
+        found = other.predict(images)
+        for row, word in enumerate(names):
+            if word in WORLD_CLASSES: torch.testing.assert_close(found[:, row], whole[:, WORLD_CLASSES.index(word)], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(system.predict(images), whole)
+    assert system.classes == WORLD_CLASSES and other.classes == ("tree", "grass", "key") and other.num_classes == 3
+
+
+def test_seen_names_are_held_back_unseen_and_new_ones_are_not(world: Backbone) -> None:
+    system = build("zegclip", world)
+    assert system.handicap.tolist() == pytest.approx([.1*(name in WORLD_ZERO_SHOT.seen) for name in WORLD_CLASSES])
+    assert system.with_vocabulary(["ring", "grass", "ladder"]).handicap.tolist() == pytest.approx([.1, 0, 0])
+    assert build("zegclip", world, transductive=True).handicap.tolist() == [0]*20
+    assert build("zegclip", world, transductive=True, bias=.2).handicap.max().item() == pytest.approx(.2)
+
+
+def test_tokens_may_be_filtered_before_the_names_ask(world: Backbone, batch: Batch) -> None:
+    system, images = build("sptseg", world).eval(), world.normalise(batch.images)
+    both = system.predict(images, lambda patches: torch.cat([patches, 0*patches]))
+    torch.testing.assert_close(both[:3], system.predict(images), atol=1e-5, rtol=1e-4)
+    assert both.shape[0] == 6 and both[3:].std((2, 3)).max() < 1e-4
+
+
+# ---- hidden masks ---------------------------------------------------------------------------------------------------
+
+def test_training_does_not_depend_on_what_is_hidden_but_for_where(world: Backbone, batch: Batch) -> None:
+    "Inductive: unseen pixels, background and padding are all the same to the loss, whichever of the two values they carry."
+    merged = Batch(batch.ids, batch.images, batch.masks.masked_fill(batch.masks == UNLABELLED, 255), None)
+    for negative in (True, False):
+        system = build("zegclip", world, ignored_as_negative=negative).eval()
+        for name, loss in system.training_step(batch, .9).items(): torch.testing.assert_close(loss, system.training_step(merged, .9)[name])
+
+
+def test_self_training_labels_only_hidden_pixels_and_only_with_unseen_classes(world: Backbone, batch: Batch) -> None:
+    system = build("zegclip", world, transductive=True).eval()
+    logits = F.interpolate(system.predict(world.normalise(batch.images)), (96, 96), mode="bilinear")
+    found, hidden = system.self_labelled(logits, batch.masks), batch.masks == UNLABELLED
+    assert hidden.any() and torch.equal(found[~hidden], batch.masks[~hidden])
+    assert torch.isin(found[hidden], torch.tensor(WORLD_ZERO_SHOT.unseen_index)).all()
+    best = logits[:, WORLD_ZERO_SHOT.unseen_index].argmax(1)
+    assert torch.equal(found[hidden], torch.tensor(WORLD_ZERO_SHOT.unseen_index)[best][hidden])
+    early, late = (system.training_step(batch, progress)["focal"] for progress in (.49, .5))
+    assert early.item() != late.item()
+
+
+def test_a_picture_that_shows_nothing_known_trains_without_nan(world: Backbone, batch: Batch) -> None:
+    for name in SYSTEMS:
+        system = build(name, world)
+        for value in (255, UNLABELLED):
+            for negative in (True, False):
+                system = build(name, world, ignored_as_negative=negative, transductive=True)
+                for progress in (0., .9):
+                    losses = system.training_step(Batch(batch.ids, batch.images, torch.full_like(batch.masks, value), None), progress)
+                    assert all(loss.isfinite() for loss in losses.values())
+
+
+# ---- wrong input ----------------------------------------------------------------------------------------------------
+
+def test_splits_and_names_that_cannot_be_are_explained(world: Backbone, batch: Batch) -> None:
+    with pytest.raises(InputError, match="no published split.*unseen=dog,cow"): seen_and_unseen(("cat", "dog", "cow"))
+    with pytest.raises(InputError, match="both seen and unseen: dog"): seen_and_unseen(("cat", "dog"), ("dog",), ("dog", "cat"))
+    with pytest.raises(InputError, match="'dgo'.*dog"): seen_and_unseen(("cat", "dog"), "dgo")
+    system = build("zegclip", world)
+    with pytest.raises(InputError, match="'zebra'"): system.with_vocabulary(["zebra"])
+    with pytest.raises(InputError, match="twice"): system.with_vocabulary(["key", "key"])
+    with pytest.raises(InputError, match="has no name"): system.with_vocabulary(["key", " "])
+    with pytest.raises(InputError, match="no masks for a"): system.training_step(Batch(batch.ids, batch.images, None, None), 0.)
+    for options, told in ((dict(decoder="plain"), "'cross' or 'spectral'"), (dict(spectral="0-2"), "0-2"), (dict(spectral="5-9"), "5-9"), (dict(spectral="1-2", filter_init="ones"), "ones"),
+                          (dict(wording="long"), "'long'"), (dict(focl=1), "focal"), (dict(decoder="spectral", similarity="dot"), "dot")):
+        with pytest.raises(InputError, match=told): build("zegclip", world, **options)
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_saved_system_answers_the_same_again(name: str, world: Backbone, batch: Batch, tmp_path: Path) -> None:
+    system = build(name, world, unseen=("key", "tree")).eval()
+    save_system(system, tmp_path/"it.safetensors", step=3)
+    again, images = load_system(tmp_path/"it.safetensors"), world.normalise(batch.images)
+    assert torch.equal(again.predict(images), system.predict(images)) and again.split == system.split and again.name == name
+
+
+def test_filters_of_another_grid_are_carried_over(world: Backbone, batch: Batch) -> None:
+    system = build("sptseg", world).eval()
+    for size in ((64, 96), (224, 224)): assert system.predict(torch.zeros(1, 3, *size)).shape == (1, 20, size[0]//8, size[1]//8)
