@@ -153,7 +153,8 @@ class SpectralPrompts(nn.Module):
     ) -> Tensor:                  # (B, N, D)
         "The tokens with their spectral prompt, or as they are where the block has none. Raises `InputError` for another grid than theirs."
         if block not in self.blocks: return tokens
-        if grid[0] * grid[1] != tokens.shape[1]: raise InputError(f"{tokens.shape[1]} patch tokens are no {grid[0]} x {grid[1]} grid: leave the CLS out.")
+        if grid[0] * grid[1] != tokens.shape[1]:
+            raise InputError(f"{tokens.shape[1]} patch tokens are no {grid[0]} x {grid[1]} grid: leave the CLS out.")
         return tokens + spectral_prompt(tokens.mT.unflatten(2, grid), cls, self.gain(block, tuple(grid))).flatten(2).mT
 
 # %% ../nbs/28_spectral_prompts.ipynb #e9466bff
@@ -179,7 +180,8 @@ def radial_gain(
 
     Raises `InputError` for another grid, and for groups of unequal size."""
     magnitude = _full_gain(gain, grid).abs()
-    if groups < 1 or magnitude.shape[-1] % groups: raise InputError(f"groups={groups}: {magnitude.shape[-1]} channels cannot be cut into that many equal groups.")
+    if groups < 1 or magnitude.shape[-1] % groups:
+        raise InputError(f"groups={groups}: {magnitude.shape[-1]} channels cannot be cut into that many equal groups.")
     ring = (radial_frequency(*grid, device=gain.device) * max(grid)).round().long().flatten()
     members = F.one_hot(ring).to(magnitude)
     members = members[:, members.any(0)]   # a narrow grid has no frequency in some rings

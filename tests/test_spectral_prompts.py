@@ -82,7 +82,8 @@ def test_a_depth_as_papers_write_it(text, blocks):
     assert prompt_blocks(text, 12) == tuple(blocks) == prompt_blocks(prompt_blocks(text, 12), 12)
 
 
-@pytest.mark.parametrize("text", ["2-1", "0", "0-2", "13", "12-13", "-1", "1-", "1,2", "one", "", "1--2", (12,), (-1,), (True,), (0.5,), ["1-2"], 3, None])
+@pytest.mark.parametrize("text", ["2-1", "0", "0-2", "13", "12-13", "-1", "1-", "1,2", "one", "", "1--2",
+                                  (12,), (-1,), (True,), (0.5,), ["1-2"], 3, None])
 def test_other_depths_are_refused_by_name(text):
     with pytest.raises(InputError) as error: prompt_blocks(text, 12)
     assert repr(text) in str(error.value) and "1 to 12" in str(error.value) and "'1-2'" in str(error.value)
@@ -177,7 +178,8 @@ def test_a_unimodular_hermitian_filter_keeps_the_energy(h, w, seed):
 
 def test_linear_in_the_tokens_and_every_picture_for_itself():
     (tokens, cls, gain), other = problem((5, 6), batch=3), torch.randn(3, 3, 5, 6, dtype=torch.float64)
-    torch.testing.assert_close(spectral_prompt(tokens + 2 * other, cls, gain), spectral_prompt(tokens, cls, gain) + 2 * spectral_prompt(other, cls, gain))
+    both = spectral_prompt(tokens, cls, gain) + 2 * spectral_prompt(other, cls, gain)
+    torch.testing.assert_close(spectral_prompt(tokens + 2 * other, cls, gain), both)
     torch.testing.assert_close(spectral_prompt(tokens, cls, gain)[1:2], spectral_prompt(tokens[1:2], cls[1:2], gain))
 
 
@@ -317,7 +319,8 @@ def test_without_prompts_it_is_the_frozen_tower_and_a_layer_norm(frozen, images)
 def test_only_prompts_filters_and_the_layer_norm_learn(frozen, images):
     before, tower = copy.deepcopy(frozen.state_dict()), PromptedTower(frozen, tokens=3)
     names = {name for name, _ in tower.named_parameters()}
-    assert names == {"prompts.tokens", "prompts.projection.weight", "prompts.projection.bias", "spectral.filters.0.weight", "norm.weight", "norm.bias"}
+    assert names == {"prompts.tokens", "prompts.projection.weight", "prompts.projection.bias",
+                     "spectral.filters.0.weight", "norm.weight", "norm.bias"}
     assert not any(isinstance(module, Backbone) for module in tower.modules())
     optimiser = torch.optim.AdamW(tower.parameters(), lr=0.1)
     start = {name: p.detach().clone() for name, p in tower.named_parameters()}
