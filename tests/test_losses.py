@@ -9,12 +9,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from skimage.metrics import structural_similarity as skimage_ssim
 from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 import freqseg.losses as loss_room
 from freqseg.files import InputError
 from freqseg.losses import (
-    affinity_loss, balanced_cross_entropy, dense_energy_loss, nearest_labels, neighbour_window, pair_labels,
+    MaskTargets, affinity_loss, balanced_cross_entropy, class_targets, dense_energy_loss, dice_loss, focal_loss, mask_losses, nearest_labels,
+    neighbour_window, pair_labels, ssim_loss, structural_similarity,
 )
 
 seeds = st.integers(0, 10_000)
@@ -357,3 +360,227 @@ def test_losses_on_a_device_equal_those_on_the_cpu() -> None:
     pairs = pair_labels(labels.cuda(), (6, 6))
     affinity = torch.rand(2, 36, 36)
     torch.testing.assert_close(affinity_loss(affinity.cuda(), *pairs).cpu(), affinity_loss(affinity, *(p.cpu() for p in pairs)))
+
+
+# ---- targets of masks by name ---------------------------------------------------------------------------------------
+
+CHOICES = (0, 1, 2, 7, 254, 255)  # background, classes, a class nobody asks for, unlabelled, ignored
+MASK_LOSSES = {"focal": focal_loss, "dice": dice_loss, "ssim": ssim_loss, "ssim of all": lambda x, t: ssim_loss(x, t, "all")}
+mask_loss = pytest.mark.parametrize("loss", MASK_LOSSES.values(), ids=MASK_LOSSES)
+both_ways = pytest.mark.parametrize("negative", [True, False], ids=["ignored as negative", "ignored left out"])
+
+
+@settings(max_examples=20)
+@given(seed=seeds, classes=st.lists(st.sampled_from([0, 1, 2, 3, 9]), min_size=1, unique=True), negative=st.booleans(), as_tensor=st.booleans())
+def test_targets_are_one_mask_per_class_in_the_order_asked_for(seed, classes, negative, as_tensor) -> None:
+    labels = random_labels(seed, 2, 4, 5, CHOICES)
+    targets = class_targets(labels, torch.tensor(classes) if as_tensor else classes, negative)
+    for b, (c, value) in itertools.product(range(2), enumerate(classes)):
+        assert torch.equal(targets.masks[b, c], labels[b] == value) and targets.present[b, c] == (labels[b] == value).any()
+    if negative: assert targets.counted is None
+    else: assert torch.equal(targets.counted, torch.isin(labels, torch.tensor(classes)))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+def test_labels_of_any_integer_type_give_the_same_targets(dtype: torch.dtype) -> None:
+    labels = random_labels(0, 2, 4, 5, CHOICES)
+    assert torch.equal(class_targets(labels.to(dtype), [2, 1]).masks, class_targets(labels, [2, 1]).masks)
+
+
+@pytest.mark.parametrize("classes", [[], [1, 2, 1], torch.tensor([3, 3])])
+def test_no_classes_and_doubled_classes_are_refused(classes) -> None:
+    with pytest.raises(InputError, match="each once"): class_targets(torch.zeros(1, 2, 2, dtype=torch.int64), classes)
+
+
+# ---- focal, dice and SSIM against loops -----------------------------------------------------------------------------
+
+def looped_similarity(x: np.ndarray, y: np.ndarray, counted: np.ndarray) -> np.ndarray:
+    "SSIM pixel by pixel: a window of 11 x 11 cut off at the border and at pixels that do not count."
+    height, width = x.shape
+    found = np.zeros_like(x)
+    for i, j in itertools.product(range(height), range(width)):
+        places = [(k, m) for k in range(i - 5, i + 6) for m in range(j - 5, j + 6) if 0 <= k < height and 0 <= m < width and counted[k, m]]
+        if not places: continue
+        weight = np.array([math.exp(-((k - i) ** 2 + (m - j) ** 2) / 4.5) for k, m in places])
+        weight /= weight.sum()
+        a, b = (np.array([image[place] for place in places]) for image in (x, y))
+        mean_a, mean_b = weight @ a, weight @ b
+        var_a, var_b, cov = weight @ (a - mean_a) ** 2, weight @ (b - mean_b) ** 2, weight @ ((a - mean_a) * (b - mean_b))
+        found[i, j] = (2 * mean_a * mean_b + 1e-4) * (2 * cov + 9e-4) / ((mean_a**2 + mean_b**2 + 1e-4) * (var_a + var_b + 9e-4))
+    return found
+
+
+def looped_criterion(logits: Tensor, labels: Tensor, classes: list[int], negative: bool) -> dict[str, float]:
+    "The criterion picture by picture and class by class, as published: pixels of no class are negatives or left out."
+    sums, pairs, masks = dict.fromkeys(MASK_LOSSES, 0.0), 0, logits.shape[0] * logits.shape[1]
+    for picture, label in zip(logits, labels.numpy(), strict=True):
+        counted = np.ones(label.shape, bool) if negative else np.isin(label, classes)
+        for score, value in zip(picture.numpy(), classes, strict=True):
+            mask = label == value
+            p = 1 / (1 + np.exp(-score))
+            right = np.where(mask, p, 1 - p)
+            focal = np.where(mask, 0.25, 0.75) * (1 - right) ** 2 * -np.log(right)
+            if counted.any():
+                sums["focal"] += focal[counted].mean()
+                unlike = (1 - looped_similarity(p, mask.astype(float), counted))[counted].mean()
+                sums["ssim of all"] += unlike / masks
+            if mask.any():
+                pairs += 1
+                sums["dice"] += 1 - (2 * p[mask].sum() + 1) / (p[counted].sum() + mask.sum() + 1)
+                sums["ssim"] += unlike
+    return {name: total if name == "ssim of all" else total / max(pairs, 1) for name, total in sums.items()}
+
+
+@settings(max_examples=12)
+@given(seed=seeds, height=st.integers(1, 9), width=st.integers(1, 13), negative=st.booleans(),
+       choices=st.sampled_from([CHOICES, (0, 1), (7, 254), (255,), (2, 255)]))
+def test_losses_of_masks_equal_the_criterion_in_loops_nothing_present_included(seed, height, width, negative, choices) -> None:
+    labels, logits, classes = random_labels(seed, 2, height, width, choices), 2 * random_normal(seed, 2, 3, height, width), [2, 0, 1]
+    targets, expected = class_targets(labels, classes, negative), looped_criterion(logits, labels, classes, negative)
+    for name, loss in MASK_LOSSES.items():
+        assert math.isclose(loss(logits, targets).item(), expected[name], rel_tol=1e-8, abs_tol=1e-12), name
+
+
+@pytest.mark.parametrize("shape", [(40, 37), (11, 12), (64, 16)])
+def test_ssim_equals_scikit_image_and_torchmetrics_away_from_the_border(shape: tuple[int, int]) -> None:
+    x, y = random_normal(0, 2, *shape).sigmoid(), (random_normal(1, 2, *shape) > 0.3).double()
+    ours = structural_similarity(x, y)
+    for p, q, found in zip(x.numpy(), y.numpy(), ours.numpy(), strict=True):
+        _, full = skimage_ssim(p, q, data_range=1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, full=True)
+        np.testing.assert_allclose(found[5:-5, 5:-5], full[5:-5, 5:-5], atol=1e-12)
+    options = dict(data_range=1.0, gaussian_kernel=True, sigma=1.5, kernel_size=11, reduction="none", return_full_image=True)
+    _, full = structural_similarity_index_measure(x[:, None], y[:, None], **options)
+    torch.testing.assert_close(ours[:, 5:-5, 5:-5], full[:, 0, 5:-5, 5:-5], rtol=0, atol=1e-6)
+
+
+def test_ssim_is_one_for_equal_maps_symmetric_and_within_bounds() -> None:
+    x, y, counted = random_normal(2, 3, 15, 9).sigmoid(), random_normal(3, 3, 15, 9).sigmoid(), random_normal(4, 3, 15, 9) > 0
+    for some in (None, counted):
+        torch.testing.assert_close(structural_similarity(x, x, some), torch.ones_like(x))
+        torch.testing.assert_close(structural_similarity(x, y, some), structural_similarity(y, x, some))
+        assert structural_similarity(x, y, some).abs().max() <= 1 + 1e-9
+    assert structural_similarity(x[:, :1, :1], y[:, :1, :1]).shape == (3, 1, 1) and structural_similarity(x[:0], y[:0]).shape == (0, 15, 9)
+
+
+def test_flat_maps_are_compared_by_their_level_alone() -> None:
+    p = torch.tensor([0.0, 0.01, 0.5])[:, None, None].expand(3, 20, 20)
+    torch.testing.assert_close(structural_similarity(p, torch.zeros(3, 20, 20)).mean((1, 2)), torch.tensor([1, 0.5, 1e-4 / 0.2501]), rtol=1e-3, atol=1e-6)
+
+
+# ---- pixels that are left out ---------------------------------------------------------------------------------------
+
+@mask_loss
+def test_what_is_left_out_has_neither_value_nor_gradient(loss) -> None:
+    labels, logits = random_labels(5, 2, 14, 12, CHOICES), random_normal(5, 2, 2, 14, 12).requires_grad_()
+    targets = class_targets(labels, [1, 2], ignored_as_negative=False)
+    loss(logits, targets).backward()
+    outside = ~targets.counted[:, None].expand_as(logits)
+    assert outside.any() and not logits.grad[outside].any() and logits.grad[~outside].any()
+    other = torch.where(outside, -3 * logits, logits)
+    torch.testing.assert_close(loss(other, targets), loss(logits, targets))
+
+
+@mask_loss
+def test_a_border_that_is_left_out_is_as_if_it_were_not_there(loss) -> None:
+    labels, logits = random_labels(6, 2, 9, 8, (1, 2)), random_normal(6, 2, 2, 9, 8)
+    padded = class_targets(F.pad(labels, (2, 3, 4, 0), value=255), [1, 2], ignored_as_negative=False)
+    torch.testing.assert_close(loss(F.pad(logits, (2, 3, 4, 0), value=5.0), padded), loss(logits, class_targets(labels, [1, 2])))
+
+
+@mask_loss
+@both_ways
+@pytest.mark.parametrize("value", [255, 254, 7])
+def test_without_any_class_nothing_is_nan_and_only_negatives_are_taught(loss, negative: bool, value: int) -> None:
+    logits = random_normal(7, 2, 3, 6, 5).requires_grad_()
+    result = loss(logits, class_targets(torch.full((2, 6, 5), value), [0, 1, 2], negative))
+    result.backward()
+    teaches = negative and loss in (focal_loss, MASK_LOSSES["ssim of all"])
+    assert (result > 0) == teaches and logits.grad.isfinite().all()
+    assert (logits.grad > 0).all() if teaches and loss is focal_loss else logits.grad.any() == teaches
+
+
+# ---- gradients, vocabulary, precision, size -------------------------------------------------------------------------
+
+@mask_loss
+@both_ways
+def test_losses_of_masks_have_right_gradients(loss, negative: bool) -> None:
+    targets = class_targets(random_labels(8, 2, 5, 4, CHOICES), [1, 0], negative)
+    assert targets.present.any()
+    assert torch.autograd.gradcheck(lambda x: loss(x, targets), random_normal(8, 2, 2, 3, 4).requires_grad_())
+
+
+def test_dice_and_ssim_of_present_masks_do_not_depend_on_what_else_is_asked_for() -> None:
+    labels, logits = random_labels(9, 2, 7, 7, (1, 2, 255)), random_normal(9, 2, 5, 7, 7)
+    few, many = class_targets(labels, [1, 2]), class_targets(labels, [1, 2, 3, 4, 5])
+    for loss in (dice_loss, ssim_loss): torch.testing.assert_close(loss(logits, many), loss(logits[:, :2], few))
+    assert focal_loss(logits, many) > focal_loss(logits[:, :2], few)  # false alarms of the others
+
+
+@mask_loss
+def test_the_order_of_classes_and_pictures_does_not_matter(loss) -> None:
+    labels, logits, order = random_labels(10, 3, 6, 6, CHOICES), random_normal(10, 3, 3, 6, 6), [2, 0, 1]
+    expected = loss(logits, class_targets(labels, [0, 1, 2]))
+    torch.testing.assert_close(loss(logits[:, order], class_targets(labels, order)), expected)
+    torch.testing.assert_close(loss(logits[order], class_targets(labels[order], [0, 1, 2])), expected)
+
+
+@mask_loss
+def test_masks_are_judged_in_float32_whatever_autocast_and_bfloat16_say(loss) -> None:
+    targets = class_targets(random_labels(11, 2, 24, 20, CHOICES), [0, 1, 2])
+    coarse = random_normal(11, 2, 3, 6, 5).float()
+    expected = loss(coarse, targets)
+    with torch.autocast("cpu", torch.bfloat16): torch.testing.assert_close(loss(coarse, targets), expected, rtol=0, atol=0)
+    low = loss(coarse.bfloat16(), targets)
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, expected, rtol=0.02, atol=1e-3)
+    torch.testing.assert_close(loss(F.interpolate(coarse, (24, 20), mode="bilinear", align_corners=False), targets), expected)
+
+
+@mask_loss
+def test_right_and_sure_masks_cost_nothing_and_extreme_ones_are_finite(loss) -> None:
+    targets = class_targets(random_labels(12, 2, 12, 12, (0, 1, 2)), [0, 1, 2])
+    sure = 2 * targets.masks.float() - 1
+    assert loss(30 * sure, targets) < 1e-3
+    for logits in (-1e4 * sure, 1e4 * sure):
+        logits.requires_grad_()
+        loss(logits, targets).backward()
+        assert logits.grad.isfinite().all()
+
+
+def test_all_terms_are_weighted_named_and_share_one_enlargement(monkeypatch) -> None:
+    labels, logits, classes = random_labels(13, 2, 16, 12, CHOICES), random_normal(13, 2, 3, 4, 3).float(), [0, 1, 2]
+    sizes, plain = [], F.interpolate
+    monkeypatch.setattr(F, "interpolate", lambda x, size, **o: sizes.append(tuple(size)) or plain(x, size, **o))
+    terms = mask_losses(logits, labels, classes, focal=20, dice=2, ssim=3, over="all")
+    assert sizes == [(16, 12)] and list(terms) == ["focal", "dice", "ssim"]
+    targets = class_targets(labels, classes)
+    for name, weight, value in (("focal", 20, focal_loss(logits, targets)), ("dice", 2, dice_loss(logits, targets)), ("ssim", 3, ssim_loss(logits, targets, "all"))):
+        torch.testing.assert_close(terms[name], weight * value)
+    usual = mask_losses(logits, labels, classes)
+    torch.testing.assert_close(usual, {"focal": 5 * terms["focal"], "dice": terms["dice"] / 2})
+    left_out = mask_losses(logits, labels, classes, ssim=1, ignored_as_negative=False)
+    torch.testing.assert_close(left_out["ssim"], ssim_loss(logits, class_targets(labels, classes, False)))
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"focal": 0, "dice": 0}, "above 0"), ({"ssim": -1}, "negative"), ({"ssim": 1, "over": "some"}, "over='some'"), ({"classes": [1, 2]}, "2 classes"),
+])
+def test_losses_of_masks_refuse_what_makes_no_sense(options: dict, message: str) -> None:
+    labels, logits = random_labels(0, 2, 4, 4), random_normal(0, 2, 3, 4, 4)
+    with pytest.raises(InputError, match=message): mask_losses(logits, labels, **{"classes": [0, 1, 2], **options})
+    with pytest.raises(InputError, match="1 label maps"): mask_losses(logits, labels[:1], [0, 1, 2])
+
+
+@pytest.mark.cuda
+@both_ways
+def test_losses_of_masks_on_a_device_equal_those_on_the_cpu(negative: bool) -> None:
+    labels, logits = random_labels(14, 2, 40, 36, CHOICES), random_normal(14, 2, 3, 10, 9).float()
+    options = dict(ssim=1.0, ignored_as_negative=negative)
+    expected = mask_losses(logits, labels, [0, 1, 2], **options)
+    for classes in ([0, 1, 2], torch.tensor([0, 1, 2]).cuda()):
+        found = mask_losses(logits.cuda(), labels.cuda(), classes, **options)
+        torch.testing.assert_close({name: value.cpu() for name, value in found.items()}, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_targets_name_their_parts() -> None:
+    assert MaskTargets._fields == ("masks", "present", "counted")
