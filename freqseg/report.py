@@ -408,7 +408,7 @@ def evaluate_run(
     Raises `InputError` as `evaluate_system` does, for a folder that cannot be written, and for a split without masks when there
     is nothing to save."""
     if not isinstance(data, SegmentationFolder): data = open_dataset(data, split, dataset=dataset)
-    if system.supervision == "masks" and data.listing.zero_shot is None: data = SegmentationFolder(zero_shot_view(data.listing, system.split))
+    if (split_of := getattr(system, "split", None)) and data.listing.zero_shot is None: data = SegmentationFolder(zero_shot_view(data.listing, split_of))
     for folder in (out, save_masks):
         if folder is not None: require_writable(folder)
     if any(data.listing.masks):

@@ -33,7 +33,7 @@ class ZegCLIPOptions:
     wording: str = "single"               # of a class name: "single", one sentence, or "scene", the mean of fifteen (COCO-Stuff)
     prompts: int = 10                     # learnable tokens in every block (COCO-Stuff: 100)
     prompt_dropout: float = .1            # of them
-    drop_path: float = .1                 # chance of the last block's branches to be left out in training, less before; 0 = never
+    drop_path: float = 0.                 # chance of the last block's branches to be left out in training, less before. ZegCLIP sets 0.1, but its blocks never use it
     spectral: str|None = None             # blocks with spectral prompts, "1-2" in SPT-SEG; None = without
     shared_filter: bool = True            # one spectral filter for all of them (SPT-SEG's code) or one each
     filter_init: str = "normal"           # of the filters: "normal", or "zero" as if they were not there
