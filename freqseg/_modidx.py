@@ -791,6 +791,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'freqseg.runs._comments': ('runs.html#_comments', 'freqseg/runs.py'),
                               'freqseg.runs._execute': ('runs.html#_execute', 'freqseg/runs.py'),
                               'freqseg.runs._failed': ('runs.html#_failed', 'freqseg/runs.py'),
+                              'freqseg.runs._finished': ('runs.html#_finished', 'freqseg/runs.py'),
                               'freqseg.runs._fits': ('runs.html#_fits', 'freqseg/runs.py'),
                               'freqseg.runs._parameters_source': ('runs.html#_parameters_source', 'freqseg/runs.py'),
                               'freqseg.runs._plain': ('runs.html#_plain', 'freqseg/runs.py'),
