@@ -43,7 +43,8 @@ def save_system(
 def checkpoint_path(path: str|Path) -> Path:
     "The file itself, or of a run's folder the best checkpoint, else the last. Raises `InputError` when there is none."
     path = Path(path)
-    if not path.is_dir(): return path
+    if path.is_file(): return path
+    if not path.exists(): raise InputError(f"there is no {path}: name the folder of a training, or a checkpoint in it.")
     for name in ("best.safetensors", "last.safetensors"):
         if (path/name).is_file(): return path/name
     raise InputError(f"{path} holds no checkpoint: there is neither best.safetensors nor last.safetensors. Is it the folder of a training?")

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -20,11 +20,12 @@ from torch import Tensor
 
 from .checkpoints import load_system, system_named, weights_title
 from .clip import Backbone, load_clip, usable_device
+from .crf import crf_settings, require_densecrf
 from .data import SegmentationFolder, TrainTransform, dataset_splits, open_dataset, read_ids, unknown_name
 from .evaluate import device_name
 from .files import InputError, atomic_write
 from .runs import Parameter, check_parameters, launched, parse_parameter
-from .segment import SystemReport, evaluate_system, software
+from .segment import Inference, SystemReport, evaluate_system, software
 from .systems.segmenter import Segmenter
 from .train import TrainResult, TrainSettings, fit, read_checkpoint
 from .world import SPLITS, write_world
@@ -32,7 +33,7 @@ from .world import SPLITS, write_world
 # %% ../nbs/57_experiment.ipynb #5161bf43
 @dataclass(frozen=True)
 class Preset:
-    "Everything an experiment needs to know that is not the system's own."
+    "Everything an experiment needs to know that is not the system's own. Raises `InputError` for a value that cannot be meant."
     data: str                                        # folder of the data set, or world for scenes drawn into the run's folder
     model: str = "ViT-B-16"                          # an open_clip ViT, world, or a saved model
     pretrained: str = "openai"                       # published weights, a weights file, or none for random ones
@@ -49,6 +50,13 @@ class Preset:
     crf: str|None = None                             # dense CRF after the network: "weclip", "toco", "clip_es"; None = without
     settings: TrainSettings = TrainSettings()
     options: Mapping[str, Any] = field(default_factory=dict)   # of the system
+
+    def __post_init__(self) -> None:
+        Inference(self.scales, self.flip, self.side)   # says what is wrong with them
+        if self.crf is not None: crf_settings(self.crf)
+        if self.crop < 1: raise InputError(f"crop={self.crop}: give the side of the crops in pixels, such as 320.")
+        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
+            raise InputError(f"scale={self.scale}: give the least and the largest factor of the random resize, such as 0.5,2.0.")
 
 VOC = Preset("", train_split="train_aug", settings=TrainSettings(30_000), crf="weclip")
 COCO = replace(VOC, train_split="train", settings=TrainSettings(80_000, validate_every=5000))
@@ -115,16 +123,29 @@ def _homes(system: str) -> dict[str, type]:
     "The dataclass that each kind of parameter is a field of."
     return dict(run=Plan, preset=Preset, schedule=TrainSettings, system=system_named(system).Options)
 
+def _hints(system: str) -> dict[str, Any]:
+    "The annotation of every parameter."
+    return {name: kind for home in _homes(system).values() for name, kind in get_type_hints(home).items()}
+
 def _stated(system: str, name: str, value: Any) -> Any:
     """A parameter's value; the text "none" is None where the annotation has None, and a word like any other where it is a text.
 
     Raises `InputError` for "none" where there must be a value."""
     if not isinstance(value, str) or value != "none": return value
-    kinds = {name: kind for home in _homes(system).values() for name, kind in get_type_hints(home).items()}
+    kinds = _hints(system)
     able = [name for name, kind in kinds.items() if type(None) in get_args(kind)]
     if name in able: return None
     if kinds[name] is str: return value
     raise InputError(f'{name}="none": it needs a value (None takes the preset\'s). Of {system}, these can do without one: {", ".join(able)}.')
+
+_OPTIONAL = {int: (int, "a whole number"), float: ((int, float), "a number"), str: (str, "a word"), tuple: ((tuple, list), "several values"), type(None): ((), '"none"')}
+
+def _require_kind(name: str, value: Any, hint: Any) -> None:
+    "Raise `InputError` for what a parameter that may be None cannot be; `check_parameters` knows the others by their defaults."
+    if value is None or type(None) not in get_args(hint): return
+    kinds = [_OPTIONAL[get_origin(kind) or kind] for kind in get_args(hint)]
+    if isinstance(value, bool) or not any(isinstance(value, types) for types, _ in kinds):
+        raise InputError(f"{name}={value!r}: give {' or '.join(words for _, words in kinds)}.")
 
 def plan(
     system: str,
@@ -137,6 +158,7 @@ def plan(
         if not any(name in names for names in known.values()): raise unknown_name(name, [n for names in known.values() for n in names], f"parameter of {system}")
     given = {name: _stated(system, name, value) for name, value in given.items()}
     check_parameters(parameter_defaults(system), {name: value for name, value in given.items() if value is not None})
+    for name, value in given.items(): _require_kind(name, value, _hints(system).get(name))
     preset = given.get("preset", "smoke")
     if preset not in PRESETS[system]: raise unknown_name(preset, PRESETS[system], "preset")
     pick = lambda kind: {name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if name in known[kind]}
@@ -144,7 +166,9 @@ def plan(
     chosen = replace(base, **pick("preset"), settings=replace(base.settings, **pick("schedule")))
     options = {**base.options, **pick("system")}
     if not chosen.data: raise InputError(f"preset {preset} needs the data: give data, the folder of the data set.")
-    return Plan(system, preset, chosen, options, Path(given.get("out") or f"runs/{system}"), given.get("device", "auto"), given.get("limit"), given)
+    if (limit := given.get("limit")) is not None and limit < 1: raise InputError(f"limit={limit}: report at least one picture, or leave it out for all.")
+    system_named(system).Options(**options)   # says what is wrong with them
+    return Plan(system, preset, chosen, options, Path(given.get("out") or f"runs/{system}"), given.get("device", "auto"), limit, given)
 
 # %% ../nbs/57_experiment.ipynb #e2f5e5e9
 def parameter_defaults(system: str) -> dict[str, Parameter]:
@@ -153,22 +177,23 @@ def parameter_defaults(system: str) -> dict[str, Parameter]:
     given = {f.name: None if f.default is MISSING else f.default for kind, home in homes.items() if kind != "run" for f in fields(home) if f.name in known[kind]}
     return {name: Parameter(name, default) for name, default in {**RUN, **given}.items()}
 
-def _parsed(parameter: Parameter, text: str) -> Any:
+def _parsed(parameter: Parameter, text: str, hint: Any) -> Any:
     "The value of one text; where several are wanted, one alone will do."
-    if not isinstance(parameter.default, tuple) or "," in text: return parse_parameter(parameter, text)
-    return parse_parameter(parameter, f"{text},")
+    if tuple[str, ...] in get_args(hint): return tuple(part.strip() for part in text.split(",") if part.strip())
+    value = parse_parameter(parameter, f"{text}," if isinstance(parameter.default, tuple) and "," not in text else text)
+    return (value,) if tuple[int, ...] in get_args(hint) and isinstance(value, int) else value
 
 def parse_parameters(
     system: str,
     pairs: Sequence[str],   # NAME=VALUE
 ) -> dict[str, Any]:
     "Values of parameters given as text. Raises `InputError` for an unknown name, naming the nearest, and for a text that means no value."
-    known, values = parameter_defaults(system), {}
+    known, hints, values = parameter_defaults(system), _hints(system), {}
     for pair in pairs:
         name, found, text = (part.strip() for part in pair.partition("="))
         if not found: raise InputError(f"-p {pair}: give a name and a value, such as -p iterations=500.")
         if name not in known: raise unknown_name(name, known, f"parameter of {system}")
-        values[name] = "none" if text == "none" else _parsed(known[name], text)
+        values[name] = "none" if text == "none" else _parsed(known[name], text, hints.get(name))
     return values
 
 # %% ../nbs/57_experiment.ipynb #1c404c13
@@ -261,9 +286,18 @@ class Experiment:
         c = self.plan.chosen
         return self.val if c.test_split == c.val_split else self.split(c.test_split, masks=True)
 
+    def check(self) -> None:
+        "Raise `InputError` for what would be missing hours later: pictures, masks, image labels, a background class, the CRF's package."
+        for pictures in (self.train, self.val, self.test): pictures.labels
+        if not self.train.listing.background:
+            raise InputError(f"{self.train.listing.dataset} has no background class, which pseudo-labels from image labels are cut from: "
+                             "these systems cannot be trained on it.")
+        if self.plan.chosen.crf is not None: require_densecrf()
+
     @cached_property
     def backbone(self) -> Backbone:
-        "The frozen CLIP."
+        "The frozen CLIP. It may be a download: whatever else is missing is said first."
+        self.check()
         c, device = self.plan.chosen, usable_device(self.plan.device)
         return load_clip(c.model, None if c.pretrained in ("", "none") else c.pretrained, normalise=c.colours, device=device)
 

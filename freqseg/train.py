@@ -221,7 +221,7 @@ def _stacked(drawn: list[_Drawn]) -> _Loaded:
 def _unreadable(bad: dict[str, str]) -> str:
     name, fault = next(reversed(bad.items()))
     if len(bad) > 1: return f"{len(bad)} pictures in a row cannot be read; the last is {name}: {fault}"
-    return f"picture {name}: {fault} To go on without such pictures, pass skip_bad=True."
+    return f"picture {name}: {fault} To go on without such pictures, pass skip_bad=True (on the command line --skip-bad)."
 
 # %% ../nbs/54_train.ipynb #be211e6e
 _MOMENTS = "optimiser/"
@@ -260,7 +260,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         state, config, classes = (json.loads(header[name]) for name in ("state", "config", "classes"))
     except FileNotFoundError as error: raise InputError(f"there is no checkpoint {path}.") from error
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise InputError(f"{path} is no checkpoint of a training, or damaged ({error}). Remove it to begin anew.") from error
+        raise InputError(f"{path} is no checkpoint of a training, or damaged ({error}).") from error
     moments: dict[int, dict[str, Tensor]] = {}
     for name in [name for name in tensors if name.startswith(_MOMENTS)]:
         number, kind = name.removeprefix(_MOMENTS).split("/")
@@ -742,10 +742,16 @@ def _open_folder(out: Path, described: dict[str, Any], system: Trainable, comman
         if (out/"last.safetensors").exists(): raise InputError(f"{out} holds a checkpoint but no run.json that says of what. Choose another out folder.")
         _claim(out, described, command)
     else: require_same_run(out, _read_run(out), described)
-    saved = read_checkpoint(out/"last.safetensors") if (out/"last.safetensors").exists() else None
+    saved = _last_checkpoint(out)
     _cut_log(out/"metrics.jsonl", saved.step if saved else 0)
     if saved: _complete_best(out, saved)
     return saved
+
+def _last_checkpoint(out: Path) -> Checkpoint | None:
+    "Where the run stands; None before its first step. Raises `InputError` for a damaged file."
+    if not (out/"last.safetensors").exists(): return None
+    try: return read_checkpoint(out/"last.safetensors")
+    except InputError as error: raise InputError(f"{error} To begin anew, remove it or choose another out folder.") from error
 
 def _claim(out: Path, described: dict[str, Any], command: str) -> None:
     "Write run.json: what the run is, and where it came from."

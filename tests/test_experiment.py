@@ -1,7 +1,7 @@
 """Experiments: presets, flat parameters, one small training from end to end."""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -50,6 +50,41 @@ def test_wrong_parameters_are_named() -> None:
     with pytest.raises(InputError, match="'vok'.*voc"): plan("dfa", dict(preset="vok"))
     with pytest.raises(InputError, match="'dafne'"): plan("dafne", {})
     with pytest.raises(InputError, match="preset voc needs the data"): plan("dfa", dict(preset="voc"))
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    (dict(side="abc"), "side='abc': give a whole number or \"none\""), (dict(side=1.5), "side=1.5"), (dict(side=True), "side=True"), (dict(side=0), "side=0"),
+    (dict(limit="few"), "limit='few'"), (dict(limit=0), "limit=0"), (dict(background="sky"), "background='sky': give several values"),
+    (dict(temperature="hot"), "temperature='hot': give a number"), (dict(crf="weklip"), "CRF preset 'weklip': use one of weclip"), (dict(crop=0), "crop=0"),
+    (dict(scale=[1.0]), "scale=.*least and the largest"), (dict(scale=[2.0, 1.0]), "scale="), (dict(scales=[0.0]), "scales="), (dict(maps="cam"), "maps='cam'"),
+    (dict(score="best"), "score='best'"), (dict(combine="mean"), "combine='mean'")])
+def test_values_that_would_fail_hours_later_are_refused_by_the_plan(values: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message): plan("dfa", values)
+
+
+@pytest.mark.parametrize("system", ["weclip", "wtclip"])
+def test_an_average_over_no_block_is_refused(system: str) -> None:
+    with pytest.raises(InputError, match="early_layers=0"): plan(system, dict(early_layers=0))
+
+
+@pytest.mark.parametrize("lacking", ["folder", "val", "mask", "label", "background", "crf"])
+def test_what_is_missing_is_said_before_clip_is_loaded(lacking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = draw_scenes(tmp_path / "world", (2, 2, 2))
+    given = dict(preset="smoke", data=str(folder), out=str(tmp_path / "run"))
+    if lacking == "folder": given["data"], message = str(tmp_path / "nowhere"), "nowhere"
+    elif lacking == "val": (folder / "ImageSets" / "Segmentation" / "val.txt").unlink(); message = "no list of split 'val'"
+    elif lacking == "mask": next((folder / "SegmentationClass").glob("test_*")).unlink(); message = "mask"
+    elif lacking == "label": (folder / "labels.txt").unlink(); message = "labels.txt"
+    elif lacking == "background": message = "no background class"
+    else: given["crf"], message = "weclip", "pydensecrf2"
+    def no_clip(*_: object, **__: object) -> None: raise AssertionError("CLIP was loaded")
+    def no_crf() -> None: raise InputError("install pydensecrf2")
+    monkeypatch.setattr("freqseg.experiment.load_clip", no_clip)
+    if lacking == "crf": monkeypatch.setattr("freqseg.experiment.require_densecrf", no_crf)
+    run = experiment("dfa", given)
+    if lacking == "background": run.train.listing = replace(run.train.listing, background=False)
+    with pytest.raises(InputError, match=message): run.record
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("system", "name", "preset"), [("dfa", "window", "smoke"), ("dfa", "box", "smoke"), ("weclip", "box", "coco"), ("wtclip", "box", "voc"),

@@ -756,7 +756,7 @@ def test_other_errors_of_a_system_come_through_unchanged(pictures: object, tmp_p
 @pytest.mark.parametrize("workers", [0, 2])
 def test_one_bad_picture_stops_the_run_and_is_named(workers: int, damaged: tuple, tmp_path: Path) -> None:
     pictures, bad = damaged
-    with pytest.raises(InputError, match=f"^picture {bad}: .*cannot be decoded.*skip_bad=True.$"):
+    with pytest.raises(InputError, match=f"^picture {bad}: .*cannot be decoded.*skip_bad=True .*--skip-bad..$"):
         fit(toy(pictures), pictures, tmp_path / "run", changed(workers=workers))
 
 
