@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['VOC', 'COCO', 'WORLD', 'SMOKE', 'PRESETS', 'RUN', 'Preset', 'Plan', 'known_parameters', 'plan', 'parameter_defaults',
-           'parse_parameters', 'field_comments', 'parameters_cell', 'draw_scenes', 'Experiment', 'experiment']
+           'parse_parameters', 'field_comments', 'parameters_cell', 'draw_scenes', 'first_readable', 'Experiment',
+           'experiment']
 
 # %% ../nbs/57_experiment.ipynb #f5cd684f
 import inspect, json, re, shlex, shutil, time
@@ -18,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checkpoints import load_system, system_named, weights_title
+from .checkpoints import left_out, load_system, system_named, training_title, weights_title
 from .clip import Backbone, load_clip, usable_device
 from .crf import crf_settings, require_densecrf
-from .data import SegmentationFolder, TrainTransform, dataset_splits, open_dataset, read_ids, unknown_name
+from .data import Sample, SegmentationFolder, TrainTransform, dataset_splits, open_dataset, read_ids, unknown_name
 from .evaluate import device_name
 from .files import InputError, atomic_write
 from .runs import Parameter, check_parameters, launched, parse_parameter
@@ -238,6 +239,20 @@ def draw_scenes(
     partial.rename(folder)
     return folder
 
+# %% ../nbs/57_experiment.ipynb #8e3b7a91
+def first_readable(
+    pictures: SegmentationFolder,
+    count: int,                     # at most so many
+) -> list[Sample]:
+    "The first pictures that can be read: whoever only looks does not stop at a damaged one. Raises `InputError` when none can be."
+    found, faults = [], []
+    for index in range(len(pictures)):
+        if len(found) == count: break
+        try: found.append(pictures[index])
+        except InputError as error: faults.append(error)
+    if not found: raise faults[0]
+    return found
+
 # %% ../nbs/57_experiment.ipynb #75eb2713
 class Experiment:
     """One training and its evaluation. Everything is opened when first used, and what was trained already is not trained again.
@@ -319,6 +334,14 @@ class Experiment:
         "The training: begun, continued, or already done."
         return fit(self.system, self.train, self.plan.out, self._settings(), self.val, snapshot=self._snapshot, identity=self.identity)
 
+    @property
+    def outcome(self) -> str:
+        "How the training went, in a sentence."
+        r, split = self.result, self.val.listing.split
+        best = f"best mIoU on {split} {100*r.best['miou']:.1f} at step {r.best['step']}" if r.best else f"no mIoU on {split}"
+        went_on = f", gone on from step {r.resumed}" if r.resumed else ""
+        return f"{len(r.history)} lines of losses{went_on}, {best}" + (f", {left_out(r.skipped)}" if r.skipped else "")
+
     def _settings(self) -> TrainSettings:
         "The schedule as this process can keep it: what many devices have trained, one can show, with as many pictures a step."
         settings, device = self.plan.chosen.settings, self.plan.device
@@ -335,8 +358,8 @@ class Experiment:
     def _snapshot(self, system: Segmenter, step: int) -> dict[str, np.ndarray]:
         "Activation maps and labels of the first validation pictures, to be looked at later."
         found = {}
-        for index in range(min(4, len(self.val))):
-            sample, present = self.val[index], self.val.labels[index:index + 1].to(self.backbone.device)
+        for index, sample in enumerate(first_readable(self.val, 4)):
+            present = sample.labels[None].to(self.backbone.device)
             images = self.backbone.preprocess([sample.image], self.plan.chosen.crop).to(self.backbone.device)
             found |= {f"cam_{index}": system.cam(images, present)[0, present[0]].half().cpu().numpy(),
                       f"labels_{index}": system.predict(images)[0].argmax(0).byte().cpu().numpy()}
@@ -354,7 +377,8 @@ class Experiment:
         c = self.plan.chosen
         return evaluate_system(self.trained, self.test, scales=c.scales, flip=c.flip, side=c.side, crf=c.crf, limit=self.plan.limit,
                                threshold_split=None if c.test_split == c.val_split else self.val, bands=.25, batch=c.settings.batch,
-                               workers=c.settings.workers, skip_bad=c.settings.skip_bad, weights=weights_title(self.trained), command=self.plan.command)
+                               workers=c.settings.workers, skip_bad=c.settings.skip_bad, weights=weights_title(self.trained),
+                               training=training_title(self.result.out), command=self.plan.command)
 
     def save(self) -> Path:
         "Write metrics.json: figures, parameters, what they depend on, steps and time. Gives its path."

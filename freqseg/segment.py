@@ -793,6 +793,7 @@ class SystemReport:
     software: dict[str, str]
     seconds: dict[str, float]              # by part, and "in all"
     weights: str = ""                      # where the weights come from, in words
+    training: str = ""                     # how far the system was trained, in words
     command: str = ""                      # how to make the report again
     level: float = 0.95                    # of the intervals
 
@@ -808,7 +809,7 @@ class SystemReport:
     def as_dict(self) -> dict[str, Any]:
         "Everything but pictures, as plain values; NaN becomes None."
         told = {name: getattr(self, name) for name in ("system", "dataset", "split", "threshold_split", "world", "images", "device", "software",
-                                                       "settings", "config", "weights", "command", "level")}
+                                                       "settings", "config", "weights", "training", "command", "level")}
         gallery = {side: [{"id": one.id, "miou": one.miou} for one in getattr(self, side)] for side in ("best", "worst")}
         return {**told, "names": list(self.names), "skipped": list(self.skipped), "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
                 "figures": {name: figure.as_dict(self.names) for name, figure in self.figures.items()}, **gallery}
@@ -948,7 +949,7 @@ def evaluate_system(
     samples: int = 1000,                                      # of the bootstrap
     seed: int = 0,                                            # of the bootstrap
     progress: bool = True,
-    weights: str = "", command: str = "",                     # for the report
+    weights: str = "", training: str = "", command: str = "", # for the report
 ) -> SystemReport:
     """Seed, mask and seg of a system in one pass over a data set: mIoU, boundary IoU and trimap with intervals, classes, confusions, examples.
 
@@ -966,7 +967,8 @@ def evaluate_system(
         if save_masks is not None: write_mask(mask_path(save_masks, item.picture.id), _main_labels(item, tally.main))
     scored = _scored(job, tally, dataset, tuning, limit, samples, seed)
     seconds = {**job.watch.seconds, "in all": time.perf_counter() - begin}
-    return _report(job, tally, dataset, tuning, figures=scored, settings=_told_settings(job, crf, tally.seeds, limit), seconds=seconds, weights=weights, command=command)
+    return _report(job, tally, dataset, tuning, figures=scored, settings=_told_settings(job, crf, tally.seeds, limit), seconds=seconds,
+                   weights=weights, training=training, command=command)
 
 def _report(job: Job, tally: _Tally, dataset: SegmentationFolder, tuning: SegmentationFolder | None, **found: Any) -> SystemReport:
     "The report, with what the job and the data set say of themselves."

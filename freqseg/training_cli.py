@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import InputError
-from .terminal import aligned, count, frequency, interruptible, numbers, positive
+from .terminal import aligned, count, frequency, interruptible, numbers, positive, tell
 
 # %% ../nbs/66_training_cli.ipynb #98e56e1e
 def training_notebook(system: str) -> Path:
@@ -67,6 +67,15 @@ def _meeting(args: argparse.Namespace, nodes: int) -> dict[str, Any]:
     "How several machines find one another."
     return dict(nodes=nodes, node_rank=args.node_rank, rendezvous=args.rendezvous)
 
+def _tell_where_it_stands(args: argparse.Namespace, parameters: dict[str, Any]) -> None:
+    "Say at which step a training that was begun goes on."
+    from freqseg.experiment import plan
+    from freqseg.train import read_checkpoint
+    last, steps = args.out/"last.safetensors", plan(args.system, parameters).chosen.settings.iterations
+    if not last.exists(): return
+    step = read_checkpoint(last).step
+    tell(f"{args.out} goes on at step {step:,} of {steps:,}" if step < steps else f"all {step:,} steps of {args.out} are done: its figures and report are made again")
+
 def train_command(args: argparse.Namespace) -> int:
     "Train a system: run its notebook with parameters. The executed notebook, metrics.json, report and checkpoints are in --out."
     from freqseg.runs import launch, launched, run_notebook
@@ -74,6 +83,7 @@ def train_command(args: argparse.Namespace) -> int:
     args.out = Path(args.out or f"runs/{args.system}")
     if launched(): return _train_here(args, parameters)
     _check(args, parameters)
+    _tell_where_it_stands(args, parameters)
     devices, nodes = _processes(parameters)
     if devices*nodes > 1:
         status = launch(args.words, devices, **_meeting(args, nodes))
@@ -105,7 +115,7 @@ def _data_of(args: argparse.Namespace) -> tuple[Path, str]:
 def evaluate_command(args: argparse.Namespace) -> int:
     "Seed, mask and seg figures of a trained system on a data set, with report, and masks in VOC's colours if asked for."
     import shlex
-    from freqseg.checkpoints import checkpoint_path, load_system, weights_title
+    from freqseg.checkpoints import checkpoint_path, load_system, training_title, weights_title
     from freqseg.clip import usable_device
     from freqseg.data import open_dataset
     from freqseg.report import evaluate_run
@@ -114,7 +124,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
     out = Path(args.out) if args.out else weights.parent/f"evaluation-{split}"
     system = load_system(weights, device=usable_device(args.device), classes=pictures.classes)
     options = {name: getattr(args, name) for name in ("scales", "flip", "side", "crf", "bands", "limit", "batch", "workers", "precision", "skip_bad", "threshold_split")}
-    report = interruptible(lambda: evaluate_run(system, pictures, out, save_masks=args.save_masks, weights=weights_title(system),
+    report = interruptible(lambda: evaluate_run(system, pictures, out, save_masks=args.save_masks, weights=weights_title(system), training=training_title(weights),
                                                  command=shlex.join(["freqseg", *args.words]), **options))
     if report is None: print(f"{split} has no masks to score against; the system's masks are in {args.save_masks}")
     else: print(figures_table(out), *_made(out, ("report.html", "report.md", "report.json")), sep="\n")

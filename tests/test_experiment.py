@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 
 from freqseg.checkpoints import SYSTEMS
-from freqseg.experiment import PRESETS, RUN, Preset, draw_scenes, experiment, field_comments, known_parameters, parameters_cell, plan
+from freqseg.experiment import (PRESETS, RUN, Preset, draw_scenes, experiment, field_comments, first_readable, known_parameters, parameters_cell,
+                                plan)
+from freqseg.data import open_folder
 from freqseg.files import InputError
+from freqseg.report import markdown
 from freqseg.runs import notebook_parameters
 from freqseg.train import TrainSettings
 
@@ -151,6 +154,32 @@ def test_scenes_are_drawn_once_and_never_mistaken_for_others(tmp_path: Path) -> 
     assert not (draw_scenes(tmp_path / "other", (1, 1, 1)) / "rest").exists()
 
 
+def test_who_only_looks_is_shown_the_pictures_that_can_be_read(tmp_path: Path) -> None:
+    folder = draw_scenes(tmp_path / "world", (4, 1, 1))
+    pictures = open_folder(folder, "train")
+    for index in (0, 2): Path(pictures.listing.images[index]).write_bytes(b"broken")
+    assert [sample.id for sample in first_readable(pictures, 6)] == [pictures.ids[1], pictures.ids[3]]
+    assert [sample.id for sample in first_readable(pictures, 1)] == [pictures.ids[1]]
+    for path in pictures.listing.images: Path(path).write_bytes(b"broken")
+    with pytest.raises(InputError, match="cannot be decoded"): first_readable(pictures, 6)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:no training picture", "ignore:skipped picture", "ignore:validation without picture")
+def test_a_training_without_damaged_pictures_says_so(tmp_path: Path) -> None:
+    folder = draw_scenes(tmp_path / "world", (4, 3, 2))
+    bad = {split: open_folder(folder, split).listing.images[0] for split in ("train", "val")}
+    for path in bad.values(): Path(path).write_bytes(b"broken")
+    run = experiment("weclip", dict(data=str(folder), out=str(tmp_path / "run"), iterations=3, par_iterations=2, skip_bad=True))
+    name = Path(bad["train"]).stem
+    assert len(first_readable(run.train, 6)) == 3
+    assert f"without 1 picture that could not be read ({name})" in run.outcome
+    told = json.loads(run.save().read_text())
+    assert list(told["skipped"]) == [name] and name in told["report"]["training"] and told["report"]["training"].startswith("step 3, best.safetensors")
+    assert f"- training: {told['report']['training']}" in markdown(run.report)
+    assert any(Path(bad["val"]).name in text for text in told["report"]["skipped"])
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:no training picture")
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -161,5 +190,6 @@ def test_a_smoke_training_trains_resumes_and_reports(system: str, tmp_path: Path
     assert any((tmp_path / "snapshots").iterdir())
     told = json.loads(run.save().read_text())
     assert told["system"] == system and set(told["report"]["figures"]) >= {"seed", "mask", "seg"} and told["best"]["miou"] >= 0
-    assert experiment(system, parameters).result.resumed == 3
+    again = experiment(system, parameters)
+    assert again.result.resumed == 3 and "gone on from step 3, best mIoU on val" in again.outcome
     with pytest.raises(InputError, match="crop"): experiment(system, {**parameters, "crop": 96}).result

@@ -99,7 +99,8 @@ def test_the_same_command_does_not_train_twice(run: Path, capsys: pytest.Capture
     before = (run / "last.safetensors").stat().st_mtime_ns
     assert main(["train", "weclip", "--device", "cpu", "--out", str(run), *FEW]) == 0
     assert (run / "last.safetensors").stat().st_mtime_ns == before
-    assert "  seg       network output" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "  seg       network output" in said.out and "all 4 steps" in said.err and "are done" in said.err
 
 
 @pytest.mark.slow
