@@ -20,7 +20,7 @@ from .files import InputError
 from .memory import keep_memory
 
 # %% auto #0
-__all__ = ['CRF_PRESETS', 'CRFSettings', 'crf_settings', 'crf_image', 'dense_crf']
+__all__ = ['CRF_PRESETS', 'CRFSettings', 'require_densecrf', 'crf_settings', 'crf_image', 'dense_crf']
 
 # %% ../nbs/31_crf.ipynb #a8e80be3
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ CRF_PRESETS = {  # read from the evaluation code that accompanies each paper
 }
 
 # %% ../nbs/31_crf.ipynb #6b65d7b4
-def _densecrf():
+def require_densecrf():
     "The `pydensecrf.densecrf` module. Raises `InputError` saying what to install when it is absent."
     try: import pydensecrf.densecrf as densecrf
     except ImportError as error:
@@ -67,7 +67,7 @@ def crf_image(
     Probabilities below 1e-5 count as 1e-5. Raises `InputError` when pydensecrf is missing or for an unknown preset."""
     settings, (classes, height, width) = crf_settings(preset), probs.shape
     unary = -np.log(np.clip(probs, 1e-5, 1, dtype=np.float32)).reshape(classes, -1)
-    field = _densecrf().DenseCRF2D(width, height, classes)
+    field = require_densecrf().DenseCRF2D(width, height, classes)
     field.setUnaryEnergy(np.ascontiguousarray(unary))
     field.addPairwiseGaussian(sxy=settings.gaussian_sxy, compat=settings.gaussian_compat)
     # PIL hands out read-only arrays, which the compiled code refuses: "W" copies those.
@@ -242,7 +242,7 @@ def dense_crf(
     probabilities do not fit it; `RuntimeError` when a process dies."""
     settings, workers = crf_settings(preset), _available_cores() if workers is None else workers
     if workers < 1: raise InputError(f"workers must be at least 1, got {workers}")
-    _densecrf()
+    require_densecrf()
     pairs, total = _crf_pairs(images, probs), len(images) if hasattr(images, "__len__") else None
     if total is not None: workers = min(workers, total)
     if workers > 1: results = _crf_pool(pairs, settings, labels, workers)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['VOC', 'COCO', 'WORLD', 'SMOKE', 'PRESETS', 'RUN', 'Preset', 'Plan', 'known_parameters', 'plan', 'parameter_defaults',
-           'parse_parameters', 'field_comments', 'parameters_cell', 'draw_scenes', 'Experiment', 'experiment']
+           'parse_parameters', 'field_comments', 'parameters_cell', 'draw_scenes', 'first_readable', 'Experiment',
+           'experiment']
 
 # %% ../nbs/57_experiment.ipynb #f5cd684f
 import inspect, json, re, shlex, shutil, time
@@ -12,15 +13,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .checkpoints import load_system, system_named, weights_title
+from .checkpoints import left_out, load_system, system_named, training_title, weights_title
 from .clip import Backbone, load_clip, usable_device
-from .data import (IGNORE, UNLABELLED, SegmentationFolder, TrainTransform, ZeroShotSplit, dataset_splits, list_dataset, read_ids, thinned,
+from .crf import crf_settings, require_densecrf
+from .data import (IGNORE, UNLABELLED, Sample, SegmentationFolder, TrainTransform, ZeroShotSplit, dataset_splits, list_dataset, read_ids, thinned,
                           unknown_name, zero_shot_view)
 from .evaluate import device_name
 from .files import InputError, atomic_write
@@ -34,7 +36,7 @@ from .world import SPLITS, write_world
 # %% ../nbs/57_experiment.ipynb #5161bf43
 @dataclass(frozen=True)
 class Preset:
-    "Everything an experiment needs to know that is not the system's own."
+    "Everything an experiment needs to know that is not the system's own. Raises `InputError` for a value that cannot be meant."
     data: str                                        # folder of the data set, or world for scenes drawn into the run's folder
     model: str = "ViT-B-16"                          # an open_clip ViT, world, or a saved model
     pretrained: str = "openai"                       # published weights, a weights file, or none for random ones
@@ -58,6 +60,13 @@ class Preset:
     crf: str|None = None                             # dense CRF after the network: "weclip", "toco", "clip_es"; None = without
     settings: TrainSettings = TrainSettings()
     options: Mapping[str, Any] = field(default_factory=dict)   # of the system
+
+    def __post_init__(self) -> None:
+        Inference(self.scales, self.flip, self.side, self.short, self.average, self.slide, self.slide_step)   # says what is wrong with them
+        if self.crf is not None: crf_settings(self.crf)
+        if self.crop < 1: raise InputError(f"crop={self.crop}: give the side of the crops in pixels, such as 320.")
+        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
+            raise InputError(f"scale={self.scale}: give the least and the largest factor of the random resize, such as 0.5,2.0.")
 
 VOC = Preset("", train_split="train_aug", settings=TrainSettings(30_000), crf="weclip")
 COCO = replace(VOC, train_split="train", settings=TrainSettings(80_000, validate_every=5000))
@@ -142,16 +151,29 @@ def _homes(system: str) -> dict[str, type]:
     "The dataclass that each kind of parameter is a field of."
     return dict(run=Plan, preset=Preset, schedule=TrainSettings, system=system_named(system).Options)
 
+def _hints(system: str) -> dict[str, Any]:
+    "The annotation of every parameter."
+    return {name: kind for home in _homes(system).values() for name, kind in get_type_hints(home).items()}
+
 def _stated(system: str, name: str, value: Any) -> Any:
     """A parameter's value; the text "none" is None where the annotation has None, and a word like any other where it is a text.
 
     Raises `InputError` for "none" where there must be a value."""
     if not isinstance(value, str) or value != "none": return value
-    kinds = {name: kind for home in _homes(system).values() for name, kind in get_type_hints(home).items()}
+    kinds = _hints(system)
     able = [name for name, kind in kinds.items() if type(None) in get_args(kind)]
     if name in able: return None
     if kinds[name] is str: return value
     raise InputError(f'{name}="none": it needs a value (None takes the preset\'s). Of {system}, these can do without one: {", ".join(able)}.')
+
+_OPTIONAL = {int: (int, "a whole number"), float: ((int, float), "a number"), str: (str, "a word"), tuple: ((tuple, list), "several values"), type(None): ((), '"none"')}
+
+def _require_kind(name: str, value: Any, hint: Any) -> None:
+    "Raise `InputError` for what a parameter that may be None cannot be; `check_parameters` knows the others by their defaults."
+    if value is None or type(None) not in get_args(hint): return
+    kinds = [_OPTIONAL[get_origin(kind) or kind] for kind in get_args(hint)]
+    if isinstance(value, bool) or not any(isinstance(value, types) for types, _ in kinds):
+        raise InputError(f"{name}={value!r}: give {' or '.join(words for _, words in kinds)}.")
 
 def plan(
     system: str,
@@ -164,6 +186,7 @@ def plan(
         if not any(name in names for names in known.values()): raise unknown_name(name, [n for names in known.values() for n in names], f"parameter of {system}")
     given = {name: _stated(system, name, value) for name, value in given.items()}
     check_parameters(parameter_defaults(system), {name: value for name, value in given.items() if value is not None})
+    for name, value in given.items(): _require_kind(name, value, _hints(system).get(name))
     preset = given.get("preset", "smoke")
     if preset not in PRESETS[system]: raise unknown_name(preset, PRESETS[system], "preset")
     pick = lambda kind: {name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if name in known[kind]}
@@ -171,7 +194,9 @@ def plan(
     chosen = replace(base, **pick("preset"), settings=replace(base.settings, **pick("schedule")))
     options = {**base.options, **pick("system")}
     if not chosen.data: raise InputError(f"preset {preset} needs the data: give data, the folder of the data set.")
-    return Plan(system, preset, chosen, options, Path(given.get("out") or f"runs/{system}"), given.get("device", "auto"), given.get("limit"), given)
+    if (limit := given.get("limit")) is not None and limit < 1: raise InputError(f"limit={limit}: report at least one picture, or leave it out for all.")
+    system_named(system).Options(**options)   # says what is wrong with them
+    return Plan(system, preset, chosen, options, Path(given.get("out") or f"runs/{system}"), given.get("device", "auto"), limit, given)
 
 # %% ../nbs/57_experiment.ipynb #e2f5e5e9
 def parameter_defaults(system: str) -> dict[str, Parameter]:
@@ -180,22 +205,23 @@ def parameter_defaults(system: str) -> dict[str, Parameter]:
     given = {f.name: None if f.default is MISSING else f.default for kind, home in homes.items() if kind != "run" for f in fields(home) if f.name in known[kind]}
     return {name: Parameter(name, default) for name, default in {**RUN, **given}.items()}
 
-def _parsed(parameter: Parameter, text: str) -> Any:
+def _parsed(parameter: Parameter, text: str, hint: Any) -> Any:
     "The value of one text; where several are wanted, one alone will do."
-    if not isinstance(parameter.default, tuple) or "," in text: return parse_parameter(parameter, text)
-    return parse_parameter(parameter, f"{text},")
+    if tuple[str, ...] in get_args(hint): return tuple(part.strip() for part in text.split(",") if part.strip())
+    value = parse_parameter(parameter, f"{text}," if isinstance(parameter.default, tuple) and "," not in text else text)
+    return (value,) if tuple[int, ...] in get_args(hint) and isinstance(value, int) else value
 
 def parse_parameters(
     system: str,
     pairs: Sequence[str],   # NAME=VALUE
 ) -> dict[str, Any]:
     "Values of parameters given as text. Raises `InputError` for an unknown name, naming the nearest, and for a text that means no value."
-    known, values = parameter_defaults(system), {}
+    known, hints, values = parameter_defaults(system), _hints(system), {}
     for pair in pairs:
         name, found, text = (part.strip() for part in pair.partition("="))
         if not found: raise InputError(f"-p {pair}: give a name and a value, such as -p iterations=500.")
         if name not in known: raise unknown_name(name, known, f"parameter of {system}")
-        values[name] = "none" if text == "none" else _parsed(known[name], text)
+        values[name] = "none" if text == "none" else _parsed(known[name], text, hints.get(name))
     return values
 
 # %% ../nbs/57_experiment.ipynb #1c404c13
@@ -240,6 +266,20 @@ def draw_scenes(
     write_world(str(partial), **counts)
     partial.rename(folder)
     return folder
+
+# %% ../nbs/57_experiment.ipynb #8e3b7a91
+def first_readable(
+    pictures: SegmentationFolder,
+    count: int,                     # at most so many
+) -> list[Sample]:
+    "The first pictures that can be read: whoever only looks does not stop at a damaged one. Raises `InputError` when none can be."
+    found, faults = [], []
+    for index in range(len(pictures)):
+        if len(found) == count: break
+        try: found.append(pictures[index])
+        except InputError as error: faults.append(error)
+    if not found: raise faults[0]
+    return found
 
 # %% ../nbs/57_experiment.ipynb #75eb2713
 class Experiment:
@@ -307,9 +347,23 @@ class Experiment:
         c = self.plan.chosen
         return self.val if c.test_split == c.val_split and self.zero_shot is None else self.split(c.test_split)
 
+    def check(self) -> None:
+        "Raise `InputError` for what would be missing hours later: pictures, masks, image labels, a background class, the CRF's package."
+        if self.plan.chosen.crf is not None: require_densecrf()
+        if self.zero_shot is not None: return self._check_masks()
+        for pictures in (self.train, self.val, self.test): pictures.labels
+        if not self.train.listing.background:
+            raise InputError(f"{self.train.listing.dataset} has no background class, which pseudo-labels from image labels are cut from: "
+                             "these systems cannot be trained on it.")
+
+    def _check_masks(self) -> None:
+        "Every picture of a zero-shot experiment has its mask: opening the splits says so."
+        for pictures in (self.train, self.val, self.test): pictures.ids
+
     @cached_property
     def backbone(self) -> Backbone:
-        "The frozen CLIP."
+        "The frozen CLIP. It may be a download: whatever else is missing is said first."
+        self.check()
         c, device = self.plan.chosen, usable_device(self.plan.device)
         return load_clip(c.model, None if c.pretrained in ("", "none") else c.pretrained, normalise=c.colours, device=device)
 
@@ -332,6 +386,14 @@ class Experiment:
         "The training: begun, continued, or already done."
         return fit(self.system, self.train, self.plan.out, self._settings(), self.val, None if self.zero_shot is None else self._seen_scores,
                    self._snapshot, self.identity)
+
+    @property
+    def outcome(self) -> str:
+        "How the training went, in a sentence."
+        r, split = self.result, self.val.listing.split
+        best = f"best mIoU on {split} {100*r.best['miou']:.1f} at step {r.best['step']}" if r.best else f"no mIoU on {split}"
+        went_on = f", gone on from step {r.resumed}" if r.resumed else ""
+        return f"{len(r.history)} lines of losses{went_on}, {best}" + (f", {left_out(r.skipped)}" if r.skipped else "")
 
     def _settings(self) -> TrainSettings:
         "The schedule as this process can keep it: what many devices have trained, one can show, with as many pictures a step."
@@ -361,12 +423,11 @@ class Experiment:
     def _snapshot(self, system: System, step: int) -> dict[str, np.ndarray]:
         "Activation maps, where there are any, and labels of the first validation pictures, to be looked at later."
         found = {}
-        for index in range(min(4, len(self.val))):
-            sample = self.val[index]
+        for index, sample in enumerate(first_readable(self.val, 4)):
             images = self.backbone.preprocess([sample.image], self.plan.chosen.crop).to(self.backbone.device)
             found[f"labels_{index}"] = system.predict(images)[0].argmax(0).byte().cpu().numpy()
             if self.zero_shot is not None: continue
-            present = self.val.labels[index:index + 1].to(self.backbone.device)
+            present = sample.labels[None].to(self.backbone.device)
             found[f"cam_{index}"] = system.cam(images, present)[0, present[0]].half().cpu().numpy()
         return found
 
@@ -382,7 +443,8 @@ class Experiment:
         c = self.plan.chosen
         own = dict(figures=("seg",)) if self.zero_shot else dict(threshold_split=None if c.test_split == c.val_split else self.val)
         return evaluate_system(self.trained, self.test, inference=self.inference, crf=c.crf, limit=self.plan.limit, bands=.25, **own,
-                               workers=c.settings.workers, skip_bad=c.settings.skip_bad, weights=weights_title(self.trained), command=self.plan.command)
+                               workers=c.settings.workers, skip_bad=c.settings.skip_bad, weights=weights_title(self.trained),
+                               training=training_title(self.result.out), command=self.plan.command)
 
     def save(self) -> Path:
         "Write metrics.json: figures, parameters, what they depend on, steps and time. Gives its path."

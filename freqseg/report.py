@@ -82,7 +82,7 @@ def _conditions(report: SystemReport) -> dict[str, str]:
     "What a reader needs to get the same report again."
     whole = report.seconds["in all"]
     parts = ", ".join(f"{name} {value:.1f} s" for name, value in report.seconds.items() if name != "in all")
-    told = {"system": report.system, "weights": report.weights, "data": provenance(report), "command": report.command, "device": report.device,
+    told = {"system": report.system, "weights": report.weights, "training": report.training, "data": provenance(report), "command": report.command, "device": report.device,
             "software": ", ".join(f"{name} {text}" for name, text in report.software.items()),
             "time": f"{whole:.1f} s, {report.images / whole:.3g} pictures per second; {parts}"}
     return {name: text for name, text in told.items() if text}

@@ -121,7 +121,7 @@ def parse_parameter(parameter: Parameter, text: str) -> Any:
         if _fits(value, default): return value
     except (ValueError, KeyError, SyntaxError):
         if default is None: return text
-    raise InputError(f"parameter {parameter.name} is {parameter.kind} (default {default!r}): {text!r} is none.")
+    raise InputError(f"parameter {parameter.name} is {parameter.kind} (default {default!r}), which {text!r} is not.")
 
 # %% ../nbs/56_runs.ipynb #cd096f3f
 class RunFailed(RuntimeError):
@@ -144,6 +144,14 @@ def _record_path(notebook: str|Path, out: str|Path) -> Path:
     try: record.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error: raise InputError(f"cannot write into {record.parent}: {error.strerror}. Choose another folder.") from error
     return record
+
+def _finished(record: Path) -> bool:
+    "Is there the record of a run that came to its end?"
+    try: notebook = _read(record)
+    except InputError: return False
+    told = notebook.metadata.get("papermill", {})
+    ran = all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip())
+    return bool(told.get("end_time")) and not told.get("exception") and ran
 
 def _quiet_kernel() -> type:
     "A kernel manager whose kernels keep quiet on our stderr: cells' output is in the notebook, and what a killed kernel says helps nobody."
@@ -169,19 +177,21 @@ def run_notebook(
 ) -> Path:                                       # of the executed notebook
     """Execute a notebook with parameters; the executed copy is the record of the run.
 
+    The record of an earlier run is replaced when this one has come to its end; until then, and if it fails, it is NAME.again.ipynb.
     Raises `InputError` for a notebook without a parameters cell, an unknown or misspelled parameter, a value of another type
     and a place that cannot be written, all before anything runs; `RunFailed` when a cell fails or the kernel dies."""
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
     values = check_parameters(notebook_parameters(notebook), parameters or {})
     record = _record_path(notebook, out)
+    attempt = record.with_name(f"{record.stem}.again.ipynb") if _finished(record) else record
     trace = record.with_suffix(".traceback.txt")
     trace.unlink(missing_ok=True)
-    try: _execute(notebook, record, values, progress, live)
-    except PapermillExecutionError as error: raise _failed(record, trace, error) from error
-    except DeadKernelError as error: raise RunFailed(record, None, str(error) or "no reason given", None) from error
-    except OSError as error: raise InputError(f"cannot write {record}: {error.strerror or error}. Choose another folder.") from error
-    return record
+    try: _execute(notebook, attempt, values, progress, live)
+    except PapermillExecutionError as error: raise _failed(attempt, trace, error) from error
+    except DeadKernelError as error: raise RunFailed(attempt, None, str(error) or "no reason given", None) from error
+    except OSError as error: raise InputError(f"cannot write {attempt}: {error.strerror or error}. Choose another folder.") from error
+    return attempt.replace(record)
 
 def _failed(record: Path, trace: Path, error: Any) -> RunFailed:
     "Write the traceback of papermill's error beside the record, and say what happened in one line."

@@ -902,6 +902,7 @@ class SystemReport:
     software: dict[str, str]
     seconds: dict[str, float]              # by part, and "in all"
     weights: str = ""                      # where the weights come from, in words
+    training: str = ""                     # how far the system was trained, in words
     command: str = ""                      # how to make the report again
     level: float = 0.95                    # of the intervals
     zero_shot: ZeroShotScores | None = None
@@ -918,7 +919,7 @@ class SystemReport:
     def as_dict(self) -> dict[str, Any]:
         "Everything but pictures, as plain values; NaN becomes None."
         told = {name: getattr(self, name) for name in ("system", "dataset", "split", "threshold_split", "world", "images", "device", "software",
-                                                       "settings", "config", "weights", "command", "level")}
+                                                       "settings", "config", "weights", "training", "command", "level")}
         gallery = {side: [{"id": one.id, "miou": one.miou} for one in getattr(self, side)] for side in ("best", "worst")}
         if self.zero_shot is not None: told["zero_shot"] = self.zero_shot.as_dict()
         return {**told, "names": list(self.names), "skipped": list(self.skipped), "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
@@ -1061,7 +1062,7 @@ def evaluate_system(
     samples: int = 1000,                                      # of the bootstrap
     seed: int = 0,                                            # of the bootstrap
     progress: bool = True,
-    weights: str = "", command: str = "",                     # for the report
+    weights: str = "", training: str = "", command: str = "", # for the report
 ) -> SystemReport:
     """Seed, mask and seg of a system in one pass over a data set: mIoU, boundary IoU and trimap with intervals, classes, confusions, examples.
 
@@ -1080,7 +1081,7 @@ def evaluate_system(
     scored = _scored(job, tally, dataset, tuning, limit, samples, seed)
     zero_shot = None if job.zero_shot is None else zero_shot_scores(tally.counts["seg"], tally.biases, job.zero_shot, _handicap(job), samples, seed)
     seconds = {**job.watch.seconds, "in all": time.perf_counter() - begin}
-    return _report(job, tally, dataset, tuning, figures=scored, settings=_told_settings(job, crf, tally.seeds, limit), seconds=seconds, weights=weights, command=command,
+    return _report(job, tally, dataset, tuning, figures=scored, settings=_told_settings(job, crf, tally.seeds, limit), seconds=seconds, weights=weights, training=training, command=command,
                    zero_shot=zero_shot)
 
 def _handicap(job: Job) -> float:

@@ -189,12 +189,9 @@ def new_design(
 # %% ../nbs/67_sweep.ipynb #1df8c61a
 def run_plans(design: Design) -> list["Plan"]:
     "The plans of all runs where the notebook trains a system, else none. Raises `InputError` for values that cannot be."
-    from freqseg.checkpoints import system_named
     from freqseg.experiment import PRESETS, plan
     if design.system not in PRESETS: return []
-    plans = [plan(design.system, design.parameters(run)) for run in design.runs]
-    for one in plans: system_named(design.system).Options(**one.options)
-    return plans
+    return [plan(design.system, design.parameters(run)) for run in design.runs]
 
 # %% ../nbs/67_sweep.ipynb #a5dc3456
 def _json(path: Path) -> Any:

@@ -221,7 +221,7 @@ def _stacked(drawn: list[_Drawn]) -> _Loaded:
 def _unreadable(bad: dict[str, str]) -> str:
     name, fault = next(reversed(bad.items()))
     if len(bad) > 1: return f"{len(bad)} pictures in a row cannot be read; the last is {name}: {fault}"
-    return f"picture {name}: {fault} To go on without such pictures, pass skip_bad=True."
+    return f"picture {name}: {fault} To go on without such pictures, pass skip_bad=True (on the command line --skip-bad)."
 
 # %% ../nbs/54_train.ipynb #be211e6e
 _MOMENTS = "optimiser/"
@@ -260,7 +260,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         state, config, classes = (json.loads(header[name]) for name in ("state", "config", "classes"))
     except FileNotFoundError as error: raise InputError(f"there is no checkpoint {path}.") from error
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise InputError(f"{path} is no checkpoint of a training, or damaged ({error}). Remove it to begin anew.") from error
+        raise InputError(f"{path} is no checkpoint of a training, or damaged ({error}).") from error
     moments: dict[int, dict[str, Tensor]] = {}
     for name in [name for name in tensors if name.startswith(_MOMENTS)]:
         number, kind = name.removeprefix(_MOMENTS).split("/")
@@ -488,14 +488,20 @@ def segmentation_scores(
     counts = torch.zeros(system.num_classes, system.num_classes, dtype=torch.int64)
     reader = DataLoader(_Whole(pictures), batch_size=None, num_workers=workers, generator=torch.Generator())
     read = (_with_mask(sample) for sample in _readable(reader, skip_bad))
-    for group in grouped(read, lambda sample: tuple(sample.image.shape), batch, OVERTAKING*batch):
-        samples = [sample for _, sample in group]
-        masks = torch.stack([sample.mask for sample in samples])
-        logits = system.predict(_pixels(system, torch.stack([sample.image for sample in samples])))
-        labels = F.interpolate(logits.float(), masks.shape[1:], mode="bilinear", align_corners=False).argmax(1)
-        counts += confusion_matrix(labels.cpu(), masks, system.num_classes)
+    with tqdm(total=len(pictures), desc="validation", unit="picture", delay=2, leave=False, disable=not _watched()) as bar:
+        for group in grouped(read, lambda sample: tuple(sample.image.shape), batch, OVERTAKING*batch):
+            samples = [sample for _, sample in group]
+            masks = torch.stack([sample.mask for sample in samples])
+            logits = system.predict(_pixels(system, torch.stack([sample.image for sample in samples])))
+            labels = F.interpolate(logits.float(), masks.shape[1:], mode="bilinear", align_corners=False).argmax(1)
+            counts += confusion_matrix(labels.cpu(), masks, system.num_classes)
+            bar.update(len(group))
     scores = iou_scores(counts)
     return dict(miou=scores.miou, pixel_accuracy=scores.pixel_accuracy)
+
+def _watched() -> bool:
+    "Does somebody look at a bar? Nobody watches a log file."
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 class _Whole(Dataset):
     "Pictures as they are; what cannot be read comes as its fault."
@@ -694,9 +700,8 @@ def _loop(run: _Run) -> None:
                              batch_sampler=run.plan.batches(rank, run.step, settings.iterations),
                              pin_memory=run.fabric.device.type == "cuda", generator=torch.Generator()))
     run.system.train()
-    terminal = sys.stderr.isatty()
-    watched = terminal or "ipykernel" in sys.modules   # nobody watches a log file; in a notebook short runs need no bar
-    with tqdm(total=settings.iterations, initial=run.step, desc=run.out.name, unit="step", disable=bool(rank) or not watched,
+    terminal = sys.stderr.isatty()   # elsewhere, in a notebook, short runs need no bar
+    with tqdm(total=settings.iterations, initial=run.step, desc=run.out.name, unit="step", disable=bool(rank) or not _watched(),
               delay=0 if terminal else 2, mininterval=.1 if terminal else 1) as bar:
         while run.step < settings.iterations:
             _train_step(run, loader)
@@ -711,10 +716,15 @@ def _check_data(system: Trainable, train: Pictures, val: Pictures | None, scored
         if tuple(pictures.classes) != tuple(system.classes):
             raise InputError("the system was built for other classes: " + _unlike("classes", list(system.classes), list(pictures.classes),
                                                                                   ("in the system", f"in the {name} data")))
-    if val is not None and scored_here and val[0].mask is None:
+    if val is not None and scored_here and _lacks_masks(val):
         raise InputError(f"picture {val.ids[0]} has no mask to validate against: choose a split with masks, or pass val=None.")
     if not any(p.requires_grad for group in system.parameter_groups() for p in group["params"]):
         raise InputError("the system has no parameters to train.")
+
+def _lacks_masks(val: Pictures) -> bool:
+    "Is the first picture without a mask? One that cannot be read has its turn later."
+    try: return val[0].mask is None
+    except InputError: return False
 
 def _warn_of_absent_classes(train: Pictures) -> None:
     "Name the classes that no image label mentions. Without a label table nothing is known."
@@ -742,10 +752,16 @@ def _open_folder(out: Path, described: dict[str, Any], system: Trainable, comman
         if (out/"last.safetensors").exists(): raise InputError(f"{out} holds a checkpoint but no run.json that says of what. Choose another out folder.")
         _claim(out, described, command)
     else: require_same_run(out, _read_run(out), described)
-    saved = read_checkpoint(out/"last.safetensors") if (out/"last.safetensors").exists() else None
+    saved = _last_checkpoint(out)
     _cut_log(out/"metrics.jsonl", saved.step if saved else 0)
     if saved: _complete_best(out, saved)
     return saved
+
+def _last_checkpoint(out: Path) -> Checkpoint | None:
+    "Where the run stands; None before its first step. Raises `InputError` for a damaged file."
+    if not (out/"last.safetensors").exists(): return None
+    try: return read_checkpoint(out/"last.safetensors")
+    except InputError as error: raise InputError(f"{error} To begin anew, remove it or choose another out folder.") from error
 
 def _claim(out: Path, described: dict[str, Any], command: str) -> None:
     "Write run.json: what the run is, and where it came from."

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import InputError
-from .terminal import aligned, count, frequency, interruptible, numbers, positive
+from .terminal import aligned, count, frequency, interruptible, numbers, positive, tell
 
 # %% ../nbs/66_training_cli.ipynb #98e56e1e
 def training_notebook(system: str) -> Path:
@@ -49,24 +49,45 @@ def _train_here(args: argparse.Namespace, parameters: dict[str, Any]) -> int:
         return 1
     return 0
 
-def _train_on_many(args: argparse.Namespace, parameters: dict[str, Any], devices: int, nodes: int) -> int:
-    "Train in a process per device; scenes and the folder are made before they start."
+def _check(args: argparse.Namespace, parameters: dict[str, Any]) -> None:
+    "Raise `InputError` for what a training would find out late, or in every process: what is missing, and a folder that cannot be written or is in use."
     from freqseg.experiment import experiment
-    from freqseg.runs import launch, launch_command
-    where = dict(nodes=nodes, node_rank=args.node_rank, rendezvous=args.rendezvous)
-    launch_command(args.words, devices, **where)   # says what is wrong before anything is drawn
-    experiment(args.system, {**parameters, "out": args.out}).folder
-    return launch(args.words, devices, **where)
+    from freqseg.runs import launch_command
+    from freqseg.train import locked
+    devices, nodes = _processes(parameters)
+    launch_command(args.words, devices, **_meeting(args, nodes))
+    experiment(args.system, {**parameters, "out": args.out}).check()
+    if nodes == 1:   # of several machines another one may have begun
+        with locked(args.out): pass
+
+def _processes(parameters: dict[str, Any]) -> tuple[int, int]:
+    "Processes on this machine, and machines."
+    return parameters.get("devices") or 1, parameters.get("nodes") or 1
+
+def _meeting(args: argparse.Namespace, nodes: int) -> dict[str, Any]:
+    "How several machines find one another."
+    return dict(nodes=nodes, node_rank=args.node_rank, rendezvous=args.rendezvous)
+
+def _tell_where_it_stands(args: argparse.Namespace, parameters: dict[str, Any]) -> None:
+    "Say at which step a training that was begun goes on."
+    from freqseg.experiment import plan
+    from freqseg.train import read_checkpoint
+    last, steps = args.out/"last.safetensors", plan(args.system, parameters).chosen.settings.iterations
+    if not last.exists(): return
+    step = read_checkpoint(last).step
+    tell(f"{args.out} goes on at step {step:,} of {steps:,}" if step < steps else f"all {step:,} steps of {args.out} are done: its figures and report are made again")
 
 def train_command(args: argparse.Namespace) -> int:
     "Train a system: run its notebook with parameters. The executed notebook, metrics.json, report and checkpoints are in --out."
-    from freqseg.runs import launched, run_notebook
+    from freqseg.runs import launch, launched, run_notebook
     notebook, parameters = training_notebook(args.system), given_parameters(args)
     args.out = Path(args.out or f"runs/{args.system}")
     if launched(): return _train_here(args, parameters)
-    devices, nodes = (parameters.get(name) or 1 for name in ("devices", "nodes"))
+    _check(args, parameters)
+    _tell_where_it_stands(args, parameters)
+    devices, nodes = _processes(parameters)
     if devices*nodes > 1:
-        status = _train_on_many(args, parameters, devices, nodes)
+        status = launch(args.words, devices, **_meeting(args, nodes))
         if status or args.node_rank: return status
     run_notebook(notebook, args.out/"run.ipynb", {**parameters, "out": str(args.out)}, live=sys.stderr)
     print(figures_table(args.out), *_made(args.out, ("report.html", "run.ipynb", "metrics.json", "best.safetensors", "last.safetensors")), sep="\n")
@@ -95,18 +116,20 @@ def _data_of(args: argparse.Namespace) -> tuple[Path, str]:
 def evaluate_command(args: argparse.Namespace) -> int:
     "Seed, mask and seg figures of a trained system on a data set, with report, and masks in VOC's colours if asked for."
     import shlex
-    from freqseg.checkpoints import load_system, weights_title
+    from freqseg.checkpoints import checkpoint_path, load_system, training_title, weights_title
     from freqseg.clip import usable_device
+    from freqseg.data import open_dataset
     from freqseg.report import evaluate_run
     from freqseg.segment import usual_inference
     data, split = _data_of(args)
-    out = Path(args.out) if args.out else (Path(args.checkpoint) if Path(args.checkpoint).is_dir() else Path(args.checkpoint).parent)/f"evaluation-{split}"
-    system = load_system(args.checkpoint, device=usable_device(args.device))
+    weights, pictures = checkpoint_path(args.checkpoint), open_dataset(data, split)   # before CLIP, which may be a download
+    out = Path(args.out) if args.out else weights.parent/f"evaluation-{split}"
+    system = load_system(weights, device=usable_device(args.device), classes=pictures.classes)
     options = {name: getattr(args, name) for name in ("crf", "bands", "limit", "workers", "skip_bad", "threshold_split")}
     if system.supervision == "masks": options |= dict(figures=("seg",), threshold_split=None)
     options["inference"] = replace(usual_inference(system), **{name: value for name in ("scales", "flip", "side", "short", "window", "stride", "batch", "precision")
                                                                if (value := getattr(args, name)) is not None})
-    report = interruptible(lambda: evaluate_run(system, data, out, split=split, save_masks=args.save_masks, weights=weights_title(system),
+    report = interruptible(lambda: evaluate_run(system, pictures, out, save_masks=args.save_masks, weights=weights_title(system), training=training_title(weights),
                                                  command=shlex.join(["freqseg", *args.words]), **options))
     if report is None: print(f"{split} has no masks to score against; the system's masks are in {args.save_masks}")
     else: print(figures_table(out), *_made(out, ("report.html", "report.md", "report.json")), sep="\n")
@@ -136,9 +159,11 @@ def _axes(system: str, texts: Sequence[str]) -> dict[str, list[Any]]:
 def sweep_command(args: argparse.Namespace) -> int:
     "Train at every point of a grid, several seeds each, and compare: table with 95% intervals over seeds, and a plot. Goes on where it stopped."
     import shlex
+    from freqseg.experiment import experiment
     from freqseg.sweep import sweep
     notebook, parameters, grid = training_notebook(args.system), given_parameters(args), _axes(args.system, args.grid)
     out = Path(args.out or f"runs/sweep_{args.system}")
+    if parameters.get("data", "world") != "world": experiment(args.system, parameters).check()   # scenes are drawn by each run
     found = sweep(notebook, out, grid, args.seeds, parameters, args.jobs, command=shlex.join(["freqseg", *args.words]))
     print(aligned(found.markdown()), *(f"  {out/name}" for name in ("sweep.md", "sweep.json", "sweep.png")), sep="\n")
     return 1 if found.failed else 0

@@ -1,14 +1,17 @@
 """Experiments: presets, flat parameters, one small training from end to end."""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 from freqseg.checkpoints import SYSTEMS
-from freqseg.experiment import PRESETS, RUN, Preset, draw_scenes, experiment, field_comments, known_parameters, parameters_cell, plan
+from freqseg.experiment import (PRESETS, RUN, Preset, draw_scenes, experiment, field_comments, first_readable, known_parameters, parameters_cell,
+                                plan)
+from freqseg.data import open_folder
 from freqseg.files import InputError
+from freqseg.report import markdown
 from freqseg.runs import notebook_parameters
 from freqseg.train import TrainSettings
 
@@ -55,6 +58,41 @@ def test_wrong_parameters_are_named() -> None:
     with pytest.raises(InputError, match="'vok'.*voc"): plan("dfa", dict(preset="vok"))
     with pytest.raises(InputError, match="'dafne'"): plan("dafne", {})
     with pytest.raises(InputError, match="preset voc needs the data"): plan("dfa", dict(preset="voc"))
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    (dict(side="abc"), "side='abc': give a whole number or \"none\""), (dict(side=1.5), "side=1.5"), (dict(side=True), "side=True"), (dict(side=0), "side=0"),
+    (dict(limit="few"), "limit='few'"), (dict(limit=0), "limit=0"), (dict(background="sky"), "background='sky': give several values"),
+    (dict(temperature="hot"), "temperature='hot': give a number"), (dict(crf="weklip"), "CRF preset 'weklip': use one of weclip"), (dict(crop=0), "crop=0"),
+    (dict(scale=[1.0]), "scale=.*least and the largest"), (dict(scale=[2.0, 1.0]), "scale="), (dict(scales=[0.0]), "scales="), (dict(maps="cam"), "maps='cam'"),
+    (dict(score="best"), "score='best'"), (dict(combine="mean"), "combine='mean'")])
+def test_values_that_would_fail_hours_later_are_refused_by_the_plan(values: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message): plan("dfa", values)
+
+
+@pytest.mark.parametrize("system", ["weclip", "wtclip"])
+def test_an_average_over_no_block_is_refused(system: str) -> None:
+    with pytest.raises(InputError, match="early_layers=0"): plan(system, dict(early_layers=0))
+
+
+@pytest.mark.parametrize("lacking", ["folder", "val", "mask", "label", "background", "crf"])
+def test_what_is_missing_is_said_before_clip_is_loaded(lacking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = draw_scenes(tmp_path / "world", (2, 2, 2))
+    given = dict(preset="smoke", data=str(folder), out=str(tmp_path / "run"))
+    if lacking == "folder": given["data"], message = str(tmp_path / "nowhere"), "nowhere"
+    elif lacking == "val": (folder / "ImageSets" / "Segmentation" / "val.txt").unlink(); message = "no list of split 'val'"
+    elif lacking == "mask": next((folder / "SegmentationClass").glob("test_*")).unlink(); message = "mask"
+    elif lacking == "label": (folder / "labels.txt").unlink(); message = "labels.txt"
+    elif lacking == "background": message = "no background class"
+    else: given["crf"], message = "weclip", "pydensecrf2"
+    def no_clip(*_: object, **__: object) -> None: raise AssertionError("CLIP was loaded")
+    def no_crf() -> None: raise InputError("install pydensecrf2")
+    monkeypatch.setattr("freqseg.experiment.load_clip", no_clip)
+    if lacking == "crf": monkeypatch.setattr("freqseg.experiment.require_densecrf", no_crf)
+    run = experiment("dfa", given)
+    if lacking == "background": run.train.listing = replace(run.train.listing, background=False)
+    with pytest.raises(InputError, match=message): run.record
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("system", "name", "preset"), [("dfa", "window", "smoke"), ("dfa", "box", "smoke"), ("weclip", "box", "coco"), ("wtclip", "box", "voc"),
@@ -121,6 +159,32 @@ def test_scenes_are_drawn_once_and_never_mistaken_for_others(tmp_path: Path) -> 
     assert not (draw_scenes(tmp_path / "other", (1, 1, 1)) / "rest").exists()
 
 
+def test_who_only_looks_is_shown_the_pictures_that_can_be_read(tmp_path: Path) -> None:
+    folder = draw_scenes(tmp_path / "world", (4, 1, 1))
+    pictures = open_folder(folder, "train")
+    for index in (0, 2): Path(pictures.listing.images[index]).write_bytes(b"broken")
+    assert [sample.id for sample in first_readable(pictures, 6)] == [pictures.ids[1], pictures.ids[3]]
+    assert [sample.id for sample in first_readable(pictures, 1)] == [pictures.ids[1]]
+    for path in pictures.listing.images: Path(path).write_bytes(b"broken")
+    with pytest.raises(InputError, match="cannot be decoded"): first_readable(pictures, 6)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:no training picture", "ignore:skipped picture", "ignore:validation without picture")
+def test_a_training_without_damaged_pictures_says_so(tmp_path: Path) -> None:
+    folder = draw_scenes(tmp_path / "world", (4, 3, 2))
+    bad = {split: open_folder(folder, split).listing.images[0] for split in ("train", "val")}
+    for path in bad.values(): Path(path).write_bytes(b"broken")
+    run = experiment("weclip", dict(data=str(folder), out=str(tmp_path / "run"), iterations=3, par_iterations=2, skip_bad=True))
+    name = Path(bad["train"]).stem
+    assert len(first_readable(run.train, 6)) == 3
+    assert f"without 1 picture that could not be read ({name})" in run.outcome
+    told = json.loads(run.save().read_text())
+    assert list(told["skipped"]) == [name] and name in told["report"]["training"] and told["report"]["training"].startswith("step 3, best.safetensors")
+    assert f"- training: {told['report']['training']}" in markdown(run.report)
+    assert any(Path(bad["val"]).name in text for text in told["report"]["skipped"])
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:no training picture")
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -133,5 +197,6 @@ def test_a_smoke_training_trains_resumes_and_reports(system: str, tmp_path: Path
     figures = {"labels": {"seed", "mask", "seg"}, "masks": {"seg", "seg_low"}}[SYSTEMS[system].supervision]
     assert told["system"] == system and set(told["report"]["figures"]) >= figures and told["best"]["miou"] >= 0
     assert ("zero_shot" in told["report"]) == (SYSTEMS[system].supervision == "masks")
-    assert experiment(system, parameters).result.resumed == 3
+    again = experiment(system, parameters)
+    assert again.result.resumed == 3 and "gone on from step 3, best mIoU on val" in again.outcome
     with pytest.raises(InputError, match="crop"): experiment(system, {**parameters, "crop": 96}).result

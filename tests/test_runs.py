@@ -129,7 +129,7 @@ def test_any_text_is_a_text_parameter(text: str) -> None:
 
 @pytest.mark.parametrize(("default", "text"), [(3, "many"), (3, "2.5"), (True, "perhaps"), (0.5, "half"), ([1], "1")])
 def test_text_that_means_no_such_value_is_refused(default: object, text: str) -> None:
-    with pytest.raises(InputError, match=re.escape(f"default {default!r}): '{text}' is none")):
+    with pytest.raises(InputError, match=re.escape(f"default {default!r}), which '{text}' is not")):
         parse_parameter(Parameter("p", default), text)
 
 
@@ -148,6 +148,23 @@ def test_a_failing_cell_leaves_notebook_and_traceback_and_raises(walk: Path, tmp
     assert caught.value.record == tmp_path / "run.ipynb" and "too many" in caught.value.record.read_text()
     assert "assert steps < 10" in caught.value.traceback.read_text()
     assert "\x1b" not in caught.value.traceback.read_text()
+
+
+def test_the_record_of_a_run_that_is_done_outlives_one_that_fails(walk: Path, tmp_path: Path) -> None:
+    record = run_notebook(walk, tmp_path / "run.ipynb", {"steps": 5})
+    before = record.read_bytes()
+    with pytest.raises(RunFailed, match="The notebook so far: .*run.again.ipynb") as caught:
+        run_notebook(walk, record, {"steps": 11})
+    assert record.read_bytes() == before and "too many" in caught.value.record.read_text()
+    assert run_notebook(walk, record, {"steps": 7}) == record
+    assert printed(record).startswith("walk|7|") and [path.name for path in tmp_path.iterdir()] == ["run.ipynb"]
+
+
+def test_the_record_of_a_run_that_failed_gives_way_to_the_next(walk: Path, tmp_path: Path) -> None:
+    for steps in (11, 12):
+        with pytest.raises(RunFailed) as caught:
+            run_notebook(walk, tmp_path / "run.ipynb", {"steps": steps})
+        assert caught.value.record.name == "run.ipynb" and f"{steps} steps" in caught.value.record.read_text()
 
 
 def test_a_kernel_that_dies_is_a_failed_run(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -287,6 +288,16 @@ def test_a_progress_bar_appears_on_a_terminal_only(pictures: object, tmp_path: P
     fit(toy(pictures), pictures, tmp_path / "shown", SHORT)
     shown = capsys.readouterr().err
     assert "12/12" in shown and "segmentation=" in shown and "images/s=" in shown
+
+
+def test_validation_shows_how_far_it_is_on_a_terminal_only(pictures: object, val: object, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    bar = room.tqdm
+    monkeypatch.setattr(room, "tqdm", lambda *given, **options: bar(*given, **{**options, "delay": 0}))
+    segmentation_scores(toy(pictures).eval(), val)
+    assert "validation" not in capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    segmentation_scores(toy(pictures).eval(), val)
+    assert re.search(r"validation: +0%.*0/3", capsys.readouterr().err)
 
 
 def test_snapshots_are_kept_for_later(pictures: object, tmp_path: Path) -> None:
@@ -756,7 +767,7 @@ def test_other_errors_of_a_system_come_through_unchanged(pictures: object, tmp_p
 @pytest.mark.parametrize("workers", [0, 2])
 def test_one_bad_picture_stops_the_run_and_is_named(workers: int, damaged: tuple, tmp_path: Path) -> None:
     pictures, bad = damaged
-    with pytest.raises(InputError, match=f"^picture {bad}: .*cannot be decoded.*skip_bad=True.$"):
+    with pytest.raises(InputError, match=f"^picture {bad}: .*cannot be decoded.*skip_bad=True .*--skip-bad..$"):
         fit(toy(pictures), pictures, tmp_path / "run", changed(workers=workers))
 
 
@@ -783,6 +794,15 @@ def test_a_bad_validation_picture_is_named_or_left_out(pictures: object, world: 
     with pytest.raises(InputError, match=f"^picture {val.ids[1]}.*skip_bad"): segmentation_scores(system, val)
     with pytest.warns(UserWarning, match=val.ids[1]): scores = segmentation_scores(system, val, skip_bad=True)
     assert scores == segmentation_scores(system, Subset(val, [0, 2]))
+
+
+def test_a_bad_first_validation_picture_does_not_stop_who_skips_bad_ones(pictures: object, world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world, tmp_path / "world")
+    val = open_folder(tmp_path / "world", "val")
+    Path(val.listing.images[0]).write_bytes(b"broken")
+    with pytest.raises(InputError, match=f"^picture {val.ids[0]}.*skip_bad"): fit(toy(pictures), pictures, tmp_path / "run", SHORT, val)
+    with pytest.warns(UserWarning, match=val.ids[0]): result = fit(toy(pictures), pictures, tmp_path / "run", changed(skip_bad=True), val)
+    assert result.best["step"] > 0
 
 
 def test_a_folder_where_nothing_can_be_read_is_given_up(damaged: tuple, tmp_path: Path) -> None:

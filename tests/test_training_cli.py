@@ -1,6 +1,7 @@
 """`freqseg train` and `freqseg evaluate` from the command line: what they make, what they refuse, and what a failure leaves."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,10 @@ from PIL import Image
 
 from freqseg.cli import main
 from freqseg.data import palette
-from freqseg.experiment import known_parameters, parameter_defaults, parse_parameters, plan
+from freqseg.experiment import draw_scenes, known_parameters, parameter_defaults, parse_parameters, plan
 from freqseg.files import InputError
 from freqseg.runs import launch_command
-from freqseg.train import read_checkpoint
+from freqseg.train import locked, read_checkpoint
 
 FEW = ["-p", "iterations=4", "-p", "workers=0"]
 SYSTEMS = ("weclip", "wtclip", "dfa", "ffr")
@@ -47,7 +48,8 @@ def test_every_parameter_has_a_default_to_be_read_by(system: str) -> None:
 
 @pytest.mark.parametrize("text, value", [
     ("relate=false", False), ("relate=yes", True), ("iterations=12", 12), ("lr=1e-3", 1e-3), ("lr=1", 1.0), ("scales=1.0,1.5", (1.0, 1.5)), ("scales=1.5", (1.5,)),
-    ("crf=weclip", "weclip"), ("side=512", 512), ("decoder=wavelet", "wavelet"), ("data=a folder/of mine", "a folder/of mine"), ("crf=none", "none")])
+    ("crf=weclip", "weclip"), ("side=512", 512), ("decoder=wavelet", "wavelet"), ("data=a folder/of mine", "a folder/of mine"), ("crf=none", "none"),
+    ("background=clear sky, grass", ("clear sky", "grass")), ("background=sky", ("sky",))])
 def test_text_becomes_what_the_parameter_is(text: str, value: object) -> None:
     found = parse_parameters("dfa", [text])[text.partition("=")[0]]
     assert found == value and type(found) is type(value)
@@ -97,7 +99,8 @@ def test_the_same_command_does_not_train_twice(run: Path, capsys: pytest.Capture
     before = (run / "last.safetensors").stat().st_mtime_ns
     assert main(["train", "weclip", "--device", "cpu", "--out", str(run), *FEW]) == 0
     assert (run / "last.safetensors").stat().st_mtime_ns == before
-    assert "  seg       network output" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "  seg       network output" in said.out and "all 4 steps" in said.err and "are done" in said.err
 
 
 @pytest.mark.slow
@@ -133,6 +136,25 @@ def test_what_cannot_be_trained_is_said_before_anything_runs(tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     assert message in says(capsys, words, 2)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", [["train", "dfa"], ["train", "dfa", "--devices", "2"], ["sweep", "dfa", "--seeds", "1"]], ids=["train", "devices", "sweep"])
+def test_data_that_are_not_there_are_no_matter_for_a_kernel(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nowhere" in says(capsys, [*words, "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "run")], 2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_in_use_is_refused_and_its_record_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("freqseg.runs.run_notebook", lambda *_, **__: pytest.fail("a notebook was run"))
+    with locked(tmp_path / "run"):
+        said = says(capsys, ["train", "dfa", "-p", "scenes=1,1,1", "--out", str(tmp_path / "run")], 2)
+    assert re.search(r"run is in use by process \d+ on .*choose another", said)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    world = draw_scenes(tmp_path / "world", (1, 1, 1))
+    assert "cannot write into" in says(capsys, ["train", "dfa", "--data", str(world), "--out", str(tmp_path / "file" / "run")], 2)
 
 
 @pytest.mark.slow

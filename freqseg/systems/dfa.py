@@ -59,7 +59,8 @@ class DFAOptions(SegmenterOptions):
     box: float|None = .4                   # boxes from which maps "propagate", as in WeCLIP; None = from everywhere
 
     def __post_init__(self) -> None:
-        words = dict(maps=("transport", "propagate"), similarity=("value", "intra", "gradcam"), contrast=("rest", "prompts"), nothing=("max", "prompts"))
+        words = dict(maps=("transport", "propagate"), similarity=("value", "intra", "gradcam"), contrast=("rest", "prompts"), nothing=("max", "prompts"),
+                     score=("class", "literal"), combine=("sum", "product"))
         for name, known in words.items():
             if getattr(self, name) not in known: raise InputError(f"{name}={getattr(self, name)!r}: use one of {', '.join(known)}.")
         if self.nothing == "prompts" and self.maps != "transport": raise InputError("nothing='prompts' needs maps='transport': only a transport has a column for the background.")

@@ -17,6 +17,7 @@ from ..affinity import box_mask, propagate, smoothed_affinity
 from ..cam import normalise_cam
 from ..data import Batch
 from ..decoders import token_affinity
+from ..files import InputError
 from ..losses import affinity_loss, balanced_cross_entropy, pair_labels
 from .segmenter import Segmenter, SegmenterOptions, Seen, enlarged, require_labels
 
@@ -32,6 +33,10 @@ class WeCLIPOptions(SegmenterOptions):
     walks: int = 1                 # steps over the normalised affinity
     affinity_weight: float = .1    # of the affinity loss
     radius: int = 8                # of the pairs it sees, in patches
+
+    def __post_init__(self) -> None:
+        for name in ("early_layers", "late_layers"):
+            if getattr(self, name) < 1: raise InputError(f"{name}={getattr(self, name)}: take the relations of at least one block.")
 
 # %% ../../nbs/40_weclip.ipynb #4010725a
 class WeCLIP(Segmenter):

@@ -29,6 +29,7 @@ class WTCLIPOptions(WeCLIPOptions):
     edge_floor: float = .5     # what is left of a map where there is no edge at all
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.edge not in ("none", "image"): raise InputError(f"edge={self.edge!r}: use 'none' or 'image'.")
         if not 0 <= self.edge_floor <= 1: raise InputError(f"edge_floor={self.edge_floor}: give a share from 0 to 1.")
 
