@@ -43,6 +43,7 @@ class ZegCLIPOptions:
     heads: int = 8                        # of their attention
     decoder_dropout: float = .1           # of their branches
     self_attention: bool = False          # between class names in "cross"; published weights hold it, published code never runs it
+    whole_last: bool = False              # all of the last layer of "cross"; only its scores are used, the rest is there for the published weights
     high_heads: int = 1                   # of "spectral": heads that look within windows; SPT-SEG's code has 1, its text a share alpha
     window: int = 3                       # of "spectral", in patches
     mask_padding: bool = True             # of "spectral": pads of the last windows are not looked at; False as in SPT-SEG's code
@@ -79,7 +80,7 @@ class ZegCLIP(System):
 
     Learns from masks of seen classes. 8,039,168 trainable parameters for ViT-B/16 and 10 prompts, all of which get gradients. The published count, 13,821,184, has
     two more groups that never do: 3,154,944 of self-attentions that no forward pass runs (`self_attention=True` creates and runs them), and 2,627,072 of
-    the last layer behind its scores, which are the answer. Raises `InputError` for options that cannot be."""
+    the last layer behind its scores, which are the answer (`whole_last=True` creates them). Raises `InputError` for options that cannot be."""
     name: ClassVar[str] = "zegclip"
     Options: ClassVar[type] = ZegCLIPOptions
     supervision: ClassVar[str] = "masks"
@@ -155,6 +156,7 @@ class ZegCLIP(System):
 def build_text_decoder(dim: int, options: ZegCLIPOptions) -> nn.Module:
     "The decoder that the options name. Raises `InputError` for an unknown one."
     o = options
-    if o.decoder == "cross": return CrossAttentionDecoder(dim, o.decoder_layers, o.heads, dropout=o.decoder_dropout, self_attention=o.self_attention)
+    if o.decoder == "cross": return CrossAttentionDecoder(dim, o.decoder_layers, o.heads, dropout=o.decoder_dropout, self_attention=o.self_attention,
+                                                           whole_last=o.whole_last)
     if o.decoder != "spectral": raise InputError(f"decoder={o.decoder!r}: use 'cross' or 'spectral'.")
     return SpectralGuidedDecoder(dim, o.decoder_layers, o.heads, o.high_heads, o.window, o.mask_padding, o.similarity, dropout=o.decoder_dropout)
