@@ -933,6 +933,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'freqseg.segment._seg_unary': ('segment.html#_seg_unary', 'freqseg/segment.py'),
                                  'freqseg.segment._shortened': ('segment.html#_shortened', 'freqseg/segment.py'),
                                  'freqseg.segment._showing': ('segment.html#_showing', 'freqseg/segment.py'),
+                                 'freqseg.segment._shown_image': ('segment.html#_shown_image', 'freqseg/segment.py'),
                                  'freqseg.segment._starts': ('segment.html#_starts', 'freqseg/segment.py'),
                                  'freqseg.segment._told_settings': ('segment.html#_told_settings', 'freqseg/segment.py'),
                                  'freqseg.segment._tuned': ('segment.html#_tuned', 'freqseg/segment.py'),
