@@ -59,6 +59,8 @@ def _flattened(image: Image.Image, share: float, _: Any) -> Image.Image:
 _MAKERS: dict[str, Callable[[Image.Image, float, np.ndarray], Image.Image]] = {"blur": _blurred, "noise": _noisy, "jpeg": _compressed, "contrast": _flattened}
 
 # %% ../nbs/51_corruptions.ipynb #ae361bc8
+_WORDS = {"blur": "sigma {:g} px of "+str(REFERENCE), "noise": "deviation {:g}", "jpeg": "quality {:g}", "contrast": "{:.0%} left"}
+
 @dataclass(frozen=True)
 class Corruption:
     "One way to make pictures worse. Raises `InputError` for an unknown kind, naming the nearest, and for a strength that there is not."
@@ -81,6 +83,11 @@ class Corruption:
     def parameter(self) -> float|None:
         "Width, deviation, quality or share, see CORRUPTIONS; None at strength 0."
         return CORRUPTIONS[self.kind][self.strength - 1] if self.strength else None
+
+    @property
+    def words(self) -> str:
+        "What is done, in words: sigma 3 px of 224, for example."
+        return _WORDS[self.kind].format(self.parameter) if self.strength else "as it is"
 
     @property
     def severity(self) -> int:
