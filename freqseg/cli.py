@@ -349,7 +349,8 @@ def cost_command(args: argparse.Namespace) -> int:
     from freqseg.files import atomic_write
     costs = measure_costs(args.systems, args.model, args.classes, args.device, size=args.size, batch=args.batch, repeats=args.repeats,
                           training=args.training, precision=args.precision)
-    print(*(aligned(table) + "\n" for table in (cost_markdown(costs), parts_markdown(costs), *([parts_markdown(costs, "step")] if args.training else []))), sep="\n", end="")
+    tables = [cost_markdown(costs), *(parts_markdown(costs, of) for of in ("predict", "step")[:1 + args.training])]
+    print(*(aligned(table) + "\n" for table in tables), sep="\n", end="")
     if args.json:
         with atomic_write(args.json) as partial: partial.write_text(json.dumps([cost.as_dict() for cost in costs], indent=1) + "\n", encoding="utf-8")
         print(f"\n  {args.json}")

@@ -56,7 +56,8 @@ def _flattened(image: Image.Image, share: float, _: Any) -> Image.Image:
     mean = values.mean((0, 1))
     return _rounded(mean + share*(values - mean))
 
-_MAKERS: dict[str, Callable[[Image.Image, float, np.ndarray], Image.Image]] = {"blur": _blurred, "noise": _noisy, "jpeg": _compressed, "contrast": _flattened}
+_MAKERS: dict[str, Callable[[Image.Image, float, np.ndarray], Image.Image]] = {
+    "blur": _blurred, "noise": _noisy, "jpeg": _compressed, "contrast": _flattened}
 
 # %% ../nbs/51_corruptions.ipynb #ae361bc8
 _WORDS = {"blur": "sigma {:g} px of "+str(REFERENCE), "noise": "deviation {:g}", "jpeg": "quality {:g}", "contrast": "{:.0%} left"}

@@ -57,7 +57,7 @@ FORMULAS: dict[Any, Callable[..., int]] = {
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, query, key, *_, **__: _attention(5, query, key),
     _aten.convolution_backward: _convolution_gradient}
 
-# %% ../nbs/68_cost.ipynb #1598acb9
+# %% ../nbs/68_cost.ipynb #42e8d91d
 TOWER_STEPS = ("encode", "embed", "block", "last_block", "project", "pool")   # of a backbone
 
 class FlopTally:
@@ -95,9 +95,11 @@ class FlopTally:
         for operator, count in self.counter.get_flop_counts().get("Global", {}).items(): found[_kind(str(operator))] += count
         return found
 
+_KINDS = {"attention": "fused attention", "conv": "convolutions", "fft": "Fourier transforms"}   # by what is in an operator's name
+
 def _kind(operator: str) -> str:
     "What an operator does, from its name."
-    return next((kind for word, kind in (("attention", "fused attention"), ("conv", "convolutions"), ("fft", "Fourier transforms")) if word in operator), "matrix products")
+    return next((kind for word, kind in _KINDS.items() if word in operator), "matrix products")
 
 # %% ../nbs/68_cost.ipynb #17d3ea01
 def peak_memory(
@@ -295,7 +297,8 @@ def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def conditions(costs: Sequence[Cost]) -> str:
     "What was measured, in sentences; what differs between systems is told of each."
-    told = [f"{cost.model}, {cost.classes} classes, {cost.batch} picture{'s'*(cost.batch > 1)} of {cost.size} x {cost.size} at a time, {cost.precision} on {cost.device}" for cost in costs]
+    told = [f"{cost.model}, {cost.classes} classes, {cost.batch} picture{'s'*(cost.batch > 1)} of {cost.size} x {cost.size} at a time, "
+            f"{cost.precision} on {cost.device}" for cost in costs]
     if len(set(told)) > 1: told = [f"{cost.system}: {text}" for cost, text in zip(costs, told)]
     lines = [f"Figures per picture: {'; '.join(dict.fromkeys(told))}; PyTorch {torch.__version__}.",
              "One multiply-add is two FLOP, a Fourier transform 5 n log2 n (half for real values); elementwise operations are not counted.",

@@ -23,14 +23,14 @@ from .files import InputError, atomic_write
 from .metrics import ConfusionMeter, Interval, bootstrap_interval, mean_iou
 from .segment import FIGURES, FigureScores, Segmenter, SystemReport, evaluate_system, main_figure
 
-# %% ../nbs/59_robustness.ipynb #74edae8a
-def _dense(meter: ConfusionMeter, start: int, stop: int) -> Tensor:
-    "Counts (n, C, C) of the pictures `start` to `stop` of a meter."
-    image, cell, count = meter.triples.long()
-    first, last = torch.searchsorted(image, torch.tensor([start, stop])).tolist()   # a meter holds its pictures in order
-    dense = torch.zeros(stop - start, meter.shape[-1]**2, dtype=torch.int64)
-    dense[image[first:last] - start, cell[first:last]] = count[first:last]
-    return dense.view(-1, *meter.shape)
+# %% ../nbs/59_robustness.ipynb #7c4098d6
+def _dense(triples: Tensor, start: int, stop: int, classes: int) -> Tensor:
+    "Counts (n, C, C) of the pictures `start` to `stop`, from the triples (picture, cell, count) of a meter, which are in order."
+    first, last = torch.searchsorted(triples[0], torch.tensor([start, stop])).tolist()
+    image, cell, count = triples[:, first:last]
+    dense = torch.zeros(stop - start, classes**2, dtype=torch.int64)
+    dense[image - start, cell] = count
+    return dense.view(-1, classes, classes)
 
 def side_by_side(
     meters: Sequence[ConfusionMeter],   # M of shape (C, C) each, of the same pictures
@@ -38,13 +38,16 @@ def side_by_side(
 ) -> ConfusionMeter:                    # of shape (M, C, C)
     "Counts of several evaluations of the same pictures as one meter. Raises `InputError` when they have seen different numbers of pictures."
     images = {len(meter) for meter in meters}
-    if len(images) > 1: raise InputError(f"evaluations of {min(images)} and of {max(images)} pictures cannot be compared: show all of them the same ones.")
-    whole = ConfusionMeter(meters[0].shape[-1], (len(meters),))
-    for start in range(0, len(meters[0]), block):
-        whole.add(torch.stack([_dense(meter, start, min(start + block, len(meter))) for meter in meters], 1))
+    if len(images) > 1: raise InputError(f"evaluations of {min(images)} and of {max(images)} pictures cannot be compared: show all the same ones.")
+    (number,), classes, triples = images, meters[0].shape[-1], [meter.triples.long() for meter in meters]
+    whole = ConfusionMeter(classes, (len(meters),))
+    for start in range(0, number, block):
+        whole.add(torch.stack([_dense(one, start, min(start + block, number), classes) for one in triples], 1))
     return whole
 
 # %% ../nbs/59_robustness.ipynb #a4581bd6
+_CONDITIONS = ("system", "dataset", "split", "world", "images", "settings", "device", "software", "weights", "command", "level")
+
 @dataclass(frozen=True, eq=False)
 class RobustnessRow:
     "A figure under one corruption. Fractions in 0..1."
@@ -95,8 +98,9 @@ class Robustness:
 
     def as_dict(self) -> dict[str, Any]:
         "Everything as plain values; NaN becomes None."
-        told = {name: getattr(self, name) for name in ("system", "dataset", "split", "figure", "world", "images", "settings", "device", "software", "weights", "command", "level")}
-        return {**told, **{name: finite(getattr(self, name)) for name in ("clean", "clean_boundary", "mean", "mean_drop")}, "rows": [row.as_dict() for row in self.rows]}
+        told = {name: getattr(self, name) for name in ("figure", *_CONDITIONS)}
+        intervals = {name: finite(getattr(self, name)) for name in ("clean", "clean_boundary", "mean", "mean_drop")}
+        return {**told, **intervals, "rows": [row.as_dict() for row in self.rows]}
 
     def save(self, folder: str|Path) -> tuple[Path, ...]:
         "Write robustness.md, robustness.json and robustness.png, each whole or not at all. Raises `InputError` for a folder that cannot be written."
@@ -106,7 +110,7 @@ class Robustness:
 
 def _name(corruption: Corruption) -> str: return f"{corruption.kind} {corruption.strength}"
 
-# %% ../nbs/59_robustness.ipynb #5a8f5de5
+# %% ../nbs/59_robustness.ipynb #10342c03
 def _checked(kinds: Sequence[str], strengths: Sequence[int]) -> list[Corruption]:
     "The corruptions of a table. Raises `InputError` for none, one that comes twice, an unknown one, or strength 0, which is there anyway."
     for name, values in (("kinds", kinds), ("strengths", strengths)):
@@ -155,8 +159,8 @@ def _table(clean: SystemReport, corruptions: Sequence[Corruption], scores: Seque
     found = bootstrap_interval(whole, _drops, samples, clean.level, seed)
     *drops, mean_drop, mean = (Interval(*ends) for ends in zip(*(end.tolist() for end in found)))
     rows = tuple(RobustnessRow(corruption, one.miou, one.boundary, drop) for corruption, one, drop in zip(corruptions, scores, drops, strict=True))
-    told = {name: getattr(clean, name) for name in ("system", "dataset", "split", "world", "images", "settings", "device", "software", "weights", "command", "level")}
-    return Robustness(rows, clean.main.miou, clean.main.boundary, mean, mean_drop, clean.main.name, **told)
+    conditions = {name: getattr(clean, name) for name in _CONDITIONS}
+    return Robustness(rows, clean.main.miou, clean.main.boundary, mean, mean_drop, clean.main.name, **conditions)
 
 # %% ../nbs/59_robustness.ipynb #f324b510
 def _percent(value: Interval) -> str:
@@ -174,7 +178,7 @@ def _lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _caption(found: Robustness) -> str:
     "What was measured, in sentences."
     lines = [f"{found.system} on {found.dataset}, split {found.split}, {found.images:,} pictures: {FIGURES[found.figure]} ({found.figure}).",
-             "Strengths 1, 2 and 3 are severities 1, 3 and 5 of ImageNet-C (Hendrycks and Dietterich, 2019); the blur's width is relative to the picture.",
+             "Strengths 1, 2 and 3 are severities 1, 3 and 5 of ImageNet-C (Hendrycks and Dietterich, 2019), with the blur's width relative to the picture.",
              f"Brackets: {found.level:.0%} bootstrap interval over pictures; drop: clean above corrupted, paired by picture."]
     if found.world: lines.append("The embedded world is drawn by a program: these figures compare systems on it and say nothing about photographs.")
     if found.weights: lines.append(f"Weights: {found.weights}.")
@@ -193,10 +197,10 @@ _COLOURS = dict(zip(CORRUPTIONS, ("#0072B2", "#E69F00", "#009E73", "#CC79A7"))) 
 def _require_comparable(systems: Mapping[str, Robustness]) -> None:
     "Raise `InputError` for no system at all, and for systems that have seen different things."
     if not systems: raise InputError("no robustness to show: give at least one system.")
-    seen = {name: (found.dataset, found.split, found.images, found.figure, tuple(row.corruption for row in found.rows)) for name, found in systems.items()}
+    seen = {name: (one.dataset, one.split, one.images, one.figure, [row.corruption for row in one.rows]) for name, one in systems.items()}
     first, *others = seen
     for name in others:
-        if seen[name] != seen[first]: raise InputError(f"{first} and {name} differ in pictures, figure or corruptions: evaluate them alike to compare them.")
+        if seen[name] != seen[first]: raise InputError(f"{first} and {name} differ in pictures, figure or corruptions: evaluate them alike.")
 
 def _draw_curves(axes: Any, found: Robustness) -> None:
     "Lines with bands of one system."
@@ -237,7 +241,8 @@ def robustness_markdown(
     rows = [["clean", *(_points(one.clean.value) for one in found)],
             *([_name(row.corruption), *(cell(one.rows[place].miou, one.rows[place].drop) for one in found)] for place, row in enumerate(found[0].rows)),
             [f"mean of {len(found[0].rows)}", *(cell(one.mean, one.mean_drop) for one in found)]]
-    return f"mIoU in percent on {found[0].dataset}, split {found[0].split}, {found[0].images:,} pictures; in brackets the change against clean pictures.\n\n{_lines(['corruption', *systems], rows)}\n"
+    where = f"mIoU in percent on {found[0].dataset}, split {found[0].split}, {found[0].images:,} pictures; in brackets the change against clean pictures."
+    return f"{where}\n\n{_lines(['corruption', *systems], rows)}\n"
 
 def _save(found: Robustness, folder: Path) -> tuple[Path, ...]:
     "The three files."
