@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ZERO_SHOT', 'LINES', 'STYLE', 'percent', 'provenance', 'caption', 'bias_note', 'markdown', 'to_json', 'Drawing',
            'trimap_svg', 'bias_svg', 'confusion_svg', 'data_uri', 'example_pictures', 'gallery_sheet', 'bias_sheet',
-           'trimap_sheet', 'html', 'save_report', 'require_writable', 'evaluate_run']
+           'trimap_sheet', 'html', 'save_report', 'require_writable', 'as_scored', 'evaluate_run']
 
 # %% ../nbs/61_report.ipynb #ee475626
 import base64, io, json, math, tempfile
@@ -392,6 +392,11 @@ def require_writable(folder: str | Path) -> None:
         raise InputError(f"cannot write into {folder}: {error.strerror or error}. Get write access, or choose another folder.") from error
 
 # %% ../nbs/61_report.ipynb #742aad1f
+def as_scored(system: Segmenter, data: SegmentationFolder) -> SegmentationFolder:
+    "The data as a system is scored on it: for a zero-shot system without background, classes told apart into seen and unseen."
+    split = getattr(system, "split", None)
+    return data if split is None or data.listing.zero_shot is not None else SegmentationFolder(zero_shot_view(data.listing, split))
+
 def evaluate_run(
     system: Segmenter,
     data: str | Path | SegmentationFolder,
@@ -408,7 +413,7 @@ def evaluate_run(
     Raises `InputError` as `evaluate_system` does, for a folder that cannot be written, and for a split without masks when there
     is nothing to save."""
     if not isinstance(data, SegmentationFolder): data = open_dataset(data, split, dataset=dataset)
-    if (split_of := getattr(system, "split", None)) and data.listing.zero_shot is None: data = SegmentationFolder(zero_shot_view(data.listing, split_of))
+    data = as_scored(system, data)
     for folder in (out, save_masks):
         if folder is not None: require_writable(folder)
     if any(data.listing.masks):

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 import freqseg
 from .clip import pad_to_patch
+from .corruptions import Corruption
 from .crf import CRFSettings, crf_settings, dense_crf
 from .data import (IGNORE, Listing, SegmentationFolder, ZeroShotSplit, read_image, read_mask, require_same_size, unknown_name,
                           write_mask)
@@ -167,10 +168,15 @@ def read_truth(
     require_same_size(path, mask, (size[1], size[0]))
     return mask
 
+def _shown_image(listing: Listing, index: int, corrupt: Corruption | None) -> Image.Image:
+    "The picture of that index, made worse where that is asked for. Raises `InputError` for a damaged file."
+    image = read_image(listing.images[index])
+    return image if corrupt is None else corrupt(image, listing.ids[index])
+
 class _Reader(Dataset):
     "Pictures at every scale, or the error of those that cannot be read; for loader processes."
-    def __init__(self, listing: Listing, indices: Sequence[int], scales: Sequence[float], inference: Inference, masks: bool) -> None:
-        self.listing, self.indices, self.scales, self.inference, self.masks = listing, indices, scales, inference, masks
+    def __init__(self, listing: Listing, indices: Sequence[int], scales: Sequence[float], inference: Inference, masks: bool, corrupt: Corruption | None) -> None:
+        self.listing, self.indices, self.scales, self.inference, self.masks, self.corrupt = listing, indices, scales, inference, masks, corrupt
 
     def __len__(self) -> int: return len(self.indices)
 
@@ -179,7 +185,7 @@ class _Reader(Dataset):
         except InputError as error: return error
 
     def _read(self, index: int) -> Picture:
-        listing, image = self.listing, read_image(self.listing.images[index])
+        listing, image = self.listing, _shown_image(self.listing, index, self.corrupt)
         labels = None if listing.labels is None else torch.from_numpy(listing.labels[index].copy())
         mask = read_truth(listing, index, image.size[::-1]) if self.masks else None
         return Picture(index, listing.ids[index], np.array(image), scaled_pixels(image, self.scales, self.inference), labels, mask)
@@ -412,6 +418,7 @@ class Job:
     crf: CRFSettings | None = None
     background: bool = True                                        # is mask value 0 background?
     zero_shot: ZeroShotSplit | None = None                         # adds its figures
+    corrupt: Corruption | None = None                              # makes every picture worse before it is shown
     workers: int = 0                                               # processes that read pictures
     skip_bad: bool = False
     progress: bool = True
@@ -553,7 +560,7 @@ def stream(
     """What the system finds in every picture, in their order.
 
     A bounded number of pictures is in memory. Raises `InputError` for a damaged file, unless bad ones are skipped."""
-    reader = DataLoader(_Reader(dataset.listing, indices, job.scales, job.inference, masks), batch_size=None, num_workers=job.workers)
+    reader = DataLoader(_Reader(dataset.listing, indices, job.scales, job.inference, masks, job.corrupt), batch_size=None, num_workers=job.workers)
     with evaluating(job.system), tqdm(total=len(indices), desc=f"{dataset.listing.split}", unit="picture", delay=2, disable=not job.progress) as bar:
         def numbered() -> Iterator[tuple[int, Found]]:
             pictures = _readable(job, reader, bar)
@@ -846,14 +853,14 @@ class Extremes:
         self.best = sorted([*self.best, kept], key=lambda one: (-one[0], one[1]))[:self.count]
         self.worst = sorted([*self.worst, kept], key=lambda one: (one[0], one[1]))[:self.count]
 
-    def examples(self, listing: Listing) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    def examples(self, listing: Listing, corrupt: Corruption | None = None) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
         "Best and worst, read again; with few pictures none is both."
         taken = {index for _, index, *_ in self.best}
-        return tuple(tuple(_example(listing, *one) for one in side) for side in (self.best, [one for one in self.worst if one[1] not in taken]))
+        return tuple(tuple(_example(listing, corrupt, *one) for one in side) for side in (self.best, [one for one in self.worst if one[1] not in taken]))
 
-def _example(listing: Listing, miou: float, index: int, labels: np.ndarray, cams: SeedMaps | None) -> Example:
-    "One picture of the gallery."
-    image = read_image(listing.images[index])
+def _example(listing: Listing, corrupt: Corruption | None, miou: float, index: int, labels: np.ndarray, cams: SeedMaps | None) -> Example:
+    "One picture of the gallery, as it was shown."
+    image = _shown_image(listing, index, corrupt)
     size = fitted_size(labels.shape, min(GALLERY_SIDE, max(labels.shape)))[::-1]
     small = [np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)) for mask in (read_truth(listing, index, labels.shape), labels)]
     cam = None if cams is None else cams.enlarged(size[::-1])[0].amax(0).numpy()
@@ -961,7 +968,7 @@ def _tuned(job: Job, seeds: _Seeds, tuning: SegmentationFolder | None, limit: in
     if tuning is not None:
         swept = _Seeds(seeds.levels, seeds.variant, seeds.classes)
         _require_labels(tuning)
-        other = replace(job, figures=("seed",), skipped=[])
+        other = replace(job, figures=("seed",), skipped=[], corrupt=None)   # a threshold is chosen before pictures get worse
         for found in stream(other, tuning, picture_indices(tuning, limit), masks=True): swept.add(found.cams, found.picture.mask, keep=False)
         job.skipped += other.skipped
     return best_threshold(swept.totals[0], swept.levels)[:2]
@@ -1033,6 +1040,7 @@ def _told_settings(job: Job, crf: Any, seeds: _Seeds | None, limit: int | None) 
     told = {"inference": shown, "crf": (crf if isinstance(crf, str) else asdict(crf)) if job.crf else None, "limit": limit}
     if seeds is not None: told |= {"cam_scales": list(job.cams.scales), "background": seeds.variant}
     if job.bands: told["band_cutoff"] = job.bands.mu
+    if job.corrupt: told["corrupt"] = job.corrupt.as_dict()
     return told
 
 # %% ../nbs/53_segment.ipynb #0898c4d4
@@ -1052,6 +1060,7 @@ def evaluate_system(
     thresholds: Sequence[float] | None = None,                # of the seeds, to sweep; None = `evaluate.THRESHOLDS` or POWERS
     variant: str = "threshold",                               # background score: "threshold" t, or "power" (1 - max)^p
     threshold_split: SegmentationFolder | str | None = None,  # choose it there; None = on the evaluated split (the convention)
+    corrupt: Corruption | None = None,                        # makes every picture worse before it is shown; masks stay
     limit: int | None = None,                                 # only the first so many pictures
     save_masks: str | Path | None = None,                     # folder for the main figure's labels, in VOC's colours
     batch: int = 4,                                           # images in one forward pass
@@ -1072,7 +1081,7 @@ def evaluate_system(
     keep_memory()
     begin, levels = time.perf_counter(), sweep_levels(thresholds, variant)
     inference = Inference(tuple(scales), flip, side, batch=batch, precision=precision) if inference is None else named_inference(inference)
-    job = _evaluation_job(system, dataset, inference, tuple(figures), crf, bands, cam_scales, workers=workers, skip_bad=skip_bad, progress=progress)
+    job = _evaluation_job(system, dataset, inference, tuple(figures), crf, bands, cam_scales, corrupt=corrupt, workers=workers, skip_bad=skip_bad, progress=progress)
     tally = _Tally.begun(_figure_names(figures, job.crf is not None, job.answers), dataset.num_classes, levels, variant, examples)
     tuning, indices = tuning_split(dataset, threshold_split), picture_indices(dataset, limit)
     for item in refined((label(job, found) for found in stream(job, dataset, indices, masks=True)), job.crf, crf_workers):
@@ -1090,7 +1099,7 @@ def _handicap(job: Job) -> float:
 
 def _report(job: Job, tally: _Tally, dataset: SegmentationFolder, tuning: SegmentationFolder | None, **found: Any) -> SystemReport:
     "The report, with what the job and the data set say of themselves."
-    best, worst = tally.extremes.examples(dataset.listing)
+    best, worst = tally.extremes.examples(dataset.listing, job.corrupt)
     return SystemReport(system=type(job.system).__name__, dataset=dataset_name(dataset), split=dataset.listing.split,
                         threshold_split=(tuning or dataset).listing.split, names=dataset.listing.value_names, world=is_world(dataset),
                         images=tally.images, skipped=tuple(job.skipped), best=best, worst=worst, config=dict(getattr(job.system, "config", {})),

@@ -102,7 +102,7 @@ def figures_table(folder: Path) -> str:
 def _made(folder: Path, names: Sequence[str]) -> list[str]:
     "What there is to open."
     told = {"report.html": "open this in a browser", "run.ipynb": "the record: the notebook as it ran", "metrics.json": "figures, parameters, versions",
-            "report.md": "the same figures as text"}
+            "report.md": "the same figures as text", "robustness.md": "what is left of them when pictures get worse", "robustness.png": "the same as curves"}
     return [f"  {folder/name}  {told.get(name, '')}".rstrip() for name in names if (folder/name).exists()]
 
 # %% ../nbs/66_training_cli.ipynb #1a00a3ba
@@ -113,6 +113,24 @@ def _data_of(args: argparse.Namespace) -> tuple[Path, str]:
     if own.is_dir(): return own, args.split or "test"
     raise InputError(f"{args.checkpoint} has no scenes of its own: name the data set with --data.")
 
+def _kinds_of(args: argparse.Namespace, data: Path, split: str) -> tuple[str, ...]:
+    "The corruptions that --corrupt names, none without it. Raises `InputError` for an unknown one, and for a split without masks to score against."
+    if args.corrupt is None: return ()
+    from freqseg.corruptions import parse_corruptions
+    from freqseg.data import open_dataset
+    kinds = parse_corruptions(args.corrupt)
+    if not any(open_dataset(data, split).listing.masks): raise InputError(f"--corrupt {args.corrupt}: split {split!r} of {data} has no masks to score against.")
+    return kinds
+
+def _write_robustness(system: Any, data: Path, split: str, out: Path, kinds: Sequence[str], clean: Any, options: dict[str, Any]) -> str:
+    "Evaluate under corruptions, write the table beside the report, and give it for the terminal."
+    from freqseg.data import open_dataset
+    from freqseg.report import as_scored
+    from freqseg.robustness import robustness
+    found = robustness(system, as_scored(system, open_dataset(data, split, masks=True)), kinds, clean=clean, **{**options, "bands": None})
+    found.save(out)
+    return aligned(found.markdown())
+
 def evaluate_command(args: argparse.Namespace) -> int:
     "Seed, mask and seg figures of a trained system on a data set, with report, and masks in VOC's colours if asked for."
     import shlex
@@ -122,6 +140,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
     from freqseg.report import evaluate_run
     from freqseg.segment import usual_inference
     data, split = _data_of(args)
+    kinds = _kinds_of(args, data, split)
     weights, pictures = checkpoint_path(args.checkpoint), open_dataset(data, split)   # before CLIP, which may be a download
     out = Path(args.out) if args.out else weights.parent/f"evaluation-{split}"
     system = load_system(weights, device=usable_device(args.device), classes=pictures.classes)
@@ -133,6 +152,9 @@ def evaluate_command(args: argparse.Namespace) -> int:
                                                  command=shlex.join(["freqseg", *args.words]), **options))
     if report is None: print(f"{split} has no masks to score against; the system's masks are in {args.save_masks}")
     else: print(figures_table(out), *_made(out, ("report.html", "report.md", "report.json")), sep="\n")
+    if kinds:
+        table = interruptible(lambda: _write_robustness(system, data, split, out, kinds, report, options))
+        print("", table, "", *_made(out, ("robustness.md", "robustness.json", "robustness.png")), sep="\n")
     return 0
 
 # %% ../nbs/66_training_cli.ipynb #37116144
@@ -208,6 +230,7 @@ def add_evaluate(commands: Any) -> None:
     parser.add_argument("--threshold-split", metavar="NAME", help="which list chooses the seeds' background threshold (default: the same)")
     parser.add_argument("--out", metavar="DIR", help="where the report goes (default: RUN/evaluation-SPLIT)")
     parser.add_argument("--save-masks", metavar="DIR", help="write the system's masks there, in VOC's colours")
+    parser.add_argument("--corrupt", metavar="KINDS", help="evaluate on worse pictures, too: blur, noise, jpeg, contrast, comma-separated, or all; three strengths each")
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N pictures")
     parser.add_argument("--skip-bad", action="store_true", help="leave out pictures that cannot be read, and say which")
     group = parser.add_argument_group("inference")

@@ -51,7 +51,7 @@ def test_help_names_every_command_and_imports_nothing_heavy() -> None:
     program = "import sys; from freqseg.cli import main\ntry: main(['--help'])\nfinally: print(sorted({n.split('.')[0] for n in sys.modules}))"
     done = subprocess.run([sys.executable, "-c", program], text=True, capture_output=True, timeout=120)
     assert done.returncode == 0
-    assert all(f"\n    {command} " in done.stdout for command in ("demo", "cam", "seeds", "check", "world", "run"))
+    assert all(f"\n    {command} " in done.stdout for command in ("demo", "cam", "seeds", "cost", "check", "world", "run"))
     loaded = done.stdout.splitlines()[-1]
     assert not [heavy for heavy in ("torch", "numpy", "PIL", "matplotlib", "papermill", "scipy", "tqdm") if f"'{heavy}'" in loaded]
 
@@ -64,7 +64,7 @@ def test_the_installed_command_is_this_command() -> None:
     assert done.stdout == f"freqseg {freqseg.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["demo", "cam", "seeds", "check", "world", "run"])
+@pytest.mark.parametrize("command", ["demo", "cam", "seeds", "cost", "check", "world", "run"])
 def test_every_command_explains_itself_with_defaults(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([command, "--help"])

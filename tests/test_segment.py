@@ -16,6 +16,7 @@ from sklearn.metrics import average_precision_score, confusion_matrix as sklearn
 from torchmetrics.functional.classification import multiclass_jaccard_index
 
 import freqseg.segment as room
+from freqseg.corruptions import Corruption
 from freqseg.crf import crf_image, crf_settings
 from freqseg.data import (SegmentationFolder, list_folder, open_folder, palette, read_mask, write_labels, write_mask, zero_shot_split,
                           zero_shot_view)
@@ -546,6 +547,30 @@ def test_masks_labels_and_bands_that_are_missing_are_named(tmp_path, folder, sys
     class Deaf(Toy):
         def predict(self, images): return super().predict(images)
     with pytest.raises(InputError, match="has no `keep`"): evaluate_system(Deaf(), open_folder(folder, "val", masks=True), bands=0.2, **QUIET)
+
+
+# ---- pictures made worse --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("corruption", [Corruption("noise", 1), Corruption("blur", 3)], ids=str)
+def test_a_corrupted_evaluation_is_that_of_corrupted_files_with_the_same_masks(corruption, tmp_path, system, dataset) -> None:
+    worse = write_folder(tmp_path / "worse")
+    for name in dataset.ids:
+        path = worse / f"JPEGImages/{name}.png"
+        corruption(Image.open(path), name).save(path)
+    expected = evaluate_system(system, open_folder(worse, "val", masks=True), scales=(1.0, 1.5), **QUIET)
+    found = evaluate_system(system, dataset, scales=(1.0, 1.5), corrupt=corruption, **QUIET)
+    for name in found.figures:
+        assert torch.equal(found[name].confusion, expected[name].confusion) and found[name].boundary == expected[name].boundary
+    assert [np.array_equal(ours.image, theirs.image) for ours, theirs in zip(found.best, expected.best, strict=True)] == [True] * len(found.best)
+    assert found.settings["corrupt"] == corruption.as_dict() and "corrupt" not in expected.settings
+    assert not torch.equal(found["seg"].confusion, evaluate_system(system, dataset, figures=("seg",), scales=(1.0, 1.5), **QUIET)["seg"].confusion)
+
+
+def test_strength_0_and_the_threshold_of_another_split_are_those_of_clean_pictures(system, dataset) -> None:
+    clean, none, worse = (evaluate_system(system, dataset, figures=("seed",), corrupt=corrupt, threshold_split="test", **QUIET)["seed"]
+                          for corrupt in (None, Corruption("noise", 0), Corruption("noise", 3)))
+    assert torch.equal(clean.confusion, none.confusion) and not torch.equal(clean.confusion, worse.confusion)
+    assert clean.threshold == worse.threshold and clean.tuned_miou == worse.tuned_miou
 
 
 # ---- processes and photographs --------------------------------------------------------------------------------------
