@@ -44,13 +44,16 @@ def caption(report: SystemReport) -> list[str]:
     "The conditions under which the figures hold, in sentences."
     told, shown = report.settings, report.settings["inference"]
     scales = ", ".join(f"{scale:g}" for scale in shown["scales"])
-    size = f"long side {shown['side']} px" if shown["side"] else "the pictures' own size"
+    sides = [f"{name} side {shown[key]} px" for name, key in (("long", "side"), ("short", "short")) if shown.get(key)]
+    size = sides[0] if sides else "the pictures' own size"
     lines = [f"Network shown {size} at scale {scales}{' with mirror images' * shown['flip']}, {shown['average']} averaged"
              + (f", in windows of {shown['window']} px every {shown['stride']} px" if shown["window"] else "") + "."]
     if told["crf"]: lines.append(f"Dense CRF: {told['crf'] if isinstance(told['crf'], str) else 'own settings'}.")
     if "seed" in report.figures: lines.append(_threshold_sentence(report))
     if "band_cutoff" in told: lines.append(f"Bands of the frozen tokens are cut at {told['band_cutoff']:g} cycles per token (square region).")
-    lines.append(f"Brackets: {report.level:.0%} bootstrap interval over pictures. Image labels come from the label table, masks are used for scoring alone.")
+    lines.append(f"Brackets: {report.level:.0%} bootstrap interval over pictures. "
+                 + ("Masks are used for scoring alone." if report.zero_shot else "Image labels come from the label table, masks are used for scoring alone."))
+    if corrupt := told.get("corrupt"): lines.append(f"Pictures made worse: {corrupt['kind']}, strength {corrupt['strength']}.")
     left_out = f"{len(report.skipped)} picture{' was' if len(report.skipped) == 1 else 's were'} left out because of damage: see the list."
     if report.skipped: lines.append(left_out)
     if told["limit"]: lines.append(f"Only the first {told['limit']} pictures of the split.")

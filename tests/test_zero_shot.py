@@ -35,7 +35,8 @@ def batch() -> Batch:
     "Three crops; unseen classes and background carry no label."
     scenes = [World(0, "train")[index] for index in range(3)]
     images = torch.stack([torch.from_numpy(scene.image[64:160, 64:160]).permute(2, 0, 1)/255 for scene in scenes])
-    masks = torch.stack([torch.from_numpy(scene.mask[64:160, 64:160]) for scene in scenes]).long() - 1
+    masks = torch.stack([torch.from_numpy(scene.mask[64:160, 64:160]) for scene in scenes]).long()
+    masks = torch.where(masks <= len(WORLD_CLASSES), masks - 1, -1)
     unseen = torch.isin(masks, torch.tensor(WORLD_ZERO_SHOT.unseen_index))
     return Batch(("a", "b", "c"), images, masks.masked_fill(unseen, UNLABELLED).masked_fill(masks < 0, 255), None)
 
