@@ -57,20 +57,22 @@ def load_system(
     path: str|Path,                           # a checkpoint, or the folder of a run
     backbone: Backbone|None = None,           # None = load the one that the checkpoint names
     device: str|torch.device = "cpu",
-    classes: Sequence[str]|None = None,       # refuse a checkpoint for other classes
+    classes: Sequence[str]|None = None,       # refuse a checkpoint for other classes; a zero-shot system answers for them
 ) -> System:
     """The system of a checkpoint, in eval mode.
 
     Raises `InputError` for a file that cannot be read, another class list, and a backbone that does not fit."""
     path = checkpoint_path(path)
     stored = read_checkpoint(path)
-    if classes is not None and stored.classes != tuple(classes): raise _other_classes(path, stored.classes, tuple(classes))
     if "system" not in stored.config: raise InputError(f"{path} is a checkpoint of something that is no system of freqseg.")
+    others = classes is not None and stored.classes != tuple(classes)
+    if others and system_named(stored.config["system"]).supervision == "labels": raise _other_classes(path, stored.classes, tuple(classes))
     backbone = load_clip(**stored.config["backbone"]) if backbone is None else backbone
     system = system_named(stored.config["system"]).build(backbone, stored.classes, **stored.config["options"])
     try: system.load_trainable(stored.weights)
     except InputError as error: raise InputError(f"{path}: {error}") from error
-    return system.to(device).eval()
+    system = system.to(device).eval()
+    return system.with_vocabulary(classes) if others else system
 
 def weights_title(system: System) -> str:
     "Which CLIP a system stands on, in words; random weights are said to be random."

@@ -9,6 +9,7 @@ __all__ = ['ZERO_SHOT', 'LINES', 'STYLE', 'percent', 'provenance', 'caption', 'b
 
 # %% ../nbs/61_report.ipynb #ee475626
 import base64, io, json, math, tempfile
+from dataclasses import replace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -396,9 +397,11 @@ def require_writable(folder: str | Path) -> None:
 
 # %% ../nbs/61_report.ipynb #742aad1f
 def as_scored(system: Segmenter, data: SegmentationFolder) -> SegmentationFolder:
-    "The data as a system is scored on it: for a zero-shot system without background, classes told apart into seen and unseen."
+    "The data as a system is scored on it: for a zero-shot system without background, classes told apart into seen and unseen if there are both."
     split = getattr(system, "split", None)
-    return data if split is None or data.listing.zero_shot is not None else SegmentationFolder(zero_shot_view(data.listing, split))
+    if split is None or data.listing.zero_shot is not None: return data
+    view = zero_shot_view(data.listing, split)
+    return SegmentationFolder(view if split.seen and split.unseen else replace(view, zero_shot=None))
 
 def evaluate_run(
     system: Segmenter,

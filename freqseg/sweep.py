@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NOT_SWEPT', 'LEVEL', 'MEASURES', 'TITLES', 'NOT_IN_TABLES', 'parameters_of', 'checked_grid', 'checked_seeds',
            'run_name', 'Run', 'Design', 'trained_system', 'new_design', 'run_plans', 'read_design', 'extended',
-           'finished', 'environments', 'Estimate', 'estimate', 'paired_difference', 'Row', 'Sweep', 'read_sweep',
-           'sweep', 'provenance', 'sweep_markdown', 'sweep_plot']
+           'finished', 'environments', 'Estimate', 'estimate', 'paired_difference', 'main_measure', 'Row', 'Sweep',
+           'read_sweep', 'sweep', 'provenance', 'sweep_markdown', 'sweep_plot']
 
 # %% ../nbs/67_sweep.ipynb #044630f1
 import ast, json, math, os, re, signal, statistics, subprocess, sys, tempfile, threading, time
@@ -394,17 +394,22 @@ def paired_difference(values: Mapping[int, float], first: Mapping[int, float], l
     return estimate({seed: value - first[seed] for seed, value in values.items() if seed in first}, level)
 
 # %% ../nbs/67_sweep.ipynb #4743fd03
-MEASURES = {"seg": ("seg", "miou"), "seg_crf": ("seg_crf", "miou"), "mask": ("mask", "miou"), "mask_crf": ("mask_crf", "miou"), "seed": ("seed", "miou"),
+MEASURES = {"hiou": ("zero_shot", "hiou"), "seen": ("zero_shot", "miou_seen"), "unseen": ("zero_shot", "miou_unseen"), "seg": ("seg", "miou"), "seg_crf": ("seg_crf", "miou"), "mask": ("mask", "miou"), "mask_crf": ("mask_crf", "miou"), "seed": ("seed", "miou"),
             "boundary": ("seg", "boundary"), "low": ("seg_low", "miou"), "high": ("seg_high", "miou")}
-TITLES = {"seg": "seg mIoU", "seg_crf": "seg mIoU after CRF", "mask": "mask mIoU", "mask_crf": "mask mIoU after CRF", "seed": "seed mIoU",
+TITLES = {"hiou": "hIoU", "seen": "mIoU(S)", "unseen": "mIoU(U)", "seg": "seg mIoU", "seg_crf": "seg mIoU after CRF", "mask": "mask mIoU", "mask_crf": "mask mIoU after CRF", "seed": "seed mIoU",
           "boundary": "seg boundary IoU", "low": "seg mIoU, low band", "high": "seg mIoU, high band"}
 NOT_IN_TABLES = ("low", "high")   # in sweep.json alone: how faithful a system is to bands is a question of its own
 
+def main_measure(names: Sequence[str]) -> str:
+    "What settings are compared by: hIoU of zero-shot systems, else the network's mIoU."
+    return "hiou" if "hiou" in names else "seg"
+
 def _measured(metrics: Mapping[str, Any]) -> dict[str, float]:
     "The measures that a run has, as fractions."
-    found = {}
+    found, homes = {}, {}
+    with suppress(KeyError, TypeError): homes = {**_figures(metrics), "zero_shot": metrics["report"].get("zero_shot")}
     for name, (figure, kind) in MEASURES.items():
-        with suppress(KeyError, TypeError): found[name] = _figures(metrics)[figure][kind]["value"]
+        with suppress(KeyError, TypeError): found[name] = homes[figure][kind]["value"]
     return {name: float(value) for name, value in found.items() if _number(value) and math.isfinite(value)}
 
 @dataclass(frozen=True)
@@ -413,7 +418,7 @@ class Row:
     point: dict[str, Any]
     seeds: tuple[int, ...]               # that are done
     measures: dict[str, Estimate]        # those of MEASURES that some run of the sweep has
-    gain: Estimate | None                # of seg over the first point, seed by seed; None for the first
+    gain: Estimate | None                # of `main_measure` over the first point, seed by seed; None for the first
 
     @property
     def title(self) -> str:
@@ -486,7 +491,8 @@ def _row(design: Design, point: dict[str, Any], measured: Mapping[str, Mapping[s
     "One row, from the measures of all finished runs by name."
     own = lambda where, name: {seed: found[name] for seed in design.seeds if name in (found := measured.get(Run(where, seed).name, {}))}
     seeds = tuple(seed for seed in design.seeds if Run(point, seed).name in measured)
-    gain = paired_difference(own(point, "seg"), own(design.points[0], "seg")) if point != design.points[0] else None
+    main = main_measure(names)
+    gain = paired_difference(own(point, main), own(design.points[0], main)) if point != design.points[0] else None
     return Row(point, seeds, {name: estimate(own(point, name)) for name in names}, gain)
 
 def _estimate(told: Mapping[str, Any] | None) -> Estimate | None:
@@ -618,11 +624,12 @@ def _cell(value: Any) -> str:
 
 def _table(sweep: Sweep) -> str:
     "The table in Markdown."
-    first, compared = sweep.rows[0], len(sweep.rows) > 1 and "seg" in sweep.measures
+    main = main_measure(sweep.measures)
+    first, compared = sweep.rows[0], len(sweep.rows) > 1 and main in sweep.measures
     names = list(first.point) or ["parameters"]
     told = [name for name in sweep.measures if name not in NOT_IN_TABLES]
     head = [*names, "seeds", *(f"{TITLES[name]} %" for name in told)]
-    if compared: head.append(f"seg mIoU above {_cell(first.title)}")
+    if compared: head.append(f"{TITLES[main]} above {_cell(first.title)}")
     lines = [head, ["---"] * len(names) + ["---:"] * (len(head) - len(names))]
     for row in sweep.rows:
         cells = [*(map(_cell, row.point.values()) if row.point else ["as given"]), str(len(row.seeds))]
@@ -636,7 +643,7 @@ def _caption(sweep: Sweep) -> str:
     told = [f"Means over seeds; brackets: {LEVEL:.0%} intervals (Student's t) over seeds. All runs see the same test pictures, so the "
             "intervals say how much training varies, not how much pictures do."]
     if not several: told = ["One seed each: there are no intervals, and another seed may order them otherwise."]
-    if len(sweep.rows) > 1 and "seg" in sweep.measures:
+    if len(sweep.rows) > 1 and main_measure(sweep.measures) in sweep.measures:
         told.append("Last column: differences to the first row, seed by seed, over the seeds that both have." +
                     " Each interval stands for itself: of many rows a few leave out 0 by chance." * (several and len(sweep.rows) > 2))
     return " ".join(told)

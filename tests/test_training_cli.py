@@ -19,7 +19,7 @@ from freqseg.runs import launch_command
 from freqseg.train import locked, read_checkpoint
 
 FEW = ["-p", "iterations=4", "-p", "workers=0"]
-SYSTEMS = ("weclip", "wtclip", "dfa", "ffr")
+SYSTEMS = ("weclip", "wtclip", "dfa", "ffr", "zegclip", "sptseg")
 
 
 @pytest.fixture(scope="module")
@@ -218,3 +218,21 @@ def test_a_checkpoint_for_other_classes_is_refused(run: Path, tmp_path: Path, ca
     Image.new("RGB", (64, 64)).save(folder / "JPEGImages" / "a.jpg")
     Image.new("P", (64, 64)).save(folder / "SegmentationClass" / "a.png")
     assert "cat" in says(capsys, ["evaluate", str(run), "--data", str(folder), "--out", str(tmp_path / "report")], 2)
+
+
+# ---- zero-shot systems ----------------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_a_zero_shot_training_reports_seen_and_unseen_and_is_evaluated_on_other_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "sptseg"
+    assert main(["train", "sptseg", "--device", "cpu", "--out", str(out), *FEW]) == 0
+    told = json.loads((out / "metrics.json").read_text())["report"]["zero_shot"]
+    assert set(told) >= {"pixel_accuracy", "miou_seen", "miou_unseen", "hiou", "curve", "confused"} and len(told["unseen"]) == 5
+    assert "Seen and unseen classes" in (out / "report.html").read_text() and "(unseen)" in (out / "report.md").read_text()
+    (out / "world" / "classes.txt").write_text((out / "world" / "classes.txt").read_text().replace("ring", "sand"))   # a class that training did not have
+    (out / "world" / "labels.txt").unlink()
+    assert main(["evaluate", str(out), "--limit", "4", "--workers", "0", "--device", "cpu", "--save-masks", str(tmp_path / "masks")]) == 0
+    other = json.loads((out / "evaluation-test" / "report.json").read_text())
+    assert "sand" in other["zero_shot"]["unseen"] and other["names"][0] == "sand" and len(list((tmp_path / "masks").iterdir())) == 4
+    assert main(["evaluate", str(out), "--limit", "3", "--workers", "0", "--device", "cpu", "--corrupt", "noise", "--out", str(tmp_path / "worse")]) == 0
+    assert "noise" in (tmp_path / "worse" / "robustness.md").read_text()

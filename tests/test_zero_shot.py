@@ -3,13 +3,16 @@
 import copy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from freqseg.checkpoints import load_system, save_system
+from freqseg.cli import main
 from freqseg.clip import Backbone, load_clip
-from freqseg.data import UNLABELLED, VOC_CLASSES, Batch
+from freqseg.data import UNLABELLED, VOC_CLASSES, Batch, SegmentationFolder, list_folder, palette, write_mask, zero_shot_view
 from freqseg.files import InputError
 from freqseg.systems.sptseg import SPTSEG
 from freqseg.systems.zegclip import WORLD_ZERO_SHOT, ZegCLIP, seen_and_unseen
@@ -205,6 +208,59 @@ def test_a_saved_system_answers_the_same_again(name: str, world: Backbone, batch
     assert torch.equal(again.predict(images), system.predict(images)) and again.split == system.split and again.name == name
 
 
+def test_a_checkpoint_answers_for_the_classes_of_other_data(world: Backbone, tmp_path: Path) -> None:
+    save_system(build("zegclip", world), tmp_path/"it.safetensors", step=0)
+    other = load_system(tmp_path/"it.safetensors", classes=("tree", "water", "house"))
+    assert other.classes == ("tree", "water", "house") and (other.split.seen, other.split.unseen) == (("tree",), ("water", "house"))
+
+
 def test_filters_of_another_grid_are_carried_over(world: Backbone, batch: Batch) -> None:
     system = build("sptseg", world).eval()
     for size in ((64, 96), (224, 224)): assert system.predict(torch.zeros(1, 3, *size)).shape == (1, 20, size[0]//8, size[1]//8)
+
+
+def test_a_checkpoint_of_another_grid_is_resized_with_a_notice(world: Backbone, batch: Batch) -> None:
+    small, large, images = build("sptseg", world, filter_size=96).eval(), build("sptseg", world, filter_size=128).eval(), world.normalise(batch.images)
+    with pytest.warns(UserWarning, match="12 x 12 patches, carried over to 16 x 16"): large.load_trainable(small.trainable_state())
+    wide = F.interpolate(images, (128, 128))
+    torch.testing.assert_close(large.predict(wide), small.predict(wide), atol=1e-4, rtol=1e-3)    # both carry the same filter to this size
+    with pytest.raises(InputError, match="do not fit"): large.load_trainable(build("zegclip", world).trainable_state())
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def checkpoint(world: Backbone, tmp_path: Path) -> Path:
+    save_system(build("sptseg", world), tmp_path/"it.safetensors", step=0)
+    Image.fromarray(World(0, "val")[0].image[:50, :90]).save(tmp_path/"scene.png")
+    return tmp_path/"it.safetensors"
+
+
+def test_segment_answers_for_the_names_asked_for(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = checkpoint.parent
+    words = ["segment", str(folder/"scene.png"), "--checkpoint", str(checkpoint), "--out", str(folder/"out"), "--device", "cpu"]
+    assert main([*words, "--classes", "tree, water, key", "--window", "64"]) == 0    # the picture is smaller than the window
+    mask = Image.open(folder/"out"/"scene.png")
+    assert mask.mode == "P" and mask.size == (90, 50) and set(np.unique(np.asarray(mask))) <= {1, 2, 3}
+    assert mask.getpalette()[:9] == palette()[:3].ravel().tolist() and (folder/"out"/"scene_over.png").exists()
+    assert main([*words, "--classes", "tree"]) == 0
+    said = capsys.readouterr()
+    assert "tree is the only name" in said.err and set(np.unique(np.asarray(Image.open(folder/"out"/"scene.png")))) <= {0, 1}
+    for names, told in (("zebra", "'zebra'"), ("tree, tree", "twice"), (",", "no class names")):
+        assert main([*words, "--classes", names]) == 2
+        assert told in capsys.readouterr().err
+    (folder/"broken.png").write_bytes(b"no picture")
+    assert main(["segment", str(folder/"broken.png"), *words[1:]]) == 2
+    said = capsys.readouterr()
+    assert "broken.png" in said.err and "1 of 2 pictures" in said.out
+
+
+def test_a_label_beyond_the_table_is_named(tmp_path: Path) -> None:
+    (tmp_path/"JPEGImages").mkdir()
+    (tmp_path/"classes.txt").write_text("ant\nbee\ncow\n")
+    Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(tmp_path/"JPEGImages"/"a.png")
+    write_mask(tmp_path/"SegmentationClass"/"a.png", np.full((20, 20), 7))
+    (tmp_path/"ImageSets"/"Segmentation").mkdir(parents=True)
+    (tmp_path/"ImageSets"/"Segmentation"/"train.txt").write_text("a\n")
+    view = zero_shot_view(list_folder(tmp_path, "train"), seen_and_unseen(("ant", "bee", "cow"), "cow"), UNLABELLED)
+    with pytest.raises(InputError, match="a.png.*7 on 400 pixels"): SegmentationFolder(view, masks=True)[0]

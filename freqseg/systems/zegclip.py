@@ -6,7 +6,7 @@
 __all__ = ['WORLD_ZERO_SHOT', 'PUBLISHED_SPLITS', 'ZegCLIPOptions', 'seen_and_unseen', 'ZegCLIP', 'build_text_decoder']
 
 # %% ../../nbs/47_zegclip.ipynb #831559c6
-import copy
+import copy, warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -21,6 +21,7 @@ from ..files import InputError
 from ..losses import mask_losses
 from ..prompts import embed_wording, plain_wording
 from ..spectral_prompts import PromptedTower, prompt_blocks
+from ..spectra import resize_response
 from .segmenter import System, enlarged
 from ..world import WORLD_CLASSES
 
@@ -102,13 +103,15 @@ class ZegCLIP(System):
         self.register_buffer("text", embed_wording(self.backbone, plain_wording(self.backbone, names, self.options.wording)).text, persistent=False)
 
     def with_vocabulary(self, names: Sequence[str]) -> "ZegCLIP":
-        """This system, weights shared, answering for other names. A name seen in training keeps its handicap.
+        """This system, weights shared, answering for other names. A name seen in training keeps its handicap, all others count as unseen.
 
         Raises `InputError` for no names, one that is empty or comes twice, and for words that the world's CLIP does not know."""
         other = copy.copy(self)
         other._buffers = dict(self._buffers)
         other._learn_names(names)
         other.classes, other.num_classes = other.vocabulary, len(other.vocabulary)
+        seen = tuple(name for name in names if name in self.split.seen)
+        other.split = ZeroShotSplit(other.classes, seen, tuple(name for name in names if name not in seen))
         return other
 
     @property
@@ -145,6 +148,16 @@ class ZegCLIP(System):
     def predict(self, images: Tensor, keep: Callable[[Tensor], Tensor]|None = None) -> Tensor:
         "Logits (B, K, h, w) at token resolution for the vocabulary, of n times as many for n versions of the patches."
         return self.masks(images, self.text, keep)
+
+    def load_trainable(self, state: Mapping[str, Tensor]) -> None:
+        "Take over a `trainable_state`; spectral filters made for another grid are carried over, with a notice. Raises `InputError` for another system's."
+        own, state = self.trainable_state(), dict(state)
+        for name, value in state.items():
+            if ".spectral.filters." not in name or name not in own or value.shape == own[name].shape or value.shape[2:] != own[name].shape[2:]: continue
+            here, there = (2*(shape[1] - 1) if shape[0] % 2 == 0 else 2*shape[1] - 1 for shape in (own[name].shape, value.shape))
+            state[name] = torch.view_as_real(resize_response(torch.view_as_complex(value.contiguous()), (value.shape[0], there), (own[name].shape[0], here)))
+            warnings.warn(f"{name}: made for {value.shape[0]} x {there} patches, carried over to {own[name].shape[0]} x {here}.")
+        super().load_trainable(state)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         "What an optimiser trains; norms do not decay."
