@@ -455,7 +455,9 @@ class SpectralGuidedLayer(nn.Module):
     authors' code, which cuts negative cosines off; as the patches of a picture point much the same way, about every other xi
     then silences a whole picture, and where it silences all pictures nothing is ever learnt. Queries read with the scores of Eq. 9,
     as in the code: plain products, one head, no scale. There the output projection of the high heads is never applied; here it is,
-    as the paper says. Raises `InputError` for options that make no sense."""
+    as the paper says. Its equations have no `residual` around the branches. But attention starts out even, so z starts as means over windows and over the whole
+    picture, and a short training never finds its way back to places; the blocks that the branches come from (HiLo attention, Pan et al., 2022)
+    do have one. Raises `InputError` for options that make no sense."""
     def __init__(self,
         dim: int = 512,  # width of queries and patches
         heads: int = 8,
@@ -466,6 +468,7 @@ class SpectralGuidedLayer(nn.Module):
         hidden: int | None = None,  # width of the feed-forward part; None = 4 dim
         dropout: float = 0.1,  # of the queries' attention weights, hidden units and branches
         answers: bool = True,  # False: `ask` is not wanted, what only it needs is not created
+        residual: bool = False,  # z = [high ; low] + patches
     ) -> None:
         super().__init__()
         _check_decoder(dim, 1, heads, hidden, dropout)
@@ -473,14 +476,15 @@ class SpectralGuidedLayer(nn.Module):
         width = dim // heads * high_heads
         self.high = WindowAttention(dim, high_heads, width, window, mask_padding) if high_heads else None
         self.low = PooledAttention(dim, heads - high_heads, dim - width, window, mask_padding) if high_heads < heads else None
-        self.similarity, self.dropout = similarity, dropout
+        self.similarity, self.dropout, self.residual = similarity, dropout, residual
         self.task, self.transform = nn.Parameter(torch.randn(dim)), nn.Parameter(torch.eye(dim))
         self.out, self.update = (nn.Linear(dim, dim), QueryUpdate(dim, hidden, dropout)) if answers else (None, None)
         truncated_normal_start(self)
 
     def branches(self, patches: Tensor) -> Tensor:
         "z: patches `(B, dim, h, w)` -> `(B, N, dim)`, the channels of the high heads first."
-        return torch.cat([branch(patches) for branch in (self.high, self.low) if branch is not None], -1)
+        z = torch.cat([branch(patches) for branch in (self.high, self.low) if branch is not None], -1)
+        return z + patches.flatten(2).mT if self.residual else z
 
     def forward(self, patches: Tensor) -> Tensor:
         "z^: patches `(B, dim, h, w)` -> the same shape."
@@ -513,13 +517,14 @@ class SpectralGuidedDecoder(nn.Module):
         hidden: int | None = None,  # width of the feed-forward parts; None = 4 dim
         dropout: float = 0.1,
         reads: str = "tower",  # what layers filter: patches of the "tower", or the "previous" layer's features
+        residual: bool = False,  # around the branches, see `SpectralGuidedLayer`
     ) -> None:
         super().__init__()
         _check_decoder(dim, layers, heads, hidden, dropout)
         if reads not in ("tower", "previous"): raise InputError(f"reads={reads!r}: use 'tower' or 'previous'.")
         self.dim, self.reads = dim, reads
         self.layers = nn.ModuleList(SpectralGuidedLayer(dim, heads, high_heads, window, mask_padding, similarity, hidden, dropout,
-                                                        answers=index < layers - 1) for index in range(layers))
+                                                        answers=index < layers - 1, residual=residual) for index in range(layers))
 
     def forward(self,
         queries: Tensor,  # (B, C, dim), from a `RelationshipDescriptor`

@@ -834,3 +834,12 @@ def test_asking_decoders_on_a_device_equal_those_on_the_cpu(kind: str, options: 
     torch.testing.assert_close(decoder(*question).cpu(), expected, rtol=1e-3, atol=1e-4)
     with torch.autocast("cuda", torch.bfloat16): masks = decoder(*question)
     assert (masks.float().cpu() - expected).norm() < 0.05 * expected.norm()
+
+
+def test_a_residual_adds_the_patches_to_both_branches() -> None:
+    torch.manual_seed(0)
+    plain, added, patches = SpectralGuidedLayer(32, 4), SpectralGuidedLayer(32, 4, residual=True), torch.randn(2, 32, 5, 7)
+    added.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(added.branches(patches), plain.branches(patches) + patches.flatten(2).mT)
+    moved = SpectralGuidedDecoder(32, heads=4, residual=True).eval()(torch.randn(2, 3, 32), patches)
+    assert moved.std((2, 3)).min() > 10*SpectralGuidedDecoder(32, heads=4).eval()(torch.randn(2, 3, 32), patches).std((2, 3)).max()   # places differ from the start

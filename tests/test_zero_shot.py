@@ -95,7 +95,7 @@ def test_norms_do_not_decay(world: Backbone) -> None:
 
 
 @pytest.mark.parametrize("options", [dict(spectral="1-2"), dict(decoder="spectral"), dict(spectral="1-6", shared_filter=False), dict(spectral="6", filter_init="zero"),
-                                     dict(decoder="spectral", high_heads=4, window=2), dict(decoder="spectral", mask_padding=False, similarity="clamp"),
+                                     dict(decoder="spectral", high_heads=4, window=2), dict(decoder="spectral", residual=True), dict(decoder="spectral", mask_padding=False, similarity="clamp"),
                                      dict(decoder_layers=1), dict(decoder_layers=5, decoder="spectral"), dict(self_attention=True), dict(prompts=0), dict(ssim=1.),
                                      dict(ignored_as_negative=False), dict(transductive=True), dict(drop_path=.1, prompt_dropout=0., decoder_dropout=0.)])
 def test_every_switch_trains(options: dict, world: Backbone, batch: Batch) -> None:

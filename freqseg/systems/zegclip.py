@@ -48,6 +48,7 @@ class ZegCLIPOptions:
     high_heads: int = 1                   # of "spectral": heads that look within windows; SPT-SEG's code has 1, its text a share alpha
     window: int = 3                       # of "spectral", in patches
     mask_padding: bool = True             # of "spectral": pads of the last windows are not looked at; False as in SPT-SEG's code
+    residual: bool = False                # of "spectral": patches are added to what both kinds of heads see; the paper has it without, short trainings need it
     similarity: str = "shifted"           # of "spectral": (1 + cos)/2, or "clamp" as in SPT-SEG's code, which can die
     focal: float = 100.                   # weight of the focal loss
     dice: float = 1.                      # weight of the dice loss
@@ -172,4 +173,5 @@ def build_text_decoder(dim: int, options: ZegCLIPOptions) -> nn.Module:
     if o.decoder == "cross": return CrossAttentionDecoder(dim, o.decoder_layers, o.heads, dropout=o.decoder_dropout, self_attention=o.self_attention,
                                                            whole_last=o.whole_last)
     if o.decoder != "spectral": raise InputError(f"decoder={o.decoder!r}: use 'cross' or 'spectral'.")
-    return SpectralGuidedDecoder(dim, o.decoder_layers, o.heads, o.high_heads, o.window, o.mask_padding, o.similarity, dropout=o.decoder_dropout)
+    return SpectralGuidedDecoder(dim, o.decoder_layers, o.heads, o.high_heads, o.window, o.mask_padding, o.similarity, dropout=o.decoder_dropout,
+                                 residual=o.residual)
