@@ -54,7 +54,7 @@ def _check(args: argparse.Namespace, parameters: dict[str, Any]) -> None:
     from freqseg.runs import launch_command
     from freqseg.train import locked
     devices, nodes = _processes(parameters)
-    launch_command(args.words, devices, **_meeting(args, nodes))
+    launch_command((), devices, **_meeting(args, nodes))
     experiment(args.system, {**parameters, "out": args.out}).check()
     if nodes == 1:   # of several machines another one may have begun
         with locked(args.out): pass
