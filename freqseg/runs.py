@@ -189,7 +189,7 @@ def run_notebook(
     trace.unlink(missing_ok=True)
     try: _execute(notebook, attempt, values, progress, live)
     except PapermillExecutionError as error: raise _failed(attempt, trace, error) from error
-    except DeadKernelError as error: raise RunFailed(attempt, None, str(error) or "no reason given", None) from error
+    except DeadKernelError as error: raise RunFailed(attempt, None, "something ended it, most often a lack of memory", None) from error
     except OSError as error: raise InputError(f"cannot write {attempt}: {error.strerror or error}. Choose another folder.") from error
     return attempt.replace(record)
 

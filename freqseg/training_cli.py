@@ -72,9 +72,8 @@ def _tell_where_it_stands(args: argparse.Namespace, parameters: dict[str, Any]) 
     from freqseg.experiment import plan
     from freqseg.train import read_checkpoint
     last, steps = args.out/"last.safetensors", plan(args.system, parameters).chosen.settings.iterations
-    if not last.exists(): return
-    step = read_checkpoint(last).step
-    tell(f"{args.out} goes on at step {step:,} of {steps:,}" if step < steps else f"all {step:,} steps of {args.out} are done: its figures and report are made again")
+    step = read_checkpoint(last).step if last.exists() else 0
+    if step: tell(f"{args.out} goes on at step {step:,} of {steps:,}" if step < steps else f"all {step:,} steps of {args.out} are done: its figures and report are made again")
 
 def train_command(args: argparse.Namespace) -> int:
     "Train a system: run its notebook with parameters. The executed notebook, metrics.json, report and checkpoints are in --out."
