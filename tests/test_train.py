@@ -292,6 +292,7 @@ def test_a_progress_bar_appears_on_a_terminal_only(pictures: object, tmp_path: P
 
 def test_validation_shows_how_far_it_is_on_a_terminal_only(pictures: object, val: object, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     bar = room.tqdm
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)   # a test before may have imported it
     monkeypatch.setattr(room, "tqdm", lambda *given, **options: bar(*given, **{**options, "delay": 0}))
     segmentation_scores(toy(pictures).eval(), val)
     assert "validation" not in capsys.readouterr().err
