@@ -25,7 +25,7 @@ lab: .venv/.ready ## JupyterLab on the notebooks to explore
 test: .venv/.ready ## everything: notebooks clean, in sync, lessons run, pytest, coverage
 	@bash .ci/test all
 
-fast: .venv/.ready ## the quick part of pytest, about four minutes
+fast: .venv/.ready ## the quick part of pytest, two to three minutes on two cores
 	@bash .ci/test fast
 
 bench: .venv/.ready ## speed, side by side with other libraries

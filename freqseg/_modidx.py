@@ -673,6 +673,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'freqseg/experiment.py'),
                                     'freqseg.experiment.parameters_cell': ('experiment.html#parameters_cell', 'freqseg/experiment.py'),
                                     'freqseg.experiment.parse_parameters': ('experiment.html#parse_parameters', 'freqseg/experiment.py'),
+                                    'freqseg.experiment.plain_warnings': ('experiment.html#plain_warnings', 'freqseg/experiment.py'),
                                     'freqseg.experiment.plan': ('experiment.html#plan', 'freqseg/experiment.py')},
             'freqseg.files': { 'freqseg.files.InputError': ('files.html#inputerror', 'freqseg/files.py'),
                                'freqseg.files._cannot_write': ('files.html#_cannot_write', 'freqseg/files.py'),

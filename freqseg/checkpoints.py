@@ -98,4 +98,4 @@ def _other_classes(path: Path, stored: tuple[str, ...], wanted: tuple[str, ...])
     "Say how two class lists differ."
     sides = (("only the checkpoint has", [name for name in stored if name not in wanted]), ("only the data have", [name for name in wanted if name not in stored]))
     said = "; ".join(f"{what} {', '.join(names[:3])}{' ...' * (len(names) > 3)}" for what, names in sides if names)
-    return InputError(f"{path} was trained on {len(stored)} classes, the data have {len(wanted)}: {said or 'the same ones in another order'}.")
+    return InputError(f"{path} was trained on {len(stored)} classes, the data have {len(wanted)}: {said or 'the same ones in another order'}. Take those that belong together.")

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['VOC', 'COCO', 'WORLD', 'SMOKE', 'PRESETS', 'RUN', 'Preset', 'Plan', 'known_parameters', 'plan', 'parameter_defaults',
-           'parse_parameters', 'field_comments', 'parameters_cell', 'draw_scenes', 'first_readable', 'Experiment',
-           'experiment']
+           'parse_parameters', 'field_comments', 'parameters_cell', 'draw_scenes', 'first_readable', 'plain_warnings',
+           'Experiment', 'experiment']
 
 # %% ../nbs/57_experiment.ipynb #f5cd684f
-import inspect, json, re, shlex, shutil, time
-from collections.abc import Mapping, Sequence
+import contextlib, inspect, json, re, shlex, shutil, time, warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -282,6 +282,16 @@ def first_readable(
     if not found: raise faults[0]
     return found
 
+# %% ../nbs/57_experiment.ipynb #2f6c08d7
+@contextlib.contextmanager
+def plain_warnings() -> Iterator[None]:
+    "Within the block what is said to the user is the sentence alone, without the line of code that says it."
+    before = warnings.formatwarning
+    def told(message: Warning|str, kind: type[Warning], *place: Any) -> str: return f"freqseg: {message}\n" if kind is UserWarning else before(message, kind, *place)
+    warnings.formatwarning = told
+    try: yield
+    finally: warnings.formatwarning = before
+
 # %% ../nbs/57_experiment.ipynb #75eb2713
 class Experiment:
     """One training and its evaluation. Everything is opened when first used, and what was trained already is not trained again.
@@ -385,8 +395,9 @@ class Experiment:
     @cached_property
     def result(self) -> TrainResult:
         "The training: begun, continued, or already done."
-        return fit(self.system, self.train, self.plan.out, self._settings(), self.val, None if self.zero_shot is None else self._seen_scores,
-                   self._snapshot, self.identity)
+        with plain_warnings():
+            return fit(self.system, self.train, self.plan.out, self._settings(), self.val, None if self.zero_shot is None else self._seen_scores,
+                       self._snapshot, self.identity)
 
     @property
     def outcome(self) -> str:

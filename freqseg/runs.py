@@ -142,7 +142,7 @@ def _record_path(notebook: str|Path, out: str|Path) -> Path:
     if record.exists() and record.samefile(notebook):
         raise InputError(f"the run would overwrite the notebook {notebook} itself: choose another place for it.")
     try: record.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error: raise InputError(f"cannot write into {record.parent}: {error.strerror}. Choose another folder.") from error
+    except OSError as error: raise InputError(f"cannot write into {record.parent}: {error.strerror}. Get write access, or choose another folder.") from error
     return record
 
 def _finished(record: Path) -> bool:
@@ -189,8 +189,8 @@ def run_notebook(
     trace.unlink(missing_ok=True)
     try: _execute(notebook, attempt, values, progress, live)
     except PapermillExecutionError as error: raise _failed(attempt, trace, error) from error
-    except DeadKernelError as error: raise RunFailed(attempt, None, str(error) or "no reason given", None) from error
-    except OSError as error: raise InputError(f"cannot write {attempt}: {error.strerror or error}. Choose another folder.") from error
+    except DeadKernelError as error: raise RunFailed(attempt, None, "something ended it, most often a lack of memory", None) from error
+    except OSError as error: raise InputError(f"cannot write {attempt}: {error.strerror or error}. Free some space, get write access, or choose another folder.") from error
     return attempt.replace(record)
 
 def _failed(record: Path, trace: Path, error: Any) -> RunFailed:

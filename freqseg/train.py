@@ -26,7 +26,7 @@ from .data import Batch, Sample, collate, to_tensors
 from .files import InputError, atomic_write
 from .memory import keep_memory
 from .metrics import confusion_matrix, iou_scores
-from .segment import OVERTAKING, evaluating, grouped
+from .segment import OVERTAKING, REMEDY, evaluating, grouped
 
 if TYPE_CHECKING: from lightning_fabric import Fabric  # takes seconds to import, so a run does it, not everybody
 
@@ -221,7 +221,7 @@ def _stacked(drawn: list[_Drawn]) -> _Loaded:
 def _unreadable(bad: dict[str, str]) -> str:
     name, fault = next(reversed(bad.items()))
     if len(bad) > 1: return f"{len(bad)} pictures in a row cannot be read; the last is {name}: {fault}"
-    return f"picture {name}: {fault} To go on without such pictures, pass skip_bad=True (on the command line --skip-bad)."
+    return f"picture {name}: {fault} {REMEDY}"
 
 # %% ../nbs/54_train.ipynb #be211e6e
 _MOMENTS = "optimiser/"
@@ -319,7 +319,9 @@ def require_same_run(
 ) -> None:
     "Raises `InputError` that lists what differs."
     old, new = (_flat({part: its.get(part) for part in now}) for its in (there, now))
-    unlike = [_unlike(name, old.get(name), new.get(name)) for name in {**new, **old} if old.get(name) != new.get(name)]
+    names = [name for name in {**new, **old} if old.get(name) != new.get(name)]
+    if "system.kind" in names: names = [name for name in names if not name.startswith("system.config.options.")]   # those of another system are others
+    unlike = [_unlike(name, old.get(name), new.get(name)) for name in names]
     if not unlike: return
     more = [f"and {len(unlike) - 12} more"] if len(unlike) > 12 else []
     raise InputError("\n  ".join([f"{folder} holds another run:", *unlike[:12], *more]) +
@@ -410,11 +412,11 @@ class OutOfMemory(RuntimeError):
     "Memory did not suffice; the message says which settings to change."
 
 def _memory_advice(settings: TrainSettings, step: int, size: tuple[int, ...], device: torch.device) -> str:
-    pixels = " x ".join(map(str, size)) or "?"
+    pixels = f" of {' x '.join(map(str, size))} pixels" if size else ""
     advice = [f"batch={settings.batch // 2}, accumulate={settings.accumulate * 2} (the run in this folder goes on with that, as "
               "the pictures per step stay the same)"] if settings.batch % 2 == 0 else []
     advice += ["a smaller crop"] + ['precision="bf16-mixed"'] * (settings.precision != "bf16-mixed")
-    return (f"out of memory on {device} at step {step}, with batch {settings.batch} of {pixels} pixels in {settings.precision}. Try "
+    return (f"out of memory on {device} at step {step}, with batch {settings.batch}{pixels} in {settings.precision}. Try "
             f"{'; or, in a new folder, '.join([*advice[:1], ' and '.join(advice[1:])]) if settings.batch % 2 == 0 else ' and '.join(advice)}.")
 
 # %% ../nbs/54_train.ipynb #28097935

@@ -55,7 +55,7 @@ def _check(args: argparse.Namespace, parameters: dict[str, Any]) -> None:
     from freqseg.runs import launch_command
     from freqseg.train import locked
     devices, nodes = _processes(parameters)
-    launch_command(args.words, devices, **_meeting(args, nodes))
+    launch_command((), devices, **_meeting(args, nodes))
     experiment(args.system, {**parameters, "out": args.out}).check()
     if nodes == 1:   # of several machines another one may have begun
         with locked(args.out): pass
@@ -73,9 +73,8 @@ def _tell_where_it_stands(args: argparse.Namespace, parameters: dict[str, Any]) 
     from freqseg.experiment import plan
     from freqseg.train import read_checkpoint
     last, steps = args.out/"last.safetensors", plan(args.system, parameters).chosen.settings.iterations
-    if not last.exists(): return
-    step = read_checkpoint(last).step
-    tell(f"{args.out} goes on at step {step:,} of {steps:,}" if step < steps else f"all {step:,} steps of {args.out} are done: its figures and report are made again")
+    step = read_checkpoint(last).step if last.exists() else 0
+    if step: tell(f"{args.out} goes on at step {step:,} of {steps:,}" if step < steps else f"all {step:,} steps of {args.out} are done: its figures and report are made again")
 
 def train_command(args: argparse.Namespace) -> int:
     "Train a system: run its notebook with parameters. The executed notebook, metrics.json, report and checkpoints are in --out."

@@ -1,6 +1,7 @@
 """Experiments: presets, flat parameters, one small training from end to end."""
 
 import json
+import warnings
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 
 from freqseg.checkpoints import SYSTEMS
 from freqseg.experiment import (PRESETS, RUN, Preset, draw_scenes, experiment, field_comments, first_readable, known_parameters, parameters_cell,
-                                plan)
+                                plain_warnings, plan)
 from freqseg.data import open_folder
 from freqseg.files import InputError
 from freqseg.report import markdown
@@ -167,6 +168,14 @@ def test_who_only_looks_is_shown_the_pictures_that_can_be_read(tmp_path: Path) -
     assert [sample.id for sample in first_readable(pictures, 1)] == [pictures.ids[1]]
     for path in pictures.listing.images: Path(path).write_bytes(b"broken")
     with pytest.raises(InputError, match="cannot be decoded"): first_readable(pictures, 6)
+
+
+def test_a_notice_is_a_sentence_without_the_code_that_gives_it() -> None:
+    before = warnings.formatwarning
+    with plain_warnings():
+        notice, other = (warnings.formatwarning(Warning("picture 7 was skipped"), kind, "train.py", 1, "warn()") for kind in (UserWarning, RuntimeWarning))
+    assert warnings.formatwarning is before
+    assert notice == "freqseg: picture 7 was skipped\n" and "RuntimeWarning" in other
 
 
 @pytest.mark.slow

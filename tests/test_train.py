@@ -292,6 +292,7 @@ def test_a_progress_bar_appears_on_a_terminal_only(pictures: object, tmp_path: P
 
 def test_validation_shows_how_far_it_is_on_a_terminal_only(pictures: object, val: object, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     bar = room.tqdm
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)   # a test before may have imported it
     monkeypatch.setattr(room, "tqdm", lambda *given, **options: bar(*given, **{**options, "delay": 0}))
     segmentation_scores(toy(pictures).eval(), val)
     assert "validation" not in capsys.readouterr().err
@@ -633,6 +634,9 @@ def test_a_folder_of_another_run_is_refused_with_everything_that_differs(whole: 
     message = refused(pictures, whole, Other(pictures.classes, width=4), changed(lr=0.5, seed=3), identity={"preset": "voc"})
     for part in ('system.kind: "Toy" there, "Other" now', "system.config.width: 8 there, 4 now", "settings.lr: 0.01 there, 0.5 now",
                  "settings.seed: 0 there, 3 now", 'identity.preset: nothing there, "voc" now'): assert part in message
+    two = [dict(system=dict(kind=kind, config=dict(options={name: 1}))) for kind, name in (("DFA", "mu"), ("FFR", "hidden"))]
+    with pytest.raises(InputError, match='system.kind: "DFA" there, "FFR" now') as caught: require_same_run(whole, *two)
+    assert "options" not in str(caught.value)
     fewer = open_folder(world, "train", TrainTransform(32), ids=pictures.ids[:-1])
     assert "data.pictures: 14 there, 13 now" in refused(fewer, whole) and "data.ids" in refused(fewer, whole)
     assert "pictures_per_step: 4 there, 8 now" in refused(pictures, whole, settings=changed(accumulate=2))
