@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .files import InputError
-from .terminal import class_list, numbers, positive, tell
+from .terminal import class_list, numbers, output_names, picture_files, positive, tell
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,7 +53,6 @@ def segment_command(args: argparse.Namespace) -> int:
     from tqdm import tqdm
     from dataclasses import replace
     from freqseg.checkpoints import load_system
-    from freqseg.cli import output_names, picture_files
     from freqseg.clip import usable_device
     from freqseg.data import read_image, write_mask
     from freqseg.plots import mask_panel, save_figure
