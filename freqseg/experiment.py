@@ -101,14 +101,14 @@ PRESETS: dict[str, dict[str, Preset]] = {
     "sptseg": _zero_shot(96_000)}
 
 # On the embedded world everything is smaller. 400 steps do not teach WeCLIP's decoder an affinity worth selecting by, so it never does (`switch`).
-# Names take long to be heard while every pixel without a label is a negative of all of them, and SPT-SEG's decoder while its heads look everywhere alike.
+# SPT-SEG's decoder starts with heads that look everywhere alike; in so few steps only one with a residual learns places.
 _SMALL: dict[str, tuple[float, dict[str, Any]]] = {
     "weclip": (1e-3, dict(dim=64, switch=2., background_power=2.)),
     "wtclip": (1e-3, dict(dim=64, switch=2., background_power=2.)),
     "dfa": (1e-3, dict(dim=64)),
     "ffr": (1e-4, dict(dim=64, hidden=128, maps="smoothed", background_power=2., lambda_seg=1.)),
-    "zegclip": (1e-3, dict(filter_size=128, ignored_as_negative=False, residual=True)),
-    "sptseg": (1e-3, dict(filter_size=128, ignored_as_negative=False, residual=True))}
+    "zegclip": (1e-3, dict(filter_size=128, residual=True)),
+    "sptseg": (1e-3, dict(filter_size=128, residual=True))}
 for _name, (_lr, _options) in _SMALL.items():
     for _size, _preset in {"world": WORLD, "smoke": SMOKE}.items():
         PRESETS[_name][_size] = replace(_preset, settings=replace(_preset.settings, lr=_lr), options=_options,
