@@ -21,6 +21,7 @@ from tqdm import tqdm
 from .data import (Listing, classes_in_mask, dataset_splits, detect_dataset, list_dataset, read_image, read_mask,
                           require_same_size)
 from .files import InputError, atomic_write
+from .memory import leave_with_parent
 
 # %% ../nbs/11_check.ipynb #102860d5
 ERRORS: tuple[str, ...] = ("missing picture", "damaged picture", "missing mask", "bad mask", "size mismatch", "missing labels")
@@ -162,7 +163,7 @@ def _check_listing(listing: Listing, masks: bool, workers: int, progress: bool) 
 def _run(check: partial, pieces: Sequence[Listing], workers: int) -> Iterator[list[Finding]]:
     "`check` of every piece in order, in `workers` processes. Forked on Linux, as torch's loader does: a second, not ten, to start."
     if workers <= 1: yield from map(check, pieces); return
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("fork" if sys.platform == "linux" else "spawn"))
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("fork" if sys.platform == "linux" else "spawn"), initializer=leave_with_parent)
     try: yield from pool.map(check, pieces)
     finally: pool.shutdown(cancel_futures=True)
 

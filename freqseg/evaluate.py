@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from .clip import Backbone, pad_to_patch
 from .data import Sample, SegmentationFolder, list_dataset
 from .files import InputError, atomic_write
-from .memory import keep_memory
+from .memory import keep_memory, leave_with_parent
 from .frequency_cam import METHODS, CamParts, CamSettings, affinity_source, cam_of, cam_parts, needed_parts
 from .metrics import (ConfusionMeter, Interval, best_threshold, bootstrap_interval, boundary_confusion, class_iou,
                              confusion_matrix, mean_iou, sweep_background)
@@ -167,7 +167,7 @@ def _prepare(job: SeedJob, index: int, sample: Sample, present: Tensor) -> _Prep
 def _groups(job: SeedJob, dataset: SegmentationFolder, count: int) -> Iterator[list[_Prepared]]:
     "Batches of pictures with the same padded size; the incomplete ones come last."
     labels, waiting = dataset.labels, {}
-    reader = DataLoader(Subset(dataset, range(count)), batch_size=None, num_workers=job.workers)
+    reader = DataLoader(Subset(dataset, range(count)), batch_size=None, num_workers=job.workers, worker_init_fn=leave_with_parent)
     with tqdm(total=count, desc=f"maps of {dataset.listing.split}", unit="picture", disable=not job.progress) as bar:
         for index, sample in enumerate(reader):
             item = _prepare(job, index, sample, labels[index])

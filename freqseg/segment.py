@@ -39,7 +39,7 @@ from .data import (IGNORE, Listing, SegmentationFolder, ZeroShotSplit, read_imag
 from .evaluate import (SeedMaps, Spool, Stopwatch, add_sweep, dataset_name, device_name, finite, fitted_size, is_world,
                               seed_labels, sweep_levels, tuning_split)
 from .files import InputError
-from .memory import keep_memory
+from .memory import keep_memory, leave_with_parent
 from .metrics import (ConfusionMeter, Interval, Scores, best_threshold, bootstrap_average_precision, bootstrap_interval,
                              boundary_confusion, confusion_matrix, gzss_figures, iou_scores, mean_iou, sweep_bias, trimap_confusion)
 from .spectra import split_bands
@@ -562,7 +562,8 @@ def stream(
     """What the system finds in every picture, in their order.
 
     A bounded number of pictures is in memory. Raises `InputError` for a damaged file, unless bad ones are skipped."""
-    reader = DataLoader(_Reader(dataset.listing, indices, job.scales, job.inference, masks, job.corrupt), batch_size=None, num_workers=job.workers)
+    reader = DataLoader(_Reader(dataset.listing, indices, job.scales, job.inference, masks, job.corrupt), batch_size=None, num_workers=job.workers,
+                        worker_init_fn=leave_with_parent)
     with evaluating(job.system), tqdm(total=len(indices), desc=f"{dataset.listing.split}", unit="picture", delay=2, disable=not job.progress) as bar:
         def numbered() -> Iterator[tuple[int, Found]]:
             pictures = _readable(job, reader, bar)

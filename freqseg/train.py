@@ -24,7 +24,7 @@ from tqdm import tqdm
 from .clip import nearest_multiple
 from .data import Batch, Sample, collate, to_tensors
 from .files import InputError, atomic_write
-from .memory import keep_memory
+from .memory import keep_memory, leave_with_parent
 from .metrics import confusion_matrix, iou_scores
 from .segment import OVERTAKING, REMEDY, evaluating, grouped
 
@@ -488,7 +488,7 @@ def segmentation_scores(
     Sides are rounded to whole patches, and colours normalised, as the system's backbone wants them. Raises `InputError` for a
     picture that cannot be read, or has no mask."""
     counts = torch.zeros(system.num_classes, system.num_classes, dtype=torch.int64)
-    reader = DataLoader(_Whole(pictures), batch_size=None, num_workers=workers, generator=torch.Generator())
+    reader = DataLoader(_Whole(pictures), batch_size=None, num_workers=workers, worker_init_fn=leave_with_parent, generator=torch.Generator())
     read = (_with_mask(sample) for sample in _readable(reader, skip_bad))
     with tqdm(total=len(pictures), desc="validation", unit="picture", delay=2, leave=False, disable=not _watched()) as bar:
         for group in grouped(read, lambda sample: tuple(sample.image.shape), batch, OVERTAKING*batch):
@@ -698,7 +698,7 @@ def _loop(run: _Run) -> None:
     "All the steps that are left."
     settings, rank = run.settings, run.fabric.global_rank
     if run.step == settings.iterations: return
-    loader = iter(DataLoader(_Draws(run.train, run.plan, settings.skip_bad), collate_fn=_stacked, num_workers=settings.workers,
+    loader = iter(DataLoader(_Draws(run.train, run.plan, settings.skip_bad), collate_fn=_stacked, num_workers=settings.workers, worker_init_fn=leave_with_parent,
                              batch_sampler=run.plan.batches(rank, run.step, settings.iterations),
                              pin_memory=run.fabric.device.type == "cuda", generator=torch.Generator()))
     run.system.train()

@@ -19,6 +19,7 @@ from functools import lru_cache
 import numpy as np
 
 from .files import InputError, atomic_write
+from .memory import leave_with_parent
 
 # %% ../nbs/12_world.ipynb #a8f29905
 Array = np.ndarray
@@ -560,7 +561,7 @@ def _written(jobs: list, workers: int|None) -> list[tuple[str, tuple[str, ...], 
     from tqdm import tqdm
     bar = dict(total=len(jobs), desc="writing scenes", unit="scene", delay=2)
     if len(jobs) < 64 or workers == 1: return list(tqdm(map(_write_scene, jobs), **bar))
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=leave_with_parent)
     try: return list(tqdm(pool.map(_write_scene, jobs, chunksize=16), **bar))
     finally: pool.shutdown(cancel_futures=True)
 

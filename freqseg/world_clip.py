@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .clip import (WorldTokenizer, build_world_clip, feed_forward, merge_heads, resize_position_embedding,
                           save_clip, split_qkv)
 from .files import InputError, atomic_write, sha256
+from .memory import leave_with_parent
 from .world import HUES, WORLD_BACKGROUNDS, WORLD_CLASSES, World, plural
 
 # %% ../nbs/16_world_clip.ipynb #b9a25f73
@@ -94,7 +95,7 @@ def _draw_all(world: World, path: Path, count: int, workers: int|None, piece: in
     jobs = [(world, str(path), start, min(start + piece, count)) for start in range(0, count, piece)]
     bar = functools.partial(tqdm, total=len(jobs), desc="drawing scenes", unit=f"x{piece}", delay=2)
     if len(jobs) < 2: return [caption for job in jobs for caption in _draw_range(job)]
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=leave_with_parent)
     try: return [caption for part in bar(pool.map(_draw_range, jobs)) for caption in part]
     finally: pool.shutdown(cancel_futures=True)
 
