@@ -214,6 +214,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'freqseg.cost.FlopTally.watching': ('cost.html#floptally.watching', 'freqseg/cost.py'),
                               'freqseg.cost.FlopTally.within': ('cost.html#floptally.within', 'freqseg/cost.py'),
                               'freqseg.cost.Spread': ('cost.html#spread', 'freqseg/cost.py'),
+                              'freqseg.cost._Everywhere': ('cost.html#_everywhere', 'freqseg/cost.py'),
                               'freqseg.cost._attention': ('cost.html#_attention', 'freqseg/cost.py'),
                               'freqseg.cost._cells': ('cost.html#_cells', 'freqseg/cost.py'),
                               'freqseg.cost._check': ('cost.html#_check', 'freqseg/cost.py'),

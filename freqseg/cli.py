@@ -469,7 +469,7 @@ def _add_run(commands: Any) -> None:
 
 def _add_cost(commands: Any) -> None:
     parser = commands.add_parser("cost", help="what a system takes for one picture: operations, time, memory", description=cost_command.__doc__)
-    parser.add_argument("systems", nargs="*", metavar="SYSTEM", help="weclip, wtclip, dfa, ffr and so on (default: all)")
+    parser.add_argument("systems", nargs="*", metavar="SYSTEM", help="weclip, wtclip, dfa, ffr, zegclip or sptseg (default: all)")
     parser.add_argument("--model", default="ViT-B-16", metavar="NAME", help="an open_clip ViT, world, or a saved model (default: ViT-B-16)")
     parser.add_argument("--classes", metavar="NAMES", help="voc, coco, world, or comma-separated names (default: voc, of the world model its own)")
     parser.add_argument("--size", type=positive, default=512, metavar="PIXELS", help="side of the picture (default: 512)")

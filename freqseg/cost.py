@@ -60,9 +60,15 @@ FORMULAS: dict[Any, Callable[..., int]] = {
 # %% ../nbs/68_cost.ipynb #42e8d91d
 TOWER_STEPS = ("encode", "embed", "block", "last_block", "project", "pool")   # of a backbone
 
+class _Everywhere(nullcontext[None]):
+    "For a counter that need not tell module from module. PyTorch's own tracker fails where a module is handed a parameter and no gradient is kept."
+    parents = frozenset({"Global"})
+
 class FlopTally:
     "Operations by part of a system and by kind of operator, while it is watched."
-    def __init__(self) -> None: self.counter, self.parts = FlopCounterMode(display=False, custom_mapping=FORMULAS), Counter()
+    def __init__(self) -> None:
+        self.counter, self.parts = FlopCounterMode(display=False, custom_mapping=FORMULAS), Counter()
+        self.counter.mod_tracker = _Everywhere()
 
     @contextmanager
     def within(self, part: str) -> Iterator[None]:
@@ -297,10 +303,12 @@ def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def conditions(costs: Sequence[Cost]) -> str:
     "What was measured, in sentences; what differs between systems is told of each."
-    told = [f"{cost.model}, {cost.classes} classes, {cost.batch} picture{'s'*(cost.batch > 1)} of {cost.size} x {cost.size} at a time, "
-            f"{cost.precision} on {cost.device}" for cost in costs]
-    if len(set(told)) > 1: told = [f"{cost.system}: {text}" for cost, text in zip(costs, told)]
-    lines = [f"Figures per picture: {'; '.join(dict.fromkeys(told))}; PyTorch {torch.__version__}.",
+    told: dict[str, list[str]] = {}
+    for cost in costs:
+        pictures = f"{cost.batch} picture{'s'*(cost.batch > 1)} of {cost.size} x {cost.size} at a time"
+        told.setdefault(f"{cost.model}, {cost.classes} classes, {pictures}, {cost.precision} on {cost.device}", []).append(cost.system)
+    measured = "; ".join((f"{', '.join(names)}: " if len(told) > 1 else "") + text for text, names in told.items())
+    lines = [f"Figures per picture: {measured}; PyTorch {torch.__version__}.",
              "One multiply-add is two FLOP, a Fourier transform 5 n log2 n (half for real values); elementwise operations are not counted.",
              "ms: median and quartiles. MB: peak of PyTorch's allocator beyond the weights. Parameters: both towers of CLIP and everything on top."]
     if any(cost.step for cost in costs): lines.append("step: forward and backward, two classes per picture, without the optimiser.")

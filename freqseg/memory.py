@@ -6,7 +6,7 @@
 __all__ = ['keep_memory', 'leave_with_parent']
 
 # %% ../nbs/09_memory.ipynb #c976e3d1
-import functools, os, sys, threading, time
+import functools, multiprocessing, os, sys, threading, time
 
 # %% ../nbs/09_memory.ipynb #9b761600
 _MMAP_MAX, _TRIM_THRESHOLD = -4, -1   # of mallopt(3)
@@ -24,9 +24,11 @@ def keep_memory() -> bool:
 
 # %% ../nbs/09_memory.ipynb #7b52ce38
 def leave_with_parent(*_: object) -> None:
-    "End this process within a second of its parent, however that one died. A loader's `worker_init_fn`, a pool's `initializer`."
-    parent = os.getppid()
+    """End this process within a second of its parent, however that one died. A loader's `worker_init_fn`, a pool's `initializer`.
+
+    A parent that died before this was called is missed, unless the process is one of `multiprocessing`, which remembers whom it works for."""
+    parent, served = os.getppid(), multiprocessing.parent_process()
     def watch() -> None:
-        while os.getppid() == parent: time.sleep(.5)
+        while os.getppid() == parent and (served is None or served.is_alive()): time.sleep(.5)
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
