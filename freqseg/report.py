@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ZERO_SHOT', 'LINES', 'STYLE', 'percent', 'provenance', 'caption', 'bias_note', 'markdown', 'to_json', 'Drawing',
-           'trimap_svg', 'bias_svg', 'confusion_svg', 'data_uri', 'example_pictures', 'gallery_sheet', 'bias_sheet',
-           'trimap_sheet', 'html', 'save_report', 'require_writable', 'as_scored', 'evaluate_run']
+           'svg_picture', 'svg_text', 'svg_line', 'trimap_svg', 'bias_svg', 'confusion_svg', 'data_uri',
+           'example_pictures', 'gallery_sheet', 'bias_sheet', 'trimap_sheet', 'html', 'save_report', 'require_writable',
+           'as_scored', 'evaluate_run']
 
 # %% ../nbs/61_report.ipynb #ee475626
 import base64, io, json, math, tempfile
@@ -139,15 +140,17 @@ class Drawing(str):
     "SVG source that a notebook displays as a picture."
     def _repr_svg_(self) -> str: return str(self)
 
-def _svg(width: float, height: float, parts: Iterable[str], label: str) -> Drawing:
+def svg_picture(width: float, height: float, parts: Iterable[str], label: str) -> Drawing:
     "An SVG picture that scales with the page and inherits its colours."
     return Drawing(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" role="img" '
                    f'aria-label="{escape(label)}" font-family="system-ui, sans-serif" fill="currentColor">{"".join(parts)}</svg>')
 
-def _text(x: float, y: float, text: str, size: float = 12, anchor: str = "start", more: str = "") -> str:
+def svg_text(x: float, y: float, text: str, size: float = 12, anchor: str = "start", more: str = "") -> str:
+    "Text in an SVG picture, its base line at (x, y)."
     return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size:g}" text-anchor="{anchor}" {more}>{escape(text)}</text>'
 
-def _line(x1: float, y1: float, x2: float, y2: float, more: str = 'stroke="currentColor" stroke-opacity=".2"') -> str:
+def svg_line(x1: float, y1: float, x2: float, y2: float, more: str = 'stroke="currentColor" stroke-opacity=".2"') -> str:
+    "A line in an SVG picture."
     return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" {more}/>'
 
 # %% ../nbs/61_report.ipynb #d2a6505c
@@ -164,13 +167,13 @@ def trimap_svg(report: SystemReport) -> Drawing:
     steps = len(next(iter(report.figures.values())).trimap)
     x = lambda pixel: left + 10 + (pixel - 1) / (steps - 1) * (width - 20)
     y = lambda value: top + height * (1 - (100 * value - ticks[0]) / ((ticks[-1] - ticks[0]) or 1))
-    parts = [_line(left, y(tick / 100), left + width, y(tick / 100)) + _text(left - 8, y(tick / 100) + 4, str(tick), anchor="end") for tick in ticks]
-    parts += [_text(x(pixel), top + height + 18, str(pixel), anchor="middle") for pixel in (1, 5, 10, 15, 20)]
+    parts = [svg_line(left, y(tick / 100), left + width, y(tick / 100)) + svg_text(left - 8, y(tick / 100) + 4, str(tick), anchor="end") for tick in ticks]
+    parts += [svg_text(x(pixel), top + height + 18, str(pixel), anchor="middle") for pixel in (1, 5, 10, 15, 20)]
     for place, (one, colour) in enumerate(zip(report.figures.values(), LINES)):
         # Intervals of different figures stand side by side, not on top of one another.
         parts += _trimap_line(one, colour, lambda pixel, shift=3 * (place - (len(report.figures) - 1) / 2): x(pixel) + shift, y)
-    parts.append(_text(left + width / 2, top + height + 38, "pixels from a true boundary", anchor="middle"))
-    return _svg(left + width + 12, top + height + 46, parts, "mean IoU in percent, near true boundaries")
+    parts.append(svg_text(left + width / 2, top + height + 38, "pixels from a true boundary", anchor="middle"))
+    return svg_picture(left + width + 12, top + height + 46, parts, "mean IoU in percent, near true boundaries")
 
 def _trimap_line(one: FigureScores, colour: str, x: Any, y: Any) -> Iterator[str]:
     "One figure's line with its intervals."
@@ -178,7 +181,7 @@ def _trimap_line(one: FigureScores, colour: str, x: Any, y: Any) -> Iterator[str
     yield f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>'
     for pixel, ends in one.trimap_ends.items():
         if math.isnan(ends.value): continue
-        yield _line(x(pixel), y(ends.low), x(pixel), y(ends.high), f'stroke="{colour}" stroke-width="1.2" stroke-opacity=".7"')
+        yield svg_line(x(pixel), y(ends.low), x(pixel), y(ends.high), f'stroke="{colour}" stroke-width="1.2" stroke-opacity=".7"')
         told = f"<title>{escape(one.name)}, {pixel} px: {percent(ends)} %</title>"
         yield f'<circle cx="{x(pixel):.1f}" cy="{y(ends.value):.1f}" r="3" fill="{colour}">{told}</circle>'
 
@@ -190,14 +193,14 @@ def bias_svg(told: ZeroShotScores) -> Drawing:
     ticks, (first, last) = _ticks(min(values, default=0), max(values, default=1)), (told.handicap + told.curve[end][0] for end in (0, -1))
     x = lambda bias: left + 10 + (bias - first)/(last - first)*(width - 20)
     y = lambda value: top + height*(1 - (100*value - ticks[0])/((ticks[-1] - ticks[0]) or 1))
-    parts = [_line(left, y(tick/100), left + width, y(tick/100)) + _text(left - 8, y(tick/100) + 4, str(tick), anchor="end") for tick in ticks]
-    parts += [_text(x(bias), top + height + 18, f"{bias:.1f}", anchor="middle") for bias in (round(first + step*(last - first)/6, 1) for step in range(7))]
-    parts.append(_line(x(told.handicap), top, x(told.handicap), top + height, 'stroke="currentColor" stroke-dasharray="4 3" stroke-opacity=".6"'))
+    parts = [svg_line(left, y(tick/100), left + width, y(tick/100)) + svg_text(left - 8, y(tick/100) + 4, str(tick), anchor="end") for tick in ticks]
+    parts += [svg_text(x(bias), top + height + 18, f"{bias:.1f}", anchor="middle") for bias in (round(first + step*(last - first)/6, 1) for step in range(7))]
+    parts.append(svg_line(x(told.handicap), top, x(told.handicap), top + height, 'stroke="currentColor" stroke-dasharray="4 3" stroke-opacity=".6"'))
     for colour, place in zip(LINES, (1, 2, 3)):
         points = " ".join(f"{x(told.handicap + point[0]):.1f},{y(point[place]):.1f}" for point in told.curve if not math.isnan(point[place]))
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
-    parts.append(_text(left + width/2, top + height + 38, "taken off the scores of seen classes (dashed: by this system)", anchor="middle"))
-    return _svg(left + width + 12, top + height + 46, parts, "mean IoU of seen and unseen classes over the bias")
+    parts.append(svg_text(left + width/2, top + height + 38, "taken off the scores of seen classes (dashed: by this system)", anchor="middle"))
+    return svg_picture(left + width + 12, top + height + 46, parts, "mean IoU of seen and unseen classes over the bias")
 
 # %% ../nbs/61_report.ipynb #1f57f908
 def confusion_svg(one: FigureScores, names: Sequence[str]) -> Drawing:
@@ -211,10 +214,10 @@ def confusion_svg(one: FigureScores, names: Sequence[str]) -> Drawing:
     parts = [f'<rect x="{margin:.0f}" y="{margin:.0f}" width="{side}" height="{side}" fill="currentColor" fill-opacity=".05"/>']
     for place, name in enumerate(names):
         middle = margin + cell * (place + 0.5)
-        parts.append(_text(margin - 6, middle + size * 0.35, name, size, "end", "" if totals[place] else 'fill-opacity=".45"'))
-        parts.append(_text(0, 0, name, size, more=f'transform="translate({middle + size * .35:.1f} {margin - 6:.1f}) rotate(-90)"'))
+        parts.append(svg_text(margin - 6, middle + size * 0.35, name, size, "end", "" if totals[place] else 'fill-opacity=".45"'))
+        parts.append(svg_text(0, 0, name, size, more=f'transform="translate({middle + size * .35:.1f} {margin - 6:.1f}) rotate(-90)"'))
     parts += [_cell(margin, cell, row, column, shares[row, column], names) for row, column in zip(*np.nonzero(shares >= 0.005))]
-    return _svg(margin + side + 6, margin + side + 6, parts, "confusion matrix, rows are true classes")
+    return svg_picture(margin + side + 6, margin + side + 6, parts, "confusion matrix, rows are true classes")
 
 def _cell(margin: float, cell: int, row: int, column: int, share: float, names: Sequence[str]) -> str:
     "One cell; strong ones carry white numbers, weak ones the page's own colour."
@@ -222,7 +225,7 @@ def _cell(margin: float, cell: int, row: int, column: int, share: float, names: 
     square = (f'<rect x="{x:.1f}" y="{y:.1f}" width="{cell - 1}" height="{cell - 1}" fill="{colour}" fill-opacity="{0.12 + 0.88 * share:.2f}">'
               f'<title>{escape(names[row])} as {escape(names[column])}: {100 * share:.1f} %</title></rect>')
     if cell < 20: return square
-    return square + _text(x + cell / 2, y + cell / 2 + 4, f"{100 * share:.0f}", 11, "middle", 'pointer-events="none"' + ' fill="#fff"' * int(share > 0.5))
+    return square + svg_text(x + cell / 2, y + cell / 2 + 4, f"{100 * share:.0f}", 11, "middle", 'pointer-events="none"' + ' fill="#fff"' * int(share > 0.5))
 
 # %% ../nbs/61_report.ipynb #06f42491
 def data_uri(picture: np.ndarray, quality: int = 84) -> str:
