@@ -8,7 +8,7 @@ __all__ = ['VOC', 'COCO', 'WORLD', 'SMOKE', 'PRESETS', 'RUN', 'Preset', 'Plan', 
            'Experiment', 'experiment']
 
 # %% ../nbs/57_experiment.ipynb #f5cd684f
-import contextlib, inspect, json, re, shlex, shutil, time, warnings
+import contextlib, inspect, io, json, re, shlex, shutil, time, warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cached_property
@@ -17,6 +17,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from .checkpoints import left_out, load_system, system_named, training_title, weights_title
@@ -293,6 +294,12 @@ def plain_warnings() -> Iterator[None]:
     finally: warnings.formatwarning = before
 
 # %% ../nbs/57_experiment.ipynb #75eb2713
+def _jpeg(image: Image.Image, side: int) -> np.ndarray:
+    "A picture as the system saw it, side x side, as the bytes of a JPEG file: uint8 (n,)."
+    file = io.BytesIO()
+    image.resize((side, side)).save(file, "JPEG", quality=85)
+    return np.frombuffer(file.getvalue(), np.uint8)
+
 class Experiment:
     """One training and its evaluation. Everything is opened when first used, and what was trained already is not trained again.
 
@@ -438,7 +445,9 @@ class Experiment:
         for index, sample in enumerate(first_readable(self.val, 4)):
             images = self.backbone.preprocess([sample.image], self.plan.chosen.crop).to(self.backbone.device)
             found[f"labels_{index}"] = system.predict(images)[0].argmax(0).byte().cpu().numpy()
+            found[f"picture_{index}"] = _jpeg(sample.image, self.plan.chosen.crop)
             if self.zero_shot is not None: continue
+            found[f"names_{index}"] = np.array([name for name, there in zip(system.classes, sample.labels) if there])
             present = sample.labels[None].to(self.backbone.device)
             found[f"cam_{index}"] = system.cam(images, present)[0, present[0]].half().cpu().numpy()
         return found
