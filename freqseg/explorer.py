@@ -545,7 +545,7 @@ def compare_cells(
     rows: slice = slice(None),   # of the classes
 ) -> tuple[list[list[Cell]], list[Cell]]:
     "Two final maps and their difference, a row per class; and masks. Raises `InputError` for looks at different pictures or names."
-    if left.names != right.names or left.subject is not right.subject: raise InputError("two looks are compared at the same picture, for the same names.")
+    if left.names != right.names or not np.array_equal(left.subject.image, right.subject.image): raise InputError("two looks are compared at the same picture, for the same names.")
     shown, small = [look.shown(view) for look, view in zip((left, right), views)], _small(left)
     titles = [f"{side}: {look.model}, {_title(view)}" for side, look, view in zip("AB", (left, right), views)]
     other = F.interpolate(shown[1].final[None], left.grid, mode="bilinear", align_corners=False)[0]
@@ -673,14 +673,14 @@ def prompt_cells(look: Look, cmap: str = "inferno") -> tuple[list[list[Cell]], D
     small, table, lines, top = _small(look), [], {}, 1e-12
     x = look.backbone.embed(look.images)
     for block in tower.spectral.blocks:
-        gain = tower.spectral.gain(block, grid)
-        size = filter_magnitude(gain, grid)
+        gain, own = tower.spectral.gain(block), tuple(tower.spectral.filters[0].grid)   # drawn as it was learned; used at the picture's grid
+        size = filter_magnitude(gain, own)
         added = (tower.spectral(block, x[:, 1:], x[:, 0], grid) - x[:, 1:]).norm(dim=-1).view(grid)
         shown = F.interpolate((size/size.max().clamp_min(1e-12))[None, None], (CELL_SIDE, CELL_SIDE), mode="nearest")[0, 0]
         table.append([Cell("magnitude on the spectrum", f"block {block + 1}", jpeg(overlays(np.zeros((CELL_SIDE, CELL_SIDE, 3), np.uint8), shown, 1., cmap)[0]),
                            f"magnitude of the filter of block {block + 1}, at most {float(size.max()):.3g}"),
                       Cell("what it adds, on the first block's input", f"block {block + 1}", jpeg(overlays(small, added/added.max().clamp_min(1e-12), .6, cmap)[0]), "length of the prompt")])
-        frequencies, profile = radial_gain(gain, grid)
+        frequencies, profile = radial_gain(gain, own)
         lines[f"block {block + 1}"] = list(zip(frequencies.tolist(), profile[0].tolist()))
         top = max(top, float(profile.max()))
     lines = {name: [(f, v/top) for f, v in points] for name, points in lines.items()}

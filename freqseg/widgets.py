@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['GRID_SCRIPT', 'GRID_STYLE', 'WIDE', 'NARROW', 'LABELS', 'CHOICES', 'ROWS', 'bar_colours', 'PictureGrid',
-           'option_control', 'PicturePicker', 'replace_in_cell', 'close_tree', 'found_runs', 'FrequencyExplorer']
+           'option_control', 'PicturePicker', 'replace_in_cell', 'close_tree', 'found_runs', 'model_control',
+           'Explorer', 'class_names', 'FrequencyExplorer', 'CompareExplorer', 'RunExplorer', 'WaveletExplorer',
+           'PromptExplorer']
 
 # %% ../nbs/69_widgets.ipynb #036cc7d4
-import asyncio
 import html
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -23,8 +24,10 @@ import traitlets
 from IPython import get_ipython
 
 from .data import dataset_splits, list_dataset
-from .explorer import (COLOUR_MAPS, RANDOM, Cell, Look, Subject, View, dataset_picture, explore, open_model, patch_cells, save_view, scene, spectrum_svg,
-                              mask_cells, uploaded, view_cells)
+from .checkpoints import SHIPPED
+from .explorer import (COLOUR_MAPS, RANDOM, WAVELETS, Cell, Look, RunHistory, Subject, View, compare_cells, dataset_picture, explore, history_svg, learned_taps,
+                              mask_cells, open_history, open_model, patch_cells, prompt_cells, save_view, scene, snapshot_cells, spectrum_svg, uploaded, view_cells,
+                              wavelet_cells)
 from .files import InputError
 from .world import WORLD_CLASSES
 
@@ -310,29 +313,74 @@ def found_runs(folder: str|Path = "runs") -> list[str]:
     "Folders of trained runs below a folder, those that can be opened as a model."
     return sorted({str(path.parent) for path in Path(folder).glob("**/best.safetensors")}) if Path(folder).is_dir() else []
 
-class FrequencyExplorer(w.VBox):
+def model_control(label: str, value: str, runs: str|Path = "runs") -> w.Combobox:
+    "A field for a model: type one, or choose among those that are there."
+    return w.Combobox(value=value, options=["world", *SHIPPED, "ViT-B-16", f"ViT-B-16{RANDOM}", *found_runs(runs)], ensure_option=False, continuous_update=False, description=label,
+                      layout=WIDE, style=NARROW, tooltip=f"world, {', '.join(SHIPPED)} (trained on the world), an open_clip ViT, a saved model, or the folder of a run; press Enter")
+
+class Explorer(w.VBox):
+    "Controls at the left, pictures at the right, a line of text above them; and what all explorers do alike."
+    def __init__(self, controls: w.Widget, screen: w.Widget):
+        self._models: dict[str, Any] = {}
+        self.message = w.HTML()
+        side = w.Layout(flex="1 1 auto", min_width="0", overflow="auto")
+        super().__init__([w.HBox([controls, w.VBox([self.message, screen], layout=side)], layout=w.Layout(align_items="flex-start"))])
+        replace_in_cell(self)
+
+    def __repr__(self) -> str: return f"{type(self).__name__}: run the cell to use it"
+
+    def _tell(self, text: str, kind: str = "note") -> None:
+        "A line above the pictures."
+        colour = {"error": "var(--jp-error-color1, #b3261e)", "note": "var(--jp-ui-font-color1, inherit)"}[kind]
+        sign = "\u26a0 " if kind == "error" else ""
+        self.message.value = f'<div class="fs-message fs-{kind}" role="{"alert" if kind == "error" else "status"}" style="color:{colour};line-height:1.3">{sign}{html.escape(text)}</div>'
+
+    def _tell_error(self, text: str) -> None: self._tell(text, "error")
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        "Errors of input, and lack of memory, are said in the widget; what was shown stays."
+        try: yield
+        except InputError as error: self._tell_error(str(error))
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "memory" not in str(error): raise
+            self._tell_error("out of memory: take a smaller model, or restart the kernel.")
+
+    def opened(self, name: str) -> Any:
+        "The model of that name, loaded once; the last two are kept."
+        name = name.strip()
+        if name not in self._models:
+            self._models[name] = open_model(name)
+            while len(self._models) > 2: self._models.pop(next(iter(self._models)))
+        return self._models[name]
+
+def class_names(text: str, subject: Subject) -> list[str]:
+    "Names as they were typed. Raises `InputError` for none."
+    names = [name for name in (part.strip() for part in text.split(",")) if name]
+    if not names: raise InputError(f"type the classes to look for in {subject.title}, for example dog, grass, and press Enter.")
+    return names
+
+class FrequencyExplorer(Explorer):
     """A picture, names, a model, and what each frequency band of its activation maps contributes. Display it as the last value of a cell.
 
     Whatever goes wrong with an input is said in the widget. `look` and `view` are what is shown."""
     def __init__(self, number: int = 48, names: Sequence[str]|None = None, model: str = "world", view: View = View(), folder: str|Path = "views",
                  root: str = "", runs: str|Path = "runs"):
-        self.folder, self._start, self._models, self.look, self._hush = Path(folder), (number, names, model, view), {}, None, False
+        self.folder, self._start, self.look, self._hush = Path(folder), (number, names, model, view), None, False
         self.pictures, self.masks, self.related = PictureGrid(clickable=True), PictureGrid(), PictureGrid()
-        self.spectrum, self.message, self.help_text = w.HTML(layout=w.Layout(flex="0 0 auto")), w.HTML(), w.HTML()
+        self.spectrum, self.help_text = w.HTML(layout=w.Layout(flex="0 0 auto")), w.HTML()
         self.picker = PicturePicker(self._new_subject, self._tell_error, root)
         self.names = w.Text(description="classes", placeholder="dog, grass", continuous_update=False, layout=WIDE, style=NARROW,
                             tooltip="names to look for, separated by commas; press Enter")
-        self.model = w.Combobox(value=model, options=["world", "ViT-B-16", f"ViT-B-16{RANDOM}", *found_runs(runs)], ensure_option=False, continuous_update=False,
-                                description="model", layout=WIDE, style=NARROW, tooltip="world, an open_clip ViT, a saved model, or the folder of a trained run; press Enter")
+        self.model = model_control("model", model, runs)
         self.options = {field.name: option_control(field.name) for field in fields(View)}
         self.page = w.BoundedIntText(value=1, min=1, max=1, description="classes from", layout=w.Layout(width="170px", display="none"), style={"description_width": "90px"},
                                      tooltip="first class that is shown")
         self.save_button, self.reset_button, self.help_button = (w.Button(description=label, tooltip=text, icon=icon, layout=w.Layout(width="31%")) for label, text, icon in
             (("Save", "save picture, numbers and program of this view", "download"), ("Reset", "all options as they were", "undo"), ("Help", "what every control does", "question")))
-        super().__init__([w.HBox([self._controls(), self._screen()], layout=w.Layout(align_items="flex-start"))])
+        super().__init__(self._controls(), self._screen())
         self._set(view)
         self._connect()
-        replace_in_cell(self)
         self.picker.number.value = number
         if self.look is None: self.picker._open_scene()
         if names is not None: self.names.value = ", ".join(names)
@@ -348,7 +396,7 @@ class FrequencyExplorer(w.VBox):
     def _screen(self) -> w.VBox:
         "The pictures, and what belongs to them."
         below = w.HBox([self.masks, self.spectrum, self.related], layout=w.Layout(flex_flow="row wrap", align_items="flex-start"))
-        return w.VBox([self.message, self.pictures, self.page, below, self.help_text], layout=w.Layout(flex="1 1 auto", min_width="0", overflow="auto"))
+        return w.VBox([self.pictures, self.page, below, self.help_text], layout=w.Layout(flex="1 1 auto", min_width="0", overflow="auto"))
 
     def _connect(self) -> None:
         "Who listens to whom."
@@ -360,8 +408,6 @@ class FrequencyExplorer(w.VBox):
         self.save_button.on_click(lambda button: self.save())
         self.reset_button.on_click(lambda button: self.reset())
         self.help_button.on_click(lambda button: self._toggle_help())
-
-    def __repr__(self) -> str: return f"{type(self).__name__}({'nothing yet' if self.look is None else f'{self.look.subject.title}, {self.look.model}'})"
 
     @property
     def view(self) -> View:
@@ -383,23 +429,6 @@ class FrequencyExplorer(w.VBox):
                   "layers": view.affinity == "none", "lambda_l": view.affinity != "both", "lambda_h": view.affinity != "both"}
         for name, off in unused.items(): self.options[name].disabled = off
 
-    def _tell(self, text: str, kind: str = "note") -> None:
-        "A line above the pictures."
-        colour = {"error": "var(--jp-error-color1, #b3261e)", "note": "var(--jp-ui-font-color1, inherit)"}[kind]
-        sign = "\u26a0 " if kind == "error" else ""
-        self.message.value = f'<div class="fs-message fs-{kind}" role="{"alert" if kind == "error" else "status"}" style="color:{colour};line-height:1.3">{sign}{html.escape(text)}</div>'
-
-    def _tell_error(self, text: str) -> None: self._tell(text, "error")
-
-    @contextmanager
-    def _guarded(self):
-        "Errors of input, and lack of memory, are said in the widget; what was shown stays."
-        try: yield
-        except InputError as error: self._tell_error(str(error))
-        except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "memory" not in str(error): raise
-            self._tell_error("out of memory: take a smaller model, or restart the kernel.")
-
     def _new_subject(self, subject: Subject) -> None:
         "A new picture; its own names are looked for, where they are known."
         self._subject, self._hush = subject, True
@@ -407,22 +436,13 @@ class FrequencyExplorer(w.VBox):
         self._hush = False
         self._look_again()
 
-    def _opened(self) -> Any:
-        "The model, loaded once; the last two are kept."
-        name = self.model.value.strip()
-        if name not in self._models:
-            self._models[name] = open_model(name)
-            while len(self._models) > 2: self._models.pop(next(iter(self._models)))
-        return self._models[name]
-
     def _look_again(self) -> None:
         "A new look, for a new picture, model or class list."
         if self._hush or not hasattr(self, "_subject"): return
-        names = [name for name in (part.strip() for part in self.names.value.split(",")) if name]
         with self._guarded():
-            if not names: raise InputError(f"type the classes to look for in {self._subject.title}, for example dog, grass, and press Enter.")
+            names = class_names(self.names.value, self._subject)
             self.pictures.busy = True
-            try: look = explore(self._subject, names, self._opened())
+            try: look = explore(self._subject, names, self.opened(self.model.value))
             finally: self.pictures.busy = False
             look.model, self.look = self.model.value.strip(), look
             self.options["layers"].max = look.depth
@@ -479,3 +499,178 @@ class FrequencyExplorer(w.VBox):
         rows = "".join(f"<tr><td style='padding-right:12px;white-space:nowrap'><b>{html.escape(label)}</b></td><td>{html.escape(control.tooltip)}</td></tr>" for label, control in controls.items())
         rows += "<tr><td><b>pictures</b></td><td>click a patch, or press Tab and move with the arrow keys: its rows of the two affinities appear below</td></tr>"
         self.help_text.value = "" if self.help_text.value else f"<table style='line-height:1.4'>{rows}</table>"
+
+# %% ../nbs/69_widgets.ipynb #1336374b
+class CompareExplorer(Explorer):
+    "Two looks at the same picture side by side, their options linked, and where their final maps differ."
+    SHARED = ("mu", "band", "threshold", "layers", "cmap", "opacity")
+
+    def __init__(self, number: int = 48, models: tuple[str, str] = ("weclip", "dfa"), runs: str|Path = "runs"):
+        self.looks, self._hush = None, False
+        self.pictures, self.masks = PictureGrid(), PictureGrid()
+        self.picker = PicturePicker(self._new_subject, self._tell_error)
+        self.names = w.Text(description="classes", continuous_update=False, layout=WIDE, style=NARROW, tooltip="names to look for, separated by commas; press Enter")
+        self.models = [model_control(f"model {side}", name, runs) for side, name in zip("AB", models)]
+        self.sides = [{name: option_control(name) for name in ("maps", "affinity")} for _ in "AB"]
+        for side, controls in zip("AB", self.sides):
+            for name, control in controls.items(): control.description = f"{LABELS.get(name, name)} {side}"
+        self.options = {name: option_control(name) for name in self.SHARED}
+        rows = [control for model, controls in zip(self.models, self.sides) for control in (model, *controls.values())]
+        column = w.VBox([self.picker, self.names, *rows, *self.options.values()], layout=w.Layout(width="270px", min_width="240px", flex="0 0 auto", padding="0 10px 0 0"))
+        super().__init__(column, w.VBox([self.pictures, self.masks]))
+        for control in [*self.options.values(), *(control for controls in self.sides for control in controls.values())]: control.observe(self.show, "value")
+        for control in (self.names, *self.models): control.observe(self._look_again, "value")
+        self._hush = True
+        for controls, name in zip(self.sides, models):
+            if name in SHIPPED: controls["maps"].value, controls["affinity"].value = "trained", "none"
+        self._hush = False
+        self.picker.number.value = number
+        if self.looks is None: self.picker._open_scene()
+
+    @property
+    def views(self) -> tuple[View, View]:
+        "The options of both sides."
+        linked = {name: control.value for name, control in self.options.items()}
+        return tuple(View(**linked, **{name: control.value for name, control in controls.items()}) for controls in self.sides)
+
+    def _new_subject(self, subject: Subject) -> None:
+        self._subject, self._hush = subject, True
+        if subject.names or not self.names.value: self.names.value = ", ".join(subject.names)
+        self._hush = False
+        self._look_again()
+
+    def _look_again(self, *_: Any) -> None:
+        if self._hush or not hasattr(self, "_subject"): return
+        with self._guarded():
+            names = class_names(self.names.value, self._subject)
+            self.pictures.busy = True
+            try: looks = [explore(self._subject, names, self.opened(model.value)) for model in self.models]
+            finally: self.pictures.busy = False
+            for look, model in zip(looks, self.models): look.model = model.value
+            self.looks = looks
+            self.show()
+
+    def show(self, *_: Any) -> None:
+        "Draw both looks."
+        if self._hush or self.looks is None: return
+        with self._guarded():
+            table, masks = compare_cells(*self.looks, self.views, slice(0, ROWS))
+            self.pictures.draw(table, self.views[0].cmap)
+            self.masks.draw([masks])
+            more = f", the first {ROWS} of {len(self.looks[0].names)} classes" if len(self.looks[0].names) > ROWS else ""
+            self._tell(" ".join([*self._subject.notes, f"{self._subject.title}{more}: {self.looks[0].model} and {self.looks[1].model}."]))
+
+# %% ../nbs/69_widgets.ipynb #58efe95d
+class RunExplorer(Explorer):
+    "Scrub through the snapshots of a run: maps, their bands, labels, and the losses so far."
+    def __init__(self, run: str = "", runs: str|Path = "runs"):
+        self.history: RunHistory|None = None
+        self._hush = False
+        self.run = w.Combobox(value=run, options=found_runs(runs), ensure_option=False, continuous_update=False, placeholder="runs/dfa", description="run", layout=WIDE, style=NARROW,
+                              tooltip="folder of a training with snapshots; press Enter")
+        self.step = w.SelectionSlider(options=[0], description="step", layout=WIDE, style=NARROW, tooltip="training step of the snapshot")
+        self.picture = w.BoundedIntText(value=1, min=1, max=1, description="picture", layout=WIDE, style=NARROW, tooltip="which of the snapshot's pictures")
+        self.options = {name: option_control(name) for name in ("mu", "band", "bands", "cmap", "opacity")}
+        self.pictures, self.masks, self.losses = PictureGrid(), PictureGrid(), w.HTML()
+        column = w.VBox([self.run, self.step, self.picture, *self.options.values()], layout=w.Layout(width="270px", min_width="240px", flex="0 0 auto", padding="0 10px 0 0"))
+        super().__init__(column, w.VBox([self.pictures, w.HBox([self.masks, self.losses], layout=w.Layout(flex_flow="row wrap"))]))
+        self.run.observe(self._open, "value")
+        for control in (self.step, self.picture, *self.options.values()): control.observe(self.show, "value")
+        if run: self._open()
+        else: self._tell("type the folder of a training that kept snapshots, for example runs/dfa, and press Enter.")
+
+    def _open(self, *_: Any) -> None:
+        with self._guarded():
+            self.history, self._hush = open_history(self.run.value.strip()), True
+            self.step.options, self.step.value = self.history.steps, self.history.steps[-1]
+            self.picture.max = self.history.pictures
+            self._hush = False
+            self.show()
+
+    def show(self, *_: Any) -> None:
+        "Draw the chosen step."
+        if self._hush or self.history is None: return
+        with self._guarded():
+            view = View(**{name: control.value for name, control in self.options.items()})
+            table, masks = snapshot_cells(self.history, self.step.value, self.picture.value - 1, view)
+            self.pictures.draw(table, view.cmap)
+            self.masks.draw([masks])
+            self.losses.value = history_svg(self.history, self.step.value)
+            self._tell(f"{self.history.folder}, step {self.step.value} of {self.history.steps[-1]}")
+
+# %% ../nbs/69_widgets.ipynb #cd0e4f82
+class WaveletExplorer(Explorer):
+    "Sub-bands of the tokens of any block, one channel or all, with named wavelets or learned taps."
+    def __init__(self, number: int = 48, model: str = "world", runs: str|Path = "runs"):
+        self.look = None
+        self.picker = PicturePicker(self._new_subject, self._tell_error)
+        self.model = model_control("model", model, runs)
+        self.block = w.IntSlider(value=3, min=1, max=4, description="block", layout=WIDE, style=NARROW, tooltip="whose output is split")
+        self.channel = w.IntSlider(value=-1, min=-1, max=1, description="channel", layout=WIDE, style=NARROW, tooltip="which channel; -1 is the root of the mean square over all")
+        self.wavelet = w.Dropdown(options=WAVELETS, description="wavelet", layout=WIDE, style=NARROW, tooltip="a named wavelet, or the taps that the model's decoder has learned")
+        self.cmap = option_control("cmap")
+        self.pictures, self.taps = PictureGrid(), PictureGrid()
+        column = w.VBox([self.picker, self.model, self.block, self.channel, self.wavelet, self.cmap], layout=w.Layout(width="270px", min_width="240px", flex="0 0 auto", padding="0 10px 0 0"))
+        super().__init__(column, w.VBox([self.pictures, self.taps]))
+        self.model.observe(self._look_again, "value")
+        for control in (self.block, self.channel, self.wavelet, self.cmap): control.observe(self.show, "value")
+        self.picker.number.value = number
+        if self.look is None: self.picker._open_scene()
+
+    def _new_subject(self, subject: Subject) -> None:
+        self._subject = subject
+        self._look_again()
+
+    def _look_again(self, *_: Any) -> None:
+        if not hasattr(self, "_subject"): return
+        with self._guarded():
+            model = self.opened(self.model.value)
+            names = self._subject.names or (getattr(model, "classes", None) or ("thing",))[:1]   # tokens do not care, a look has some
+            self.pictures.busy = True
+            try: self.look = explore(self._subject, names, model)
+            finally: self.pictures.busy = False
+            self.look.model = self.model.value
+            self.block.max, self.channel.max = self.look.depth, self.look.backbone.width - 1
+            chosen = self.wavelet.value
+            self.wavelet.options = [*(["learned"] if learned_taps(self.look) is not None else []), *WAVELETS]
+            self.wavelet.value = chosen if chosen in self.wavelet.options else self.wavelet.options[0]
+            self.show()
+
+    def show(self, *_: Any) -> None:
+        "Draw the sub-bands."
+        if self.look is None: return
+        with self._guarded():
+            taps = learned_taps(self.look) if self.wavelet.value == "learned" else self.wavelet.value
+            table, drawn = wavelet_cells(self.look, self.block.value - 1, None if self.channel.value < 0 else self.channel.value, taps, self.cmap.value)
+            self.pictures.draw(table, self.cmap.value)
+            self.taps.draw([drawn])
+            self._tell(f"{self._subject.title}, tokens after block {self.block.value} of {self.look.depth}, wavelet {self.wavelet.value}")
+
+class PromptExplorer(Explorer):
+    "The learned filters of spectral prompts on the spectrum, their radial profile, and what they add to a picture's tokens."
+    def __init__(self, model: str = "", number: int = 48, runs: str|Path = "runs"):
+        self.picker = PicturePicker(self._new_subject, self._tell_error)
+        self.model, self.cmap = model_control("model", model, runs), option_control("cmap")
+        self.pictures, self.profile = PictureGrid(), w.HTML()
+        column = w.VBox([self.picker, self.model, self.cmap], layout=w.Layout(width="270px", min_width="240px", flex="0 0 auto", padding="0 10px 0 0"))
+        super().__init__(column, w.VBox([self.pictures, self.profile]))
+        for control in (self.model, self.cmap): control.observe(self.show, "value")
+        self.picker.number.value = number
+        if not hasattr(self, "_subject"): self.picker._open_scene()
+
+    def _new_subject(self, subject: Subject) -> None:
+        self._subject = subject
+        self.show()
+
+    def show(self, *_: Any) -> None:
+        "Draw the filters."
+        if not hasattr(self, "_subject"): return
+        if not self.model.value.strip(): return self._tell("type the folder of a training of sptseg, for example runs/sptseg, and press Enter.")
+        with self._guarded():
+            model = self.opened(self.model.value)
+            self.pictures.busy = True
+            try: look = explore(self._subject, self._subject.names or getattr(model, "classes", ("thing",))[:1], model)
+            finally: self.pictures.busy = False
+            table, self.profile.value = prompt_cells(look, self.cmap.value)
+            self.pictures.draw(table, self.cmap.value)
+            self._tell(f"{self.model.value}, {self._subject.title}")

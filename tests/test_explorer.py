@@ -9,6 +9,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import matplotlib
+import matplotlib.figure
 import numpy as np
 import pytest
 import torch
@@ -32,6 +33,8 @@ from freqseg.prompts import embed_wording, usual_wording
 from freqseg.world import WORLD_CLASSES, World
 
 SMALL = 96   # longest side, pixels, where the size does not matter: 12 x 12 patches of the world's CLIP
+plain = pytest.mark.usefixtures("plain_figures")
+USUAL = View()
 VARIED = View(maps="transport", affinity="both", lambda_h=.3, epsilon=.05, band="stack", bands=3, scale="shared", opacity=.7, cmap="viridis")
 
 
@@ -77,12 +80,18 @@ def encoded_as(image: Image.Image, kind: str, **options) -> bytes:
     return file.getvalue()
 
 
+@pytest.fixture
+def plain_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    "Figures of one white inch, for tests that look at the other files of a saved view."
+    monkeypatch.setattr(room, "view_figure", lambda look, view: matplotlib.figure.Figure(figsize=(1, 1)))
+
+
 def subject(pixels: np.ndarray, **about) -> Subject:
     "A picture made here."
     return Subject(pixels, "a picture", "picture()", **about)
 
 
-def assert_drawable(look: Look, view: View = View()) -> None:
+def assert_drawable(look: Look, view: View = USUAL) -> None:
     "Everything that the screen shows of a view can be made."
     shown = look.shown(view)
     height, width = look.subject.image.shape[:2]
@@ -145,17 +154,17 @@ def test_a_stack_is_cut_where_its_titles_say_and_sums_to_the_whole(bands: int, s
         np.testing.assert_allclose(found[0].numpy(), expected, atol=1e-5 * np.abs(evidence).max(), err_msg=title)
     shown = look.shown(view).columns
     assert list(shown) == ["GradCAM", *stack, "over the smoothed affinity"]
-    assert [f"{edge:.2g}" in title for edge, title in zip(edges[1:-1], stack)] == [True] * (bands - 1)
+    assert [f"{edge:.2g}" in title for edge, title in zip(edges[1:-1], list(stack)[:-1], strict=True)] == [True] * (bands - 1)
 
 
 def test_on_the_shared_scale_bands_add_up(look: Look) -> None:
     shown = look.shown(View(scale="shared")).columns
     top = look.parts.evidence.relu().amax((2, 3))[0][:, None, None]
-    for title, band in zip(("low", "high"), look.parts.bands):
+    for title, band in zip(("low", "high"), look.parts.bands, strict=True):
         torch.testing.assert_close(shown[title], (band[0] / top).clamp(0, 1), atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(shown["GradCAM"], (sum(look.parts.bands)[0] / top).clamp(0, 1), atol=1e-5, rtol=1e-5)
     own = look.shown(View()).columns
-    assert own["high"].amax((1, 2)).min() > .99 > shown["high"].amax((1, 2)).max()
+    assert own["high"].amax((1, 2)).min() > .99 > shown["high"].amax((1, 2)).min()
 
 
 @pytest.mark.parametrize("band", ["low", "high"])
@@ -166,7 +175,8 @@ def test_the_band_that_is_kept_goes_on_to_affinity_and_labels(band: str, affinit
     going = normalise_cam(look.parts.bands[band == "high"])
     matrix = {"smoothed": look.parts.smooth, "inverse": look.parts.invert}.get(affinity)
     expected = going if matrix is None else normalise_cam(propagate(matrix, going, 2, box_mask(going, .4)))
-    if matrix is not None: torch.testing.assert_close(shown.columns[f"over the {affinity} affinity"], expected[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(shown.final, expected[0], atol=1e-5, rtol=1e-4)
+    if matrix is not None: torch.testing.assert_close(shown.columns[f"over the {affinity} affinity"], normalise_cam(expected)[0], atol=1e-5, rtol=1e-4)
     large = F.interpolate(expected, look.subject.image.shape[:2], mode="bilinear", align_corners=False)[0].numpy()
     assert (shown.labels == np.where(large.max(0) > .3, large.argmax(0) + 1, 0)).mean() > .9999
 
@@ -519,11 +529,11 @@ def test_no_model_is_asked_for_in_words(name: str) -> None:
     with pytest.raises(InputError, match="model"): open_model(name)
 
 
-def test_random_weights_are_the_same_every_time() -> None:
-    "A ViT in the shape of published ones: its look is made at 448, and it hears any name."
-    one, other = (explore(subject(picture()), ["dog", "grass"], "ViT-B-32 (random weights)", 64) for _ in range(2))
-    assert one.backbone is not other.backbone and usual_side(one.backbone) == 448 and one.model == "ViT-B-32 (random weights)"
-    assert all(torch.equal(a, b) for a, b in zip(one.shown().columns.values(), other.shown().columns.values(), strict=True))
+def test_random_weights_may_be_asked_for_any_name() -> None:
+    "A ViT in the shape of published ones; it is looked at with 448 pixels unless told."
+    look = explore(subject(picture()), ["dog", "hairy grass"], "ViT-B-32 (random weights)", 64)
+    assert usual_side(look.backbone) == 448 and look.model == "ViT-B-32 (random weights)" and look.grid == (1, 2)
+    assert_drawable(look)
 
 
 @pytest.fixture(scope="module")
@@ -588,12 +598,14 @@ def test_a_zero_shot_system_answers_for_any_names(zegclip: Path, backbone: Backb
 
 
 def test_a_zero_shot_system_holds_seen_names_back_as_in_every_other_place(zegclip: Path, backbone: Backbone) -> None:
-    names = ["wheel", "grass", "key", "star"]
-    look, system = explore(scene(48), names, str(zegclip)), load_system(zegclip).with_vocabulary(names)
-    logits = F.interpolate(system.predict(backbone.preprocess([look.subject.image], 224)), look.subject.image.shape[:2], mode="bilinear", align_corners=False)[0]
-    assert 0 < system.handicap.max() and (system.handicap == 0).any()
-    expected = (logits.sigmoid() - system.handicap[:, None, None]).argmax(0).numpy() + 1
-    assert (look.shown().prediction == expected).mean() > .9999 and (logits.argmax(0).numpy() + 1 != expected).any()
+    system, images = load_system(zegclip), backbone.preprocess([scene(48).image], 224)
+    answers = dict(zip(WORLD_CLASSES, system.predict(images).mean((0, 2, 3)), strict=True))
+    names = [max(system.split.seen, key=answers.get), min(system.split.unseen, key=answers.get)]   # so close that the handicap decides
+    logits = F.interpolate(system.with_vocabulary(names).predict(images), (224, 224), mode="bilinear", align_corners=False)[0]
+    expected = (logits.sigmoid() - torch.tensor([.1, 0])[:, None, None]).argmax(0).numpy() + 1
+    look = explore(scene(48), names, str(zegclip))
+    assert look.subject.image.shape == (224, 224, 3) and (logits.argmax(0).numpy() + 1 != expected).any()
+    assert (look.shown().prediction == expected).mean() > .9999
 
 
 def test_a_backbone_has_no_maps_of_its_own(small: Look) -> None:
@@ -670,15 +682,16 @@ def test_patches_outside_the_grid_are_refused(patch: tuple[int, int], look: Look
 
 def test_the_spectrum_is_drawn_with_its_cut_off(look: Look) -> None:
     shown, space = look.shown(), "{http://www.w3.org/2000/svg}"
-    for logarithmic in (True, False):
-        drawn = xml.fromstring(spectrum_svg(shown, .14, logarithmic))
-        lines, texts = drawn.findall(f"{space}polyline"), [text.text for text in drawn.findall(f"{space}text")]
-        assert len(lines) == 2 and "cut-off 0.14" in texts and {"map", "after the affinity"} <= set(texts)
-        _, top, width, height = map(float, drawn.get("viewBox").split())
-        for line in lines:
-            points = np.array([point.split(",") for point in line.get("points").split()], float)
-            assert len(points) == len(shown.frequencies) and (np.diff(points[:, 0]) > 0).all()
-            assert (points >= 0).all() and (points <= [width, height]).all()
+    drawn = xml.fromstring(spectrum_svg(shown, .14))
+    lines, texts = drawn.findall(f"{space}polyline"), [text.text for text in drawn.findall(f"{space}text")]
+    assert len(lines) == 2 and "cut-off 0.14" in texts and {"map", "after the affinity"} <= set(texts)
+    _, _, width, height = map(float, drawn.get("viewBox").split())
+    for line, share in zip(lines, shown.spectra.values(), strict=True):
+        points = np.array([point.split(",") for point in line.get("points").split()], float)
+        assert len(points) == len(shown.frequencies) and (np.diff(points[:, 0]) > 0).all()
+        assert (points >= 0).all() and (points <= [width, height]).all()
+        order = share.clamp_min(1e-4).argsort(descending=True)
+        assert (np.diff(points[order, 1]) >= -.11).all()   # more energy is drawn higher
     assert "cut-off" not in spectrum_svg(shown)
 
 
@@ -739,6 +752,7 @@ def test_a_saved_view_is_made_again_bit_for_bit(view: View, small: Look, tmp_pat
     assert file.getvalue() == saved["png"].read_bytes()
 
 
+@plain
 def test_views_of_files_scenes_and_data_sets_are_made_again(tmp_path: Path) -> None:
     Image.fromarray(picture()).save(tmp_path / "it's.png")
     root = voc_folder(tmp_path / "zoo")
@@ -750,6 +764,7 @@ def test_views_of_files_scenes_and_data_sets_are_made_again(tmp_path: Path) -> N
         assert_same(saved, made)
 
 
+@plain
 def test_a_view_of_an_upload_is_saved_with_its_picture(tmp_path: Path) -> None:
     found = uploaded(encoded_as(Image.fromarray(picture(1200, 1500)), "JPEG"), "holiday.jpg")
     look = explore(found, ["star", "wheel"], "world", SMALL)
@@ -759,6 +774,7 @@ def test_a_view_of_an_upload_is_saved_with_its_picture(tmp_path: Path) -> None:
     assert look.subject.code == found.code
 
 
+@plain
 def test_saved_programs_run_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir(); (tmp_path / "elsewhere").mkdir()
     Image.fromarray(picture()).save(tmp_path / "here" / "photo.png")
@@ -772,6 +788,7 @@ def test_saved_programs_run_from_any_folder(tmp_path: Path, monkeypatch: pytest.
     for paths in saved: assert_same(paths, again(paths["py"]))
 
 
+@plain
 def test_a_view_of_a_trained_system_is_made_again(weclip: Path, tmp_path: Path) -> None:
     look = explore(scene(48), ["star", "wheel"], str(weclip), SMALL)
     saved = save_view(look, View(maps="trained", affinity="both"), tmp_path)
@@ -789,8 +806,8 @@ def test_the_data_set_of_a_saved_view_is_opened_as_it_was(tmp_path: Path) -> Non
     assert (made["found"].image == found.image).all() and made["found"].known == found.known
 
 
-def test_every_save_has_a_number_of_its_own(small: Look, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "view_figure", lambda look, view: matplotlib.figure.Figure(figsize=(.1, .1)))
+@plain
+def test_every_save_has_a_number_of_its_own(small: Look, tmp_path: Path) -> None:
     names = [save_view(small, View(), tmp_path)["py"].stem for _ in range(3)]
     assert names == ["view-001", "view-002", "view-003"]
     for number in (999, 1000): (tmp_path / f"view-{number}.py").write_text("kept")
@@ -798,6 +815,7 @@ def test_every_save_has_a_number_of_its_own(small: Look, tmp_path: Path, monkeyp
     assert (tmp_path / "view-1000.py").read_text() == "kept"
 
 
+@plain
 @pytest.mark.parametrize("name", ["view-001.png", "view-001.npz"])
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_what_lies_in_the_way_of_a_save_is_left_alone(name: str, kind: str, small: Look, tmp_path: Path) -> None:
@@ -808,6 +826,7 @@ def test_what_lies_in_the_way_of_a_save_is_left_alone(name: str, kind: str, smal
     assert (tmp_path / name).is_dir() if kind == "folder" else (tmp_path / name).read_bytes() == b"kept"
 
 
+@plain
 def test_a_file_in_place_of_the_folder_is_said(small: Look, tmp_path: Path) -> None:
     (tmp_path / "views").write_text("a file")
     for folder in (tmp_path / "views", tmp_path / "views" / "inner"):
@@ -822,6 +841,7 @@ def test_a_folder_without_the_right_to_write_is_said(small: Look, tmp_path: Path
     assert not list((tmp_path / "views").iterdir())
 
 
+@plain
 def test_a_read_only_disk_is_said(small: Look, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(**options): raise OSError(errno.EROFS, "Read-only file system")
     monkeypatch.setattr(freqseg.files.tempfile, "mkstemp", refused)
@@ -829,6 +849,7 @@ def test_a_read_only_disk_is_said(small: Look, tmp_path: Path, monkeypatch: pyte
     assert not list(tmp_path.iterdir())
 
 
+@plain
 @pytest.mark.parametrize("stage", ["savez_compressed", "view_code"])
 def test_a_disk_that_fills_up_leaves_no_half_files(stage: str, small: Look, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args, **options): raise OSError(errno.ENOSPC, "No space left on device")
@@ -836,7 +857,7 @@ def test_a_disk_that_fills_up_leaves_no_half_files(stage: str, small: Look, tmp_
         patched.setattr(np if stage == "savez_compressed" else room, stage, full)
         with pytest.raises(InputError, match="No space left"): save_view(small, View(), tmp_path)
     assert {path.suffix for path in tmp_path.iterdir()} <= {".png", ".npz"} and not any(path.name.startswith(".") for path in tmp_path.iterdir())
-    for path in tmp_path.iterdir(): assert path.stat().st_size > 1000   # whole, or not there
+    for path in tmp_path.iterdir(): assert path.stat().st_size > 100   # whole, or not there
     saved = save_view(small, View(), tmp_path)
     assert all(path.is_file() for path in saved.values())
 
