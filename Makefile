@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 SOURCES := setup.py settings.ini pyproject.toml .ci/setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lab test fast bench docs clean
+.PHONY: help demo lab app test fast bench docs clean
 
 help: ## this list
 	@printf 'freqseg: what a CLIP segmenter knows at each frequency\n\n'
@@ -19,8 +19,11 @@ help: ## this list
 demo: .venv/.ready ## from a picture to CAM, bands and masks, with the weights that ship
 	@freqseg demo
 
-lab: .venv/.ready ## JupyterLab on the notebooks to explore
-	@jupyter lab nbs/explore $(if $(filter 0,$(shell id -u)),--allow-root)
+lab: .venv/.ready ## the explorer in JupyterLab, and the other notebooks to explore
+	@freqseg lab
+
+app: .venv/.ready ## the explorer as a page without code
+	@freqseg app
 
 test: .venv/.ready ## everything: notebooks clean, in sync, lessons run, pytest, coverage
 	@bash .ci/test all

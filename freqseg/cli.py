@@ -7,11 +7,11 @@ __all__ = ['MOST_TOKENS', 'LARGE', 'WORLD_MU', 'EXPLORE', 'DEMO', 'fitted_size',
            'Opened', 'CamJob', 'zero_shot_probabilities', 'explain_batch', 'cam_settings', 'panel_titles',
            'method_list', 'cam_command', 'longest_side', 'check_command', 'whole_folder', 'make_world', 'world_command',
            'run_command', 'scenes_on_disk', 'score_seeds', 'seeds_command', 'cost_command', 'demo_command',
-           'build_parser', 'main']
+           'explore_notebook', 'server_command', 'lab_command', 'app_command', 'build_parser', 'main']
 
 # %% ../nbs/64_cli.ipynb #d805d7c6
-import argparse, os, sys
-from collections.abc import Iterator, Sequence
+import argparse, importlib.util, os, sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -487,6 +487,53 @@ def _add_demo(commands: Any) -> None:
     parser.add_argument("--scenes", type=positive, default=24, metavar="N", help="test scenes that are scored (default: 24)")
     parser.set_defaults(run=demo_command)
 
+# %% ../nbs/64_cli.ipynb #3795da89
+def explore_notebook(name: str) -> Path:
+    "A notebook of nbs/explore. Raises `InputError` for an unknown one, naming the nearest, and where freqseg runs without its notebooks."
+    import freqseg
+    from freqseg.data import unknown_name
+    folder = Path(freqseg.__file__).resolve().parent.parent/"nbs"/"explore"
+    known = sorted(path.stem for path in folder.glob("*.ipynb"))
+    if not known: raise InputError(f"there is no {folder}: freqseg was installed without its notebooks. Clone its repository, or use freqseg.widgets in a notebook of yours.")
+    if name.removesuffix(".ipynb") not in known: raise unknown_name(name, known, "notebook")
+    return folder/f"{name.removesuffix('.ipynb')}.ipynb"
+
+def server_command(notebook: Path, app: bool, port: int|None = None, browser: bool = True) -> list[str]:
+    "The command that serves a notebook: JupyterLab, or Voila in a Jupyter server, which asks for the same token."
+    page = f"/voila/render/{notebook.name}" if app else f"/doc/tree/{notebook.name}"
+    chosen = ["--ServerApp.jpserver_extensions={'voila.server_extension': True}", f"--ServerApp.default_url={page}"] if app else [f"--LabApp.default_url={page}"]
+    chosen += ["--ip=127.0.0.1", f"--ServerApp.root_dir={notebook.parent}", "--ServerApp.tornado_settings={'websocket_max_message_size': 134217728}"]
+    if port is not None: chosen.append(f"--port={port}")
+    if not browser: chosen.append("--no-browser")
+    if hasattr(os, "geteuid") and os.geteuid() == 0: chosen.append("--allow-root")
+    return [sys.executable, "-m", *(("jupyter", "server") if app else ("jupyterlab",)), *chosen]
+
+def lab_command(args: argparse.Namespace) -> int:
+    "Open a notebook to explore in JupyterLab, the frequency explorer if no other is named. Ctrl-C ends it."
+    return _served(args, app=False)
+
+def app_command(args: argparse.Namespace) -> int:
+    "Show a notebook to explore as an app, without its code, on this machine only. Ctrl-C ends it."
+    if importlib.util.find_spec("voila") is None: raise InputError("the app needs Voila: pip install voila, or use freqseg lab.")
+    return _served(args, app=True)
+
+def _served(args: argparse.Namespace, app: bool) -> int:
+    "Run a server until it ends."
+    command = server_command(explore_notebook(args.notebook), app, args.port, not args.no_browser)
+    tell("Jupyter prints the address with its token; it opens in your browser." if not args.no_browser else "Jupyter prints the address with its token: open it in a browser.")
+    os.execv(command[0], command)
+
+def _add_lab(commands: Any) -> None: _add_server(commands, "lab", "open the explorer in JupyterLab", lab_command)
+
+def _add_app(commands: Any) -> None: _add_server(commands, "app", "the explorer as a page without code", app_command)
+
+def _add_server(commands: Any, name: str, help: str, command: Callable[[argparse.Namespace], int]) -> None:
+    parser = commands.add_parser(name, help=help, description=command.__doc__)
+    parser.add_argument("notebook", nargs="?", default="frequency_cam", metavar="NOTEBOOK", help="frequency_cam, compare_systems, spectral_prompts, ... (default: frequency_cam)")
+    parser.add_argument("--port", type=positive, metavar="N", help="where to listen (default: the first free one from 8888)")
+    parser.add_argument("--no-browser", action="store_true", help="print the address only")
+    parser.set_defaults(run=command)
+
 # %% ../nbs/64_cli.ipynb #ec281883
 def build_parser() -> argparse.ArgumentParser:
     "The parser of `freqseg`; every command stores its function as `run`."
@@ -496,7 +543,7 @@ def build_parser() -> argparse.ArgumentParser:
                                      epilog="freqseg COMMAND --help says more. Try first: freqseg demo")
     parser.add_argument("--version", action="version", version=f"freqseg {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_demo, _add_cam, _add_seeds, add_train, add_sweep, add_evaluate, add_segment, _add_cost, _add_check, _add_world, _add_run): add(commands)
+    for add in (_add_demo, _add_lab, _add_app, _add_cam, _add_seeds, add_train, add_sweep, add_evaluate, add_segment, _add_cost, _add_check, _add_world, _add_run): add(commands)
     return parser
 
 # %% ../nbs/64_cli.ipynb #34b03f73

@@ -436,19 +436,19 @@ def patch_cells(
     patch: tuple[int, int],   # row and column
     view: View,
 ) -> list[Cell]:
-    """What one patch is related to: its rows of the smoothed and of the inverse affinity over the picture, strongest = 1, the patch itself left out of the scale.
+    """What one patch is related to: its row of the smoothed affinity, strongest = 1, and of the inverse affinity around its median; the patch itself is left out.
 
     Raises `InputError` for a patch outside the grid."""
     row, column = patch
     if not (0 <= row < look.grid[0] and 0 <= column < look.grid[1]): raise InputError(f"patch {patch} lies outside the grid of {look.grid[0]} x {look.grid[1]}.")
-    asked, cells = row*look.grid[1] + column, []
-    for title, affinity in (("smoothed affinity", look.parts.smooth), ("inverse affinity", look.parts.invert)):
-        values = affinity[0, asked].clone()
-        values[asked] = 0
-        values = ((values - values.min())/(values.max() - values.min()).clamp_min(1e-12)).view(look.grid)
-        cells.append(Cell(f"{title} of patch {row}, {column}", "", jpeg(overlays(_small(look), values, max(view.opacity, .6), view.cmap)[0]),
-                          f"{title} of the patch in row {row}, column {column}"))
-    return cells
+    asked, cells, alpha = row*look.grid[1] + column, [], max(view.opacity, .6)
+    rows = [affinity[0, asked].clone() for affinity in (look.parts.smooth, look.parts.invert)]
+    for values in rows: values[asked] = values.median()   # a patch is related to itself most of all
+    smooth, inverse = rows[0]/rows[0].max().clamp_min(1e-12), rows[1] - rows[1].median()
+    reach = float(inverse.abs().max()) or 1.
+    drawn = {f"smoothed affinity of patch {row}, {column}": overlays(_small(look), smooth.view(look.grid), alpha, view.cmap),
+             f"inverse affinity of patch {row}, {column}: blue below, red above the usual": overlays(_small(look), inverse.view(look.grid), .75, "RdBu_r", (-reach, reach), grey=1)}
+    return [Cell(title, "", jpeg(pictures[0]), title) for title, pictures in drawn.items()]
 
 # %% ../nbs/62_explorer.ipynb #9058d8b2
 def chart_svg(

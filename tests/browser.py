@@ -1,6 +1,6 @@
 """JupyterLab in a real browser: a server on the loopback with folders of its own, and a page on one notebook.
 
-`opened_notebook(path)` gives a `NotebookPage`. Chromium is the one on the PATH, or FREQSEG_CHROMIUM.
+`opened_notebook` gives a `NotebookPage`, with the driver of `playwright.sync_api.sync_playwright()`. Chromium is the one on the PATH, or FREQSEG_CHROMIUM.
 """
 
 import contextlib
@@ -10,11 +10,12 @@ import secrets
 import shutil
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from freqseg.cli import server_command
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = Path(os.environ.get("FREQSEG_SCREENSHOTS", ROOT / "htmlcov" / "screenshots"))
@@ -51,8 +52,8 @@ def wait_for_port(port: int, server: subprocess.Popen, seconds: float = 60) -> N
 
 
 @contextlib.contextmanager
-def jupyterlab(folder: Path, home: Path) -> Iterator[str]:
-    "A server for `folder` that knows nothing of the user's own settings; its address with {} for a path."
+def served(notebook: Path, home: Path, app: bool = False) -> Iterator[str]:
+    "What `freqseg lab` or `freqseg app` serves, with settings of its own instead of the user's; the address, with its token."
     (home / "config" / "labconfig").mkdir(parents=True)
     (home / "config" / "labconfig" / "page_config.json").write_text(
         json.dumps({"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}))
@@ -60,13 +61,12 @@ def jupyterlab(folder: Path, home: Path) -> Iterator[str]:
               "JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces", "IPYTHONDIR": "ipython"}
     environment = {**os.environ, **{name: str(home / place) for name, place in places.items()}}
     port, token = free_port(), secrets.token_hex(16)
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--ip=127.0.0.1", f"--IdentityProvider.token={token}",
-               "--LabApp.expose_app_in_browser=True", "--ServerApp.tornado_settings={'websocket_max_message_size':134217728}", str(folder)]
+    command = [*server_command(notebook, app, port, browser=False), f"--IdentityProvider.token={token}", *([] if app else ["--LabApp.expose_app_in_browser=True"])]
     with (home / "server.log").open("w") as log:
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=notebook.parent)
         try:
             wait_for_port(port, server)
-            yield f"http://127.0.0.1:{port}/{{}}?token={token}"
+            yield f"http://127.0.0.1:{port}/{'voila/render' if app else 'doc/tree'}/{notebook.name}?token={token}"
         finally:
             server.terminate()
             server.wait(30)
@@ -145,7 +145,7 @@ class NotebookPage:
 
     def button(self, label: str) -> Any:
         "A button of the explorer."
-        return self.page.locator(".jp-OutputArea").get_by_role("button", name=label)
+        return self.page.locator(".jupyter-widgets").get_by_role("button", name=label).first
 
     def type_into(self, label: str, text: str) -> None:
         "Replace the text of a control and press Enter."
@@ -154,7 +154,9 @@ class NotebookPage:
         field.press("Enter")
 
     def screenshot(self, name: str) -> Path:
-        "Keep a picture of the page; returns its path."
+        "Keep a picture of the page, the explorer at its top; returns its path."
+        self.page.locator(".fs-grid").first.evaluate("one => one.closest('.jp-OutputArea, body').scrollIntoView({block: 'start'})")
+        self.page.wait_for_timeout(200)
         PICTURES.mkdir(parents=True, exist_ok=True)
         path = PICTURES / f"{name}.png"
         self.page.screenshot(path=path)
@@ -162,18 +164,20 @@ class NotebookPage:
 
 
 @contextlib.contextmanager
-def opened_notebook(source: Path, home: Path) -> Iterator[NotebookPage]:
-    "A copy of a notebook in JupyterLab, in a browser of 1280 x 800; its folder is `home`/work."
-    from playwright.sync_api import sync_playwright
-
+def opened_notebook(driver: Any, source: Path, home: Path, app: bool = False) -> Iterator[NotebookPage]:
+    "A copy of a notebook in JupyterLab, or as an app, in a browser of 1280 x 800; its folder is `home`/work."
     work = home / "work"
     work.mkdir(parents=True)
     shutil.copy(source, work / source.name)
-    with jupyterlab(work, home) as address, sync_playwright() as driver:
+    with served(work / source.name, home, app) as address:
         browser = driver.chromium.launch(executable_path=chromium(), args=SWITCHES)
         try:
             found = NotebookPage(browser.new_page(viewport=SIZE))
-            found.open(address.format(f"doc/tree/{source.name}"))
+            if app:
+                found.page.goto(address)
+                found.page.wait_for_selector(".fs-grid img[src^=blob]")
+            else:
+                found.open(address)
             yield found
         finally:
             browser.close()

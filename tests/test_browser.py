@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,9 +22,18 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def running(home: Path) -> Iterator[NotebookPage]:
+def driver() -> Iterator[Any]:
+    "What drives the browser; there can be one at a time."
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def running(driver: Any, home: Path) -> Iterator[NotebookPage]:
     "The explorer's notebook, all cells run."
-    with opened_notebook(ROOT / "nbs" / "explore" / "frequency_cam.ipynb", home) as page:
+    with opened_notebook(driver, ROOT / "nbs" / "explore" / "frequency_cam.ipynb", home) as page:
         page.run_all()
         yield page
 
@@ -209,3 +219,27 @@ def test_a_restarted_kernel_is_answered_by_running_the_cells_again(lab: Notebook
 
 def test_no_request_left_this_machine(lab: NotebookPage) -> None:
     assert not lab.strangers
+
+
+def test_the_app_shows_the_explorer_without_code_and_asks_for_the_token(driver: Any, tmp_path: Path) -> None:
+    with opened_notebook(driver, ROOT / "nbs" / "explore" / "frequency_cam.ipynb", tmp_path, app=True) as page:
+        low = page.picture(1)
+        page.screenshot("app")
+        assert "import" not in page.page.locator("body").inner_text()
+        page.page.locator(".noUi-handle").first.focus()
+        for _ in range(6):
+            page.page.keyboard.press("ArrowRight")
+        page.wait_for_other(low, 1)
+        assert not page.strangers
+        stranger = page.page.context.browser.new_page()
+        stranger.goto(page.page.url.split("?")[0])
+        assert "/login" in stranger.url
+
+
+@pytest.mark.parametrize("name", ["compare_systems", "spectral_prompts"])
+def test_the_other_notebooks_with_widgets_run_in_a_browser(driver: Any, name: str, tmp_path: Path) -> None:
+    with opened_notebook(driver, ROOT / "nbs" / "explore" / f"{name}.ipynb", tmp_path) as page:
+        page.run_all()
+        page.screenshot(name)
+        assert page.page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']").count() == 0
+        assert page.page.locator(".fs-grid").first.locator("img").count() >= 2 and not page.strangers

@@ -1,11 +1,12 @@
 """The explorer's widgets without a browser: controls, errors in words, one explorer per cell, no growth, pages, saving, data sets, models."""
 
+import functools
 import gc
 import html
 import io
 import os
-from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,25 +17,32 @@ import torch
 from ipywidgets.widgets.widget import _instances as open_widgets
 from PIL import Image
 
+import freqseg.explorer
 import freqseg.widgets as room
 from freqseg.checkpoints import SYSTEMS, save_system
 from freqseg.clip import Backbone, build_world_clip, load_clip, read_metadata, save_clip
 from freqseg.data import write_labels, write_mask
-from freqseg.explorer import Look, View, explore, patch_cells, spectrum_svg, view_cells
+from freqseg.explorer import AFFINITIES, Look, View, explore, patch_cells, spectrum_svg, view_cells
 from freqseg.files import InputError, shipped
 from freqseg.widgets import CHOICES, FrequencyExplorer, PictureGrid, PicturePicker, bar_colours, close_tree, found_runs, option_control
 from freqseg.world import WORLD_CLASSES, World
 
 SMALL = 96   # longest side that the tower sees in these tests: 12 x 12 patches
 DEPTH = 6    # blocks of the world's CLIP
+NOW = datetime(2024, 1, 1, tzinfo=timezone.utc)
 CELL = SimpleNamespace(get_parent=lambda: {"metadata": {"cellId": "x"}})
+
+
+@functools.cache
+def the_world() -> Backbone: return load_clip("world")
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    "Small looks, one load of the world's CLIP, and no notebook around."
+    "Small looks, small pictures, one load of the world's CLIP, and no notebook around."
+    monkeypatch.setattr(freqseg.explorer, "CELL_SIDE", 64)
     opened = room.open_model
-    world = load_clip("world")
+    world = the_world()
     monkeypatch.setattr(room, "explore", lambda subject, names, model: explore(subject, names, model, SMALL))
     monkeypatch.setattr(room, "open_model", lambda name: world if name == "world" else opened(name))
     monkeypatch.setattr(room, "get_ipython", lambda: None)
@@ -103,7 +111,7 @@ def file_of(height: int = 40, width: int = 60) -> bytes:
 
 def upload(explorer: FrequencyExplorer, content: bytes, name: str = "mine.png") -> None:
     "As a browser would."
-    explorer.picker.file.value = ({"name": name, "type": "image/png", "size": len(content), "content": memoryview(content), "last_modified": None},)
+    explorer.picker.file.value = ({"name": name, "type": "image/png", "size": len(content), "content": memoryview(content), "last_modified": NOW},)
 
 
 # ---- controls -------------------------------------------------------------------------------------------------------
@@ -147,12 +155,11 @@ def test_every_option_has_a_control() -> None:
     assert set(EFFECT) == {option.name for option in fields(View)}
 
 
-@pytest.mark.parametrize("maps", ["gradcam", "patch_text", "transport"])
-@pytest.mark.parametrize("affinity", ["none", "smoothed", "inverse", "both"])
-@pytest.mark.parametrize("band", ["whole", "stack"])
+@pytest.mark.parametrize("maps, affinity, band", [*((maps, affinity, "whole") for maps in ("gradcam", "patch_text", "transport") for affinity in AFFINITIES),
+                                                  ("gradcam", "none", "stack"), ("gradcam", "both", "low"), ("transport", "both", "stack")])
 def test_a_control_is_disabled_exactly_when_it_changes_nothing(maps: str, affinity: str, band: str, explorer: FrequencyExplorer) -> None:
     context = {"maps": maps, "affinity": affinity, "band": band, "mu": .3, "bands": 3, "lambda_h": .5}
-    changes = {"layers": 1, "mu": .1, "shape": "disc", "bands": 5, "lambda_l": .1, "lambda_h": 2., "boxes": False, "epsilon": .5, "threshold": .1, "opacity": .9, "cmap": "gray", "scale": "shared"}
+    changes = {"layers": 1, "mu": .1, "shape": "disc", "bands": 5, "lambda_l": .1, "lambda_h": 2., "boxes": False, "epsilon": .5, "threshold": .97, "opacity": .9, "cmap": "gray", "scale": "shared"}
     put(explorer, context)
     before = drawn(explorer)
     for name, value in changes.items():
@@ -269,7 +276,7 @@ def test_only_what_changed_goes_to_the_browser(explorer: FrequencyExplorer, monk
 
 def test_the_models_in_use_stay_open_and_no_more_than_two(explorer: FrequencyExplorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
-    world = load_clip("world")
+    world = the_world()
     monkeypatch.setattr(room, "open_model", lambda name: opened.append(name) or world)
     for name in ("a", "b", "a", "world", "a"): explorer.model.value = name
     assert opened == ["a", "b", "world"] and len(explorer._models) == 2   # a was in use all the time: b goes
@@ -346,7 +353,7 @@ def test_towers_deeper_than_twelve_blocks_can_be_looked_through(explorer: Freque
 
 def test_a_list_of_names_may_be_given_as_text(tmp_path: Path) -> None:
     "As it would be typed; letter by letter it would be nonsense."
-    assert FrequencyExplorer(names="star, wheel").look.names == ("star", "wheel")
+    assert FrequencyExplorer(names="wheel, star").look.names == ("wheel", "star")
 
 
 # ---- one explorer per cell ------------------------------------------------------------------------------------------
@@ -400,6 +407,12 @@ def resident() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2 ** 20
 
 
+def alive() -> int:
+    "Widgets, looks and tensors in this process."
+    gc.collect()
+    return sum(issubclass(type(one), (w.Widget, Look, torch.Tensor)) for one in gc.get_objects())
+
+
 def moves(explorer: FrequencyExplorer, count: int, seed: int) -> None:
     "Moves of all controls, most of them sliders, as a hand would make them; every fiftieth a patch, another picture or other names."
     rng = np.random.default_rng(seed)
@@ -419,13 +432,10 @@ def moves(explorer: FrequencyExplorer, count: int, seed: int) -> None:
 def test_five_hundred_moves_leave_nothing_behind(explorer: FrequencyExplorer) -> None:
     moves(explorer, 100, seed=0)
     widgets, opened, listeners = tree(explorer), len(open_widgets), observers(tree(explorer))
-    gc.collect()
-    objects = sum(isinstance(one, (w.Widget, Look, torch.Tensor)) for one in gc.get_objects())
-    memory = resident() if Path("/proc/self/statm").exists() else None
+    objects, memory = alive(), resident() if Path("/proc/self/statm").exists() else None
     moves(explorer, 500, seed=1)
     assert tree(explorer).keys() == widgets.keys() and len(open_widgets) == opened and observers(tree(explorer)) == listeners
-    gc.collect()
-    assert sum(isinstance(one, (w.Widget, Look, torch.Tensor)) for one in gc.get_objects()) <= objects + 50   # parts of one look
+    assert alive() <= objects + 50   # parts of one look
     if memory is not None: assert resident() - memory < 40
 
 
@@ -615,7 +625,7 @@ def test_a_picker_tells_failures_and_hands_on_subjects() -> None:
     assert [one.title for one in picked] == ["scene 7 of test"] and not failed
     picker.number.value = -5
     assert picker.number.value == 0 and picked[-1].title == "scene 0 of test"
-    picker.file.value = ({"name": "x.png", "type": "", "size": 1, "content": memoryview(b"x"), "last_modified": None},)
+    picker.file.value = ({"name": "x.png", "type": "", "size": 1, "content": memoryview(b"x"), "last_modified": NOW},)
     assert len(failed) == 1 and "x.png" in failed[0]
 
     def refuses(subject): raise InputError("not this one")
@@ -629,7 +639,7 @@ def test_a_picker_tells_failures_and_hands_on_subjects() -> None:
 def test_runs_are_found_and_can_be_opened(tmp_path: Path) -> None:
     assert found_runs(tmp_path / "absent") == [] and found_runs(tmp_path) == []
     torch.manual_seed(0)
-    weak, world = tmp_path / "runs" / "sweep" / "weclip", load_clip("world")
+    weak, world = tmp_path / "runs" / "sweep" / "weclip", the_world()
     save_system(SYSTEMS["weclip"].build(world, WORLD_CLASSES, dim=16), weak / "best.safetensors", step=1)
     zero = tmp_path / "runs" / "zegclip"
     save_system(SYSTEMS["zegclip"].build(world, WORLD_CLASSES, decoder_layers=1, prompts=2), zero / "best.safetensors", step=1)
@@ -650,12 +660,12 @@ def test_runs_are_found_and_can_be_opened(tmp_path: Path) -> None:
 def test_runs_that_have_not_got_a_best_checkpoint_yet_are_found_too(tmp_path: Path) -> None:
     "A run that is going on, or was never validated, opens with its last."
     torch.manual_seed(0)
-    save_system(SYSTEMS["weclip"].build(load_clip("world"), WORLD_CLASSES, dim=16), tmp_path / "run" / "last.safetensors", step=1)
+    save_system(SYSTEMS["weclip"].build(the_world(), WORLD_CLASSES, dim=16), tmp_path / "run" / "last.safetensors", step=1)
     assert found_runs(tmp_path) == [str(tmp_path / "run")]
 
 
 def test_the_model_of_a_saved_view_is_the_one_that_was_named(explorer: FrequencyExplorer, tmp_path: Path) -> None:
-    save_system(SYSTEMS["weclip"].build(load_clip("world"), WORLD_CLASSES, dim=16), tmp_path / "run" / "best.safetensors", step=1)
+    save_system(SYSTEMS["weclip"].build(the_world(), WORLD_CLASSES, dim=16), tmp_path / "run" / "best.safetensors", step=1)
     explorer.model.value = f"  {tmp_path / 'run'} "
     program = explorer.save()["py"].read_text()
     assert f"model={str(tmp_path / 'run')!r}" in program
