@@ -62,8 +62,9 @@ def measure(moves: int = MOVES, naive: int = NAIVE) -> dict[tuple[str, str], tup
     "(model, option) -> milliseconds of every move, and of every naive move, as `timed` gives them."
     torch.set_num_threads(1)
     found = {}
+    subject = scene(48)
     for name, names in MODELS.items():
-        model, subject = open_model(name), scene(48)
+        model = open_model(name)
         look = explore(subject, names, model)
 
         def quick(view: View, look: Look = look) -> int: return answer(look, view)

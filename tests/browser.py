@@ -79,11 +79,17 @@ class NotebookPage:
         self.page, self.strangers = page, []
         page.set_default_timeout(WAIT)
         page.on("request", lambda request: self._note(request.url))
+        page.on("requestfailed", lambda request: self._forget(request))
 
     def _note(self, address: str) -> None:
         "Remember requests that leave this machine."
         if not address.startswith(("http://127.0.0.1:", "ws://127.0.0.1:", "data:", "blob:", "about:", "chrome")):
             self.strangers.append(address)
+
+    def _forget(self, request: Any) -> None:
+        "A request that the page's own policy forbade never left."
+        if request.failure == "csp" and request.url in self.strangers:
+            self.strangers.remove(request.url)
 
     def open(self, address: str) -> None:
         "Go to a notebook and wait until its kernel answers."

@@ -663,16 +663,19 @@ def test_a_cell_is_the_overlay_of_its_map_over_the_picture(look: Look) -> None:
 
 
 def test_a_patch_shows_its_rows_of_both_affinities(look: Look) -> None:
+    "The smoothed one with the strongest at 1, the inverse one in red and blue around its median; the patch itself sets no scale."
     (row, column), view = (5, 9), View(opacity=.8)
     look.shown(view)
     face = np.asarray(Image.fromarray(look.subject.image).resize((CELL_SIDE, CELL_SIDE), Image.Resampling.LANCZOS))
-    for cell, affinity in zip(patch_cells(look, (row, column), view), (look.parts.smooth, look.parts.invert), strict=True):
-        values = affinity[0].numpy()[row * look.grid[1] + column].astype(np.float64)
-        values[row * look.grid[1] + column] = 0
-        values = (values - values.min()) / (values.max() - values.min())
-        expected = overlay(face, values.reshape(look.grid), .8).astype(int)
+    asked = row * look.grid[1] + column
+    smooth, inverse = (affinity[0].numpy()[asked].astype(np.float64) for affinity in (look.parts.smooth, look.parts.invert))
+    for values in (smooth, inverse): values[asked] = np.sort(values)[(len(values) - 1) // 2]
+    inverse -= np.sort(inverse)[(len(inverse) - 1) // 2]
+    reach = np.abs(inverse).max()
+    expected = (overlay(face, smooth.reshape(look.grid) / smooth.max(), .8), overlay(face, inverse.reshape(look.grid), .75, "RdBu_r", (-reach, reach), grey=1))
+    for cell, picture_of_it in zip(patch_cells(look, (row, column), view), expected, strict=True):
         found = np.asarray(Image.open(io.BytesIO(cell.picture))).astype(int)
-        assert np.abs(found - expected).mean() < 4 and "5" in cell.title and "9" in cell.alt
+        assert np.abs(found - picture_of_it).mean() < 4 and "5, 9" in cell.title and "5, 9" in cell.alt
 
 
 @pytest.mark.parametrize("patch", [(-1, 0), (0, -1), (28, 0), (0, 28)])
