@@ -27,9 +27,13 @@ WAIT = 60_000  # milliseconds, on a loaded machine
 
 
 def chromium() -> str | None:
-    "Where Chromium is, or None."
-    named = os.environ.get("FREQSEG_CHROMIUM")
-    return named or next((found for name in NAMES if (found := shutil.which(name))), None)
+    "A Chromium that runs, or None."
+    for name in (os.environ.get("FREQSEG_CHROMIUM"), *NAMES):
+        found = shutil.which(name) if name else None
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            if found and subprocess.run([found, "--version"], capture_output=True, timeout=30).returncode == 0:
+                return found
+    return None
 
 
 def free_port() -> int:
