@@ -1,6 +1,7 @@
-"""mkdocs hook: the navigation by floors, from the notebooks themselves, and equations that need no script.
+"""mkdocs hook: the navigation, from the guide's pages and the notebooks themselves, and equations that need no script.
 
 A notebook's number says its floor and its first heading is its title, so a new room is in the navigation by being there.
+A page of the guide is there in the same way; GUIDE says where.
 """
 
 import html
@@ -22,6 +23,7 @@ FLOORS = {
     "6": "5 · Faces",
 }
 FOLDERS = {"explore": "Explore", "train": "Train"}
+GUIDE = ("first_hour", "own_data", "own_classes", "cluster", "crf", "systems")  # the tutorial, what to do when, the explanation
 
 # Equations as nbconvert leaves them: between dollars, or between backslash brackets. Code is matched first, to be kept.
 CODE_OR_MATH = re.compile(
@@ -47,14 +49,20 @@ def section(path: Path) -> str | None:
     return FOLDERS.get(path.parent.name) or FLOORS.get(path.name[0])
 
 
+def guide(docs: Path) -> list[str]:
+    "The pages of the guide in the order of GUIDE, others after them; mkdocs reads their titles from their headings."
+    def place(path: Path) -> tuple[int, str]: return GUIDE.index(path.stem) if path.stem in GUIDE else len(GUIDE), path.stem
+    return [path.relative_to(docs).as_posix() for path in sorted((docs / "guide").glob("*.md"), key=place)]
+
+
 def navigation(docs: Path) -> list[dict[str, Any]]:
-    "mkdocs' `nav`: home, the notebooks to explore, those that train, then the rooms floor by floor."
+    "mkdocs' `nav`: home, the guide, the notebooks to explore, those that train, then the rooms floor by floor."
     sections: dict[str, list[dict[str, str]]] = {name: [] for name in [*FOLDERS.values(), *FLOORS.values()]}
     for path in sorted(docs.rglob("*.ipynb")):
         name = section(path)
         if name and ".ipynb_checkpoints" not in path.parts:
             sections[name].append({title(path): path.relative_to(docs).as_posix()})
-    return [{"Home": "index.md"}, *({name: pages} for name, pages in sections.items() if pages)]
+    return [{"Home": "index.md"}, {"Guide": guide(docs)}, *({name: pages} for name, pages in sections.items() if pages)]
 
 
 def mathml(match: re.Match[str]) -> str:

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['GRID_SCRIPT', 'GRID_STYLE', 'WIDE', 'NARROW', 'LABELS', 'CHOICES', 'ROWS', 'bar_colours', 'PictureGrid',
            'option_control', 'PicturePicker', 'replace_in_cell', 'close_tree', 'found_runs', 'model_control',
-           'Explorer', 'class_names', 'FrequencyExplorer', 'CompareExplorer', 'RunExplorer', 'WaveletExplorer',
-           'PromptExplorer']
+           'Explorer', 'some_names', 'class_names', 'FrequencyExplorer', 'CompareExplorer', 'RunExplorer',
+           'WaveletExplorer', 'PromptExplorer']
 
 # %% ../nbs/69_widgets.ipynb #036cc7d4
 import html
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,10 +26,12 @@ from IPython import get_ipython
 
 from .data import dataset_splits, list_dataset
 from .checkpoints import SHIPPED
+from .clip import WorldTokenizer
 from .explorer import (COLOUR_MAPS, RANDOM, WAVELETS, Cell, Look, RunHistory, Subject, View, compare_cells, dataset_picture, explore, history_svg, learned_taps,
                               mask_cells, open_history, open_model, patch_cells, prompt_cells, save_view, scene, snapshot_cells, spectrum_svg, uploaded, view_cells,
                               wavelet_cells)
 from .files import InputError
+from .systems.segmenter import System
 from .world import WORLD_CLASSES
 
 # %% ../nbs/69_widgets.ipynb #22673ac4
@@ -206,7 +209,7 @@ class PictureGrid(anywidget.AnyWidget):
             self.bar = [] if cmap is None else bar_colours(cmap)
 
 # %% ../nbs/69_widgets.ipynb #afe377a9
-WIDE, NARROW = w.Layout(width="auto"), {"description_width": "80px"}
+WIDE, NARROW = {"width": "auto"}, {"description_width": "80px"}   # of every control its own: a layout that two share is closed with one of them
 
 def option_control(name: str) -> w.DOMWidget:
     "The control of one option of `View`: a slider, a list or a tick, with its explanation."
@@ -244,6 +247,13 @@ class PicturePicker(w.VBox):
                                 (self.split, self._open_split), (self.class_name, self._choose_class), (self.picture, self._open_picture)):
             control.observe(answer, "value")
 
+    def close(self) -> None:
+        "Close the pages that are not shown, too."
+        for page in self._pages.values():
+            for control in page:
+                if control.comm is not None: close_tree(control)
+        super().close()
+
     def _try(self, work: Callable[[], Any]) -> Any:
         try: return work()
         except InputError as error: self._failed(str(error))
@@ -251,7 +261,8 @@ class PicturePicker(w.VBox):
     def _turn(self, change: Mapping[str, Any]) -> None:
         self.children = [self.kind, *self._pages[self.kind.value]]
         if self.kind.value == "scene": self._open_scene()
-        elif self.kind.value == "dataset" and self.root.value: self._open_root()
+        elif self.kind.value == "file": self._open_file()
+        elif self.root.value: self._open_root()
 
     def _open_scene(self, *_: Any) -> None: self._try(lambda: self._picked(scene(self.number.value)))
 
@@ -268,7 +279,9 @@ class PicturePicker(w.VBox):
     def _open_split(self, *_: Any) -> None:
         if self.split.value is None: return
         self._listing = self._try(lambda: list_dataset(self.root.value, self.split.value))
-        if self._listing is None: return
+        if self._listing is None:
+            self.class_name.options = self.picture.options = ()
+            return
         shown = () if self._listing.labels is None else tuple(name for name, some in zip(self._listing.classes, self._listing.labels.any(0)) if some)
         self.class_name.options, self.class_name.value = ("any class", *shown), None
         self.class_name.value = "any class"
@@ -288,17 +301,19 @@ class PicturePicker(w.VBox):
 
 # %% ../nbs/69_widgets.ipynb #c9f60a89
 ROWS = 4   # classes on a page
-_by_cell: dict[str, "FrequencyExplorer"] = {}   # a cell that runs again closes what it showed before
+_by_cell: dict[str, tuple[str, list[w.Widget]]] = {}   # what a cell shows, and the request that made it
 
 def replace_in_cell(explorer: w.Widget) -> None:
-    "Close the explorer that the running notebook cell showed before: its models would stay in kernel and browser for ever."
+    "Close what the running notebook cell showed when it ran before: its models would stay in kernel and browser for ever."
     shell = get_ipython()
-    parent = shell.get_parent() if hasattr(shell, "get_parent") else {}
-    cell = (parent or {}).get("metadata", {}).get("cellId")
+    parent = (shell.get_parent() if hasattr(shell, "get_parent") else None) or {}
+    cell, request = parent.get("metadata", {}).get("cellId"), parent.get("header", {}).get("msg_id")
     if cell is None: return
-    key = f"{cell} {type(explorer).__name__}"
-    if key in _by_cell: close_tree(_by_cell[key])
-    _by_cell[key] = explorer
+    before, shown = _by_cell.get(cell, (request, []))
+    if before != request:
+        for old in shown: close_tree(old)
+        shown = []
+    _by_cell[cell] = (request, [*shown, explorer])
 
 def close_tree(widget: w.Widget) -> None:
     "Close a widget and all that it is made of."
@@ -311,7 +326,7 @@ def close_tree(widget: w.Widget) -> None:
 
 def found_runs(folder: str|Path = "runs") -> list[str]:
     "Folders of trained runs below a folder, those that can be opened as a model."
-    return sorted({str(path.parent) for path in Path(folder).glob("**/best.safetensors")}) if Path(folder).is_dir() else []
+    return sorted({str(path.parent) for name in ("best", "last") for path in Path(folder).glob(f"**/{name}.safetensors")})
 
 def model_control(label: str, value: str, runs: str|Path = "runs") -> w.Combobox:
     "A field for a model: type one, or choose among those that are there."
@@ -349,10 +364,15 @@ class Explorer(w.VBox):
     def opened(self, name: str) -> Any:
         "The model of that name, loaded once; the last two are kept."
         name = name.strip()
-        if name not in self._models:
-            self._models[name] = open_model(name)
-            while len(self._models) > 2: self._models.pop(next(iter(self._models)))
+        self._models[name] = self._models.pop(name) if name in self._models else open_model(name)   # the last one used stands last
+        while len(self._models) > 2: self._models.pop(next(iter(self._models)))
         return self._models[name]
+
+def some_names(model: Any) -> tuple[str, ...]:
+    "A name that the model knows, for looks at what no name has a part in."
+    if isinstance(model, System) and model.supervision == "labels": return model.classes[:1]
+    backbone = model.backbone if isinstance(model, System) else model
+    return WORLD_CLASSES[:1] if isinstance(backbone.tokenizer, WorldTokenizer) else ("thing",)
 
 def class_names(text: str, subject: Subject) -> list[str]:
     "Names as they were typed. Raises `InputError` for none."
@@ -366,7 +386,8 @@ class FrequencyExplorer(Explorer):
     Whatever goes wrong with an input is said in the widget. `look` and `view` are what is shown."""
     def __init__(self, number: int = 48, names: Sequence[str]|None = None, model: str = "world", view: View = View(), folder: str|Path = "views",
                  root: str = "", runs: str|Path = "runs"):
-        self.folder, self._start, self.look, self._hush = Path(folder), (number, names, model, view), None, False
+        self.folder, self._start, self.look, self._hush = Path(folder), view, None, False
+        self._wanted = names if names is None or isinstance(names, str) else ", ".join(names)
         self.pictures, self.masks, self.related = PictureGrid(clickable=True), PictureGrid(), PictureGrid()
         self.spectrum, self.help_text = w.HTML(layout=w.Layout(flex="0 0 auto")), w.HTML()
         self.picker = PicturePicker(self._new_subject, self._tell_error, root)
@@ -382,8 +403,7 @@ class FrequencyExplorer(Explorer):
         self._set(view)
         self._connect()
         self.picker.number.value = number
-        if self.look is None: self.picker._open_scene()
-        if names is not None: self.names.value = ", ".join(names)
+        if not hasattr(self, "_subject"): self.picker._open_scene()
 
     def _controls(self) -> w.VBox:
         "The column of controls: what most people move stands open, the rest is folded."
@@ -432,7 +452,8 @@ class FrequencyExplorer(Explorer):
     def _new_subject(self, subject: Subject) -> None:
         "A new picture; its own names are looked for, where they are known."
         self._subject, self._hush = subject, True
-        if subject.names or not self.names.value: self.names.value = ", ".join(subject.names)
+        if self._wanted is not None: self.names.value, self._wanted = self._wanted, None
+        elif subject.names or not self.names.value: self.names.value = ", ".join(subject.names)
         self._hush = False
         self._look_again()
 
@@ -445,8 +466,8 @@ class FrequencyExplorer(Explorer):
             try: look = explore(self._subject, names, self.opened(self.model.value))
             finally: self.pictures.busy = False
             look.model, self.look = self.model.value.strip(), look
-            self.options["layers"].max = look.depth
             self._hush = True
+            self.options["layers"].max = look.depth
             self.page.max, self.page.value = max(1, len(look.names) - ROWS + 1), 1
             self.page.layout.display = None if len(look.names) > ROWS else "none"
             self._hush = False
@@ -471,7 +492,7 @@ class FrequencyExplorer(Explorer):
             self.masks.draw([mask_cells(self.look, shown)])
             self.spectrum.value = spectrum_svg(shown, None if view.band == "stack" else view.mu)
             h, width = self.look.grid
-            scores = "; ".join(f"{title}: " + ", ".join(f"{name} {100*value:.1f}" for name, value in values.items() if name != "mean") for title, values in shown.scores.items())
+            scores = "; ".join(f"{title}: " + ", ".join(f"{name} {100*value:.1f}" for name, value in values.items() if name != "mean" and not math.isnan(value)) for title, values in shown.scores.items())
             self._tell(" ".join([*self.look.subject.notes, f"{self.look.subject.title}, {self.look.model}, {h} x {width} patches" + (f". IoU of {scores}" if scores else "") +
                                  f". Drawn in {1e3*(time.perf_counter() - start):.0f} ms."]))
 
@@ -491,8 +512,9 @@ class FrequencyExplorer(Explorer):
 
     def reset(self) -> None:
         "All options as they were at the start; picture, names and model stay."
-        self._set(self._start[3])
+        self._set(self._start)
         self.show()
+        self._show_related()
 
     def _toggle_help(self) -> None:
         controls = {"picture": self.picker.kind, "classes": self.names, "model": self.model} | {control.description: control for control in self.options.values()}
@@ -625,9 +647,8 @@ class WaveletExplorer(Explorer):
         if not hasattr(self, "_subject"): return
         with self._guarded():
             model = self.opened(self.model.value)
-            names = self._subject.names or (getattr(model, "classes", None) or ("thing",))[:1]   # tokens do not care, a look has some
             self.pictures.busy = True
-            try: self.look = explore(self._subject, names, model)
+            try: self.look = explore(self._subject, some_names(model), model)
             finally: self.pictures.busy = False
             self.look.model = self.model.value
             self.block.max, self.channel.max = self.look.depth, self.look.backbone.width - 1
@@ -669,7 +690,7 @@ class PromptExplorer(Explorer):
         with self._guarded():
             model = self.opened(self.model.value)
             self.pictures.busy = True
-            try: look = explore(self._subject, self._subject.names or getattr(model, "classes", ("thing",))[:1], model)
+            try: look = explore(self._subject, some_names(model), model)
             finally: self.pictures.busy = False
             table, self.profile.value = prompt_cells(look, self.cmap.value)
             self.pictures.draw(table, self.cmap.value)

@@ -4,6 +4,7 @@ import functools
 import gc
 import html
 import io
+import itertools
 import os
 from dataclasses import asdict, fields, replace
 from datetime import datetime, timezone
@@ -30,7 +31,13 @@ from freqseg.world import WORLD_CLASSES, World
 SMALL = 96   # longest side that the tower sees in these tests: 12 x 12 patches
 DEPTH = 6    # blocks of the world's CLIP
 NOW = datetime(2024, 1, 1, tzinfo=timezone.utc)
-CELL = SimpleNamespace(get_parent=lambda: {"metadata": {"cellId": "x"}})
+REQUESTS = itertools.count()
+
+
+def running(cell: str) -> SimpleNamespace:
+    "A notebook's shell while a cell runs; every run is a request of its own."
+    parent = {"metadata": {"cellId": cell}, "header": {"msg_id": f"request {next(REQUESTS)}"}}
+    return SimpleNamespace(get_parent=lambda: parent)
 
 
 @functools.cache
@@ -359,9 +366,10 @@ def test_a_list_of_names_may_be_given_as_text(tmp_path: Path) -> None:
 # ---- one explorer per cell ------------------------------------------------------------------------------------------
 
 def test_a_cell_that_runs_again_closes_what_it_showed_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "get_ipython", lambda: CELL)
     explorers, numbers = [], []
     for _ in range(4):
+        shell = running("x")
+        monkeypatch.setattr(room, "get_ipython", lambda shell=shell: shell)
         explorers.append(FrequencyExplorer())
         numbers.append(len(open_widgets))
     assert numbers[1:] == numbers[:1] * 3, "widgets of closed explorers stay open"
@@ -381,6 +389,13 @@ def test_hidden_pages_are_closed_as_well(monkeypatch: pytest.MonkeyPatch) -> Non
     assert all(part.comm is not None for part in tree(other).values()) and not is_error(other)
 
 
+def test_two_explorers_in_one_cell_stay_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    shell = running("y")
+    monkeypatch.setattr(room, "get_ipython", lambda: shell)
+    pair = [FrequencyExplorer(), FrequencyExplorer(7)]
+    assert all(one.comm is not None for one in pair)
+
+
 @pytest.mark.parametrize("parent", [None, {}, {"metadata": {}}, {"metadata": {"cellId": None}}])
 def test_outside_a_notebook_explorers_do_not_close_one_another(parent: dict | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "get_ipython", lambda: SimpleNamespace(get_parent=lambda: parent))
@@ -394,7 +409,8 @@ def test_outside_a_notebook_explorers_do_not_close_one_another(parent: dict | No
 def test_cells_keep_an_explorer_each(monkeypatch: pytest.MonkeyPatch) -> None:
     explorers = {}
     for name in ("one", "two", "one"):
-        monkeypatch.setattr(room, "get_ipython", lambda name=name: SimpleNamespace(get_parent=lambda: {"metadata": {"cellId": name}}))
+        shell = running(name)
+        monkeypatch.setattr(room, "get_ipython", lambda shell=shell: shell)
         old, explorers[name] = explorers.get(name), FrequencyExplorer()
     assert old.comm is None and all(one.comm is not None for one in explorers.values())
 
