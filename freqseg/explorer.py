@@ -17,7 +17,7 @@ import math
 import re
 import tempfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from numbers import Integral, Real
@@ -214,7 +214,7 @@ class Look:
     predicted: Tensor|None                  # (1, C, h, w) its logits
     longest: int                            # longest side that the tower saw, pixels
     images: Tensor                          # (1, 3, H, W) normalised, what the tower saw
-    drawn: dict[str, np.ndarray] = field(default_factory=dict)   # pictures that every view needs
+    drawn: dict[str, tuple[Any, np.ndarray, list[bytes]]] = field(default_factory=dict)   # what was drawn last, by title: how, of what, and the files
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -225,6 +225,11 @@ class Look:
     def depth(self) -> int:
         "Blocks of the tower."
         return self.backbone.depth
+
+    @cached_property
+    def small(self) -> np.ndarray:
+        "The picture at the size of a cell on the screen."
+        return _small(self)
 
     @cached_property
     def truth(self) -> np.ndarray|None:
@@ -398,7 +403,7 @@ def _ask(system: System, images: Tensor, names: Sequence[str]) -> tuple[Tensor|N
         return system.cam(images, labels)[:, chosen].float(), predicted
 
 # %% ../nbs/62_explorer.ipynb #03ffa161
-CELL_SIDE = 208   # pixels of the longest side of a map on the screen
+CELL_SIDE = 192   # pixels of the longest side of a map on the screen
 
 @dataclass(frozen=True)
 class Cell:
@@ -416,19 +421,24 @@ def jpeg(picture: np.ndarray, quality: int = 88) -> bytes:
 
 def _small(look: Look) -> np.ndarray:
     "The look's picture at the size of a cell."
-    if "small" not in look.drawn:
-        picture = Image.fromarray(look.subject.image)
-        picture.thumbnail((CELL_SIDE, CELL_SIDE), Image.Resampling.LANCZOS)
-        if max(picture.size) < CELL_SIDE:
-            scale = CELL_SIDE/max(picture.size)
-            picture = picture.resize((round(picture.width*scale), round(picture.height*scale)), Image.Resampling.BICUBIC)
-        look.drawn["small"] = np.asarray(picture)
-    return look.drawn["small"]
+    height, width = look.subject.image.shape[:2]
+    scale = CELL_SIDE/max(height, width)
+    size = max(1, round(width*scale)), max(1, round(height*scale))
+    return np.asarray(Image.fromarray(look.subject.image).resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC))
 
 def _painted(look: Look, labels: np.ndarray) -> np.ndarray:
     "Labels in colours over the small picture."
-    small = _small(look)
+    small = look.small
     return paint_mask(np.asarray(Image.fromarray(labels).resize(small.shape[1::-1], Image.Resampling.NEAREST)), small)
+
+def _drawn(look: Look, title: str, values: np.ndarray|Tensor, how: tuple[Any, ...], draw: Callable[[Any], np.ndarray]) -> list[bytes]:
+    "JPEG files of pictures (n, H, W, 3) drawn from values; those of the last time where nothing changed, as most moves leave most maps alone."
+    values = np.asarray(values)
+    before = look.drawn.get(title)
+    if before is not None and before[0] == how and np.array_equal(before[1], values): return before[2]
+    files = [jpeg(picture) for picture in draw(values)]
+    look.drawn[title] = (how, values, files)
+    return files
 
 def _told(scores: Mapping[str, Mapping[str, float]], title: str) -> str:
     "IoU in brackets, where there is one."
@@ -441,17 +451,17 @@ def view_cells(
     rows: slice = slice(None),   # of the classes
 ) -> list[list[Cell]]:
     "The maps of a view: a row per class, a column per map."
-    small, table = _small(look), []
-    drawn = {title: overlays(small, maps[rows], view.opacity, view.cmap) for title, maps in shown.columns.items()}
-    for place, name in enumerate(look.names[rows]):
-        table.append([Cell(title, name, jpeg(pictures[place]), f"{title} of {name} over {look.subject.title}") for title, pictures in drawn.items()])
-    return table
+    columns = {title: _drawn(look, title, maps[rows], (view.opacity, view.cmap), lambda part: overlays(look.small, part, view.opacity, view.cmap))
+               for title, maps in shown.columns.items()}
+    return [[Cell(title, name, files[place], f"{title} of {name} over {look.subject.title}") for title, files in columns.items()]
+            for place, name in enumerate(look.names[rows])]
 
 def mask_cells(look: Look, shown: Shown) -> list[Cell]:
     "The labels of a view in colours: the pseudo-label, what a trained system says, and the mask where there is one."
     masks = {"pseudo-label": shown.labels, "prediction": shown.prediction, "mask": look.truth}
-    return [Cell("picture", "", jpeg(_small(look)), look.subject.title)] + [Cell(title + _told(shown.scores, title), "", jpeg(_painted(look, labels)), f"{title} of {look.subject.title}")
-                                                                            for title, labels in masks.items() if labels is not None]
+    files = {"picture": _drawn(look, "picture", look.small, (), lambda small: small[None])}
+    files |= {title: _drawn(look, f"{title}, painted", labels, (), lambda found: _painted(look, found)[None]) for title, labels in masks.items() if labels is not None}
+    return [Cell(title + _told(shown.scores, title), "", file[0], f"{title} of {look.subject.title}") for title, file in files.items()]
 
 def patch_cells(
     look: Look,
@@ -468,8 +478,8 @@ def patch_cells(
     for values in rows: values[asked] = values.median()   # a patch is related to itself most of all
     smooth, inverse = rows[0]/rows[0].max().clamp_min(1e-12), rows[1] - rows[1].median()
     reach = float(inverse.abs().max()) or 1.
-    drawn = {f"smoothed affinity of patch {row}, {column}": overlays(_small(look), smooth.view(look.grid), alpha, view.cmap),
-             f"inverse affinity of patch {row}, {column}: blue below, red above the usual": overlays(_small(look), inverse.view(look.grid), .75, "RdBu_r", (-reach, reach), grey=1)}
+    drawn = {f"smoothed affinity of patch {row}, {column}": overlays(look.small, smooth.view(look.grid), alpha, view.cmap),
+             f"inverse affinity of patch {row}, {column}: blue below, red above the usual": overlays(look.small, inverse.view(look.grid), .75, "RdBu_r", (-reach, reach), grey=1)}
     return [Cell(title, "", jpeg(pictures[0]), title) for title, pictures in drawn.items()]
 
 # %% ../nbs/62_explorer.ipynb #9058d8b2
@@ -568,7 +578,7 @@ def compare_cells(
 ) -> tuple[list[list[Cell]], list[Cell]]:
     "Two final maps and their difference, a row per class; and masks. Raises `InputError` for looks at different pictures or names."
     if left.names != right.names or not np.array_equal(left.subject.image, right.subject.image): raise InputError("two looks are compared at the same picture, for the same names.")
-    shown, small = [look.shown(view) for look, view in zip((left, right), views)], _small(left)
+    shown, small = [look.shown(view) for look, view in zip((left, right), views)], left.small
     titles = [f"{side}: {look.model}, {_title(view)}" for side, look, view in zip("AB", (left, right), views)]
     other = F.interpolate(shown[1].final[None], left.grid, mode="bilinear", align_corners=False)[0]
     maps = {titles[0]: overlays(small, shown[0].final[rows], views[0].opacity, views[0].cmap), titles[1]: overlays(small, shown[1].final[rows], views[1].opacity, views[1].cmap),
@@ -692,7 +702,7 @@ def prompt_tower(look: Look) -> PromptedTower:
 def prompt_cells(look: Look, cmap: str = "inferno") -> tuple[list[list[Cell]], Drawing]:
     "For each prompted block: the gain's magnitude on the spectrum, the constant in the middle, and the length of what it adds to every patch; and radial profiles."
     tower, grid = prompt_tower(look), look.grid
-    small, table, lines, top = _small(look), [], {}, 1e-12
+    small, table, lines, top = look.small, [], {}, 1e-12
     x = look.backbone.embed(look.images)
     for block in tower.spectral.blocks:
         gain, own = tower.spectral.gain(block), tuple(tower.spectral.filters[0].grid)   # drawn as it was learned; used at the picture's grid

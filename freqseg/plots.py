@@ -120,10 +120,12 @@ def overlays(
     picture = as_picture(image).astype(np.float32)
     heat = _resized(_as_maps(maps, "maps"), picture.shape[:2])
     colours = np.float32(alpha) * matplotlib.colormaps[cmap](np.arange(256), bytes=True)[:, :3].astype(np.float32)
-    shade = (Normalize(*limits, clip=True)(heat).data * 256).clip(0, 255).astype(np.uint8)
+    shade = ((heat - np.float32(limits[0])) * np.float32(256 / (limits[1] - limits[0]))).clip(0, 255).astype(np.uint8)
     luminance = picture @ np.array([0.299, 0.587, 0.114], np.float32)
     faded = (1 - alpha) * ((1 - grey) * picture + grey * luminance[..., None]) + 0.5
-    return (faded + colours[shade]).astype(np.uint8)
+    blended = colours.take(shade, axis=0)
+    blended += faded
+    return blended.astype(np.uint8)
 
 def overlay(
     image: Picturelike,
