@@ -12,6 +12,7 @@ from typing import Any
 
 import latex2mathml.converter
 from mkdocs.plugins import event_priority
+from mkdocs.structure.toc import TableOfContents, get_toc
 
 FLOORS = {
     "0": "0 · Mathematics",
@@ -31,6 +32,7 @@ CODE_OR_MATH = re.compile(
     r"|\$\$(?P<display>[^$]+)\$\$|\\\[(?P<bracketed>.+?)\\\]"
     r"|(?<![\\\w$])\$(?P<inline>[^$\n<]*[^$\s<])\$(?![\w$])|\\\((?P<round>.+?)\\\)",
     re.DOTALL)
+HEADING = re.compile(r'<h([1-6]) id="([^"]+)">(.*?)<a class="anchor-link"', re.DOTALL)
 SCRIPT = re.compile(r"<script\b.*?</script>", re.DOTALL)
 FROM_A_CDN = re.compile(r"https://(?:cdn|unpkg)|mathjax|mermaid|<script src=\"\">", re.IGNORECASE)
 
@@ -77,10 +79,29 @@ def mathml(match: re.Match[str]) -> str:
         return match[0]
 
 
+def contents(body: str) -> TableOfContents:
+    "A notebook's table of contents, from its headings as nbconvert wrote them: mkdocs-jupyter's own leaves out what is set as code."
+    found: list[dict[str, Any]] = []
+    open_above: list[dict[str, Any]] = []
+    for level, place, name in HEADING.findall(body):
+        heading = {"level": int(level), "id": html.unescape(place), "name": re.sub(r"<[^>]+>", "", name).strip(), "children": []}
+        while open_above and open_above[-1]["level"] >= heading["level"]:
+            open_above.pop()
+        (open_above[-1]["children"] if open_above else found).append(heading)
+        open_above.append(heading)
+    return get_toc(found)
+
+
 def on_config(config: Any) -> Any:
     "Called by mkdocs once the configuration is read."
     config["nav"] = navigation(Path(config["docs_dir"]))
     return config
+
+
+def on_page_content(body: str, page: Any, config: Any, files: Any) -> None:
+    "Called by mkdocs with a page's own part, before it is put into the theme."
+    if page.file.src_uri.endswith(".ipynb"):
+        page.toc = contents(body)
 
 
 @event_priority(-100)  # after mkdocs-jupyter, which adds scripts of its own
