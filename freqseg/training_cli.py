@@ -133,7 +133,7 @@ def _write_robustness(system: Any, data: Path, split: str, out: Path, kinds: Seq
 def evaluate_command(args: argparse.Namespace) -> int:
     "Seed, mask and seg figures of a trained system on a data set, with report, and masks in VOC's colours if asked for."
     import shlex
-    from freqseg.checkpoints import checkpoint_path, load_system, training_title, weights_title
+    from freqseg.checkpoints import SHIPPED, checkpoint_path, load_system, training_title, weights_title
     from freqseg.clip import usable_device
     from freqseg.data import open_dataset
     from freqseg.report import evaluate_run
@@ -141,7 +141,8 @@ def evaluate_command(args: argparse.Namespace) -> int:
     data, split = _data_of(args)
     kinds = _kinds_of(args, data, split)
     weights, pictures = checkpoint_path(args.checkpoint), open_dataset(data, split)   # before CLIP, which may be a download
-    out = Path(args.out) if args.out else weights.parent/f"evaluation-{split}"
+    beside = Path("runs")/args.checkpoint if args.checkpoint in SHIPPED and not Path(args.checkpoint).exists() else weights.parent
+    out = Path(args.out) if args.out else beside/f"evaluation-{split}"
     system = load_system(weights, device=usable_device(args.device), classes=pictures.classes)
     options = {name: getattr(args, name) for name in ("crf", "bands", "limit", "workers", "skip_bad", "threshold_split")}
     if system.supervision == "masks": options |= dict(figures=("seg",), threshold_split=None)

@@ -11,6 +11,7 @@ __all__ = ['GRID_SCRIPT', 'GRID_STYLE', 'WIDE', 'NARROW', 'LABELS', 'CHOICES', '
 # %% ../nbs/69_widgets.ipynb #036cc7d4
 import html
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ import traitlets
 from IPython import get_ipython
 
 from .data import dataset_splits, list_dataset
+import freqseg
 from .checkpoints import SHIPPED
 from .clip import WorldTokenizer
 from .explorer import (COLOUR_MAPS, RANDOM, WAVELETS, Cell, Look, RunHistory, Subject, View, compare_cells, dataset_picture, explore, history_svg, learned_taps,
@@ -237,7 +239,7 @@ class PicturePicker(w.VBox):
         self.number = w.BoundedIntText(value=48, min=0, max=99999, description="scene", layout=WIDE, style=NARROW, tooltip="number of the test scene")
         self.file = w.FileUpload(accept="image/*", description="choose a picture", layout=WIDE, tooltip="JPEG, PNG, WebP, BMP, TIFF or GIF; large ones are made smaller")
         self.root = w.Text(value=root, placeholder="folder of VOC, COCO or your own", description="folder", continuous_update=False, layout=WIDE, style=NARROW,
-                           tooltip="folder of a data set: VOC 2012, COCO, COCO-Stuff, or images/ and masks/ of your own")
+                           tooltip="folder of a data set: VOC 2012, COCO, COCO-Stuff, or your own with JPEGImages/ and SegmentationClass/")
         self.split, self.class_name, self.picture = (
             w.Dropdown(description=label, layout=WIDE, style=NARROW, tooltip=text) for label, text in
             (("split", "split of the data set"), ("showing", "only pictures that show this class"), ("id", "picture of the data set")))
@@ -324,11 +326,12 @@ def close_tree(widget: w.Widget) -> None:
     widget.unobserve_all()
     widget.close()
 
-def found_runs(folder: str|Path = "runs") -> list[str]:
-    "Folders of trained runs below a folder, those that can be opened as a model."
-    return sorted({str(path.parent) for name in ("best", "last") for path in Path(folder).glob(f"**/{name}.safetensors")})
+def found_runs(folder: str|Path|None = None) -> list[str]:
+    "Folders of trained runs below a folder, those that can be opened as a model; None = `runs` here and in the repository, whose notebooks run elsewhere."
+    folders = [Path(folder)] if folder is not None else [Path("runs"), Path(os.path.relpath(Path(freqseg.__file__).parents[1]/"runs"))]
+    return sorted({str(path.parent) for place in dict.fromkeys(folders) for name in ("best", "last") for path in place.glob(f"**/{name}.safetensors")})
 
-def model_control(label: str, value: str, runs: str|Path = "runs") -> w.Combobox:
+def model_control(label: str, value: str, runs: str|Path|None = None) -> w.Combobox:
     "A field for a model: type one, or choose among those that are there."
     return w.Combobox(value=value, options=["world", *SHIPPED, "ViT-B-16", f"ViT-B-16{RANDOM}", *found_runs(runs)], ensure_option=False, continuous_update=False, description=label,
                       layout=WIDE, style=NARROW, tooltip=f"world, {', '.join(SHIPPED)} (trained on the world), an open_clip ViT, a saved model, or the folder of a run; press Enter")
@@ -385,7 +388,7 @@ class FrequencyExplorer(Explorer):
 
     Whatever goes wrong with an input is said in the widget. `look` and `view` are what is shown."""
     def __init__(self, number: int = 48, names: Sequence[str]|None = None, model: str = "world", view: View = View(), folder: str|Path = "views",
-                 root: str = "", runs: str|Path = "runs"):
+                 root: str = "", runs: str|Path|None = None):
         self.folder, self._start, self.look, self._hush = Path(folder), view, None, False
         self._wanted = names if names is None or isinstance(names, str) else ", ".join(names)
         self.pictures, self.masks, self.related = PictureGrid(clickable=True), PictureGrid(), PictureGrid()
@@ -527,7 +530,7 @@ class CompareExplorer(Explorer):
     "Two looks at the same picture side by side, their options linked, and where their final maps differ."
     SHARED = ("mu", "band", "threshold", "layers", "cmap", "opacity")
 
-    def __init__(self, number: int = 48, models: tuple[str, str] = ("weclip", "dfa"), runs: str|Path = "runs"):
+    def __init__(self, number: int = 48, models: tuple[str, str] = ("weclip", "dfa"), runs: str|Path|None = None):
         self.looks, self._hush = None, False
         self.pictures, self.masks = PictureGrid(), PictureGrid()
         self.picker = PicturePicker(self._new_subject, self._tell_error)
@@ -585,7 +588,7 @@ class CompareExplorer(Explorer):
 # %% ../nbs/69_widgets.ipynb #58efe95d
 class RunExplorer(Explorer):
     "Scrub through the snapshots of a run: maps, their bands, labels, and the losses so far."
-    def __init__(self, run: str = "", runs: str|Path = "runs"):
+    def __init__(self, run: str = "", runs: str|Path|None = None):
         self.history: RunHistory|None = None
         self._hush = False
         self.run = w.Combobox(value=run, options=found_runs(runs), ensure_option=False, continuous_update=False, placeholder="runs/dfa", description="run", layout=WIDE, style=NARROW,
@@ -623,7 +626,7 @@ class RunExplorer(Explorer):
 # %% ../nbs/69_widgets.ipynb #cd0e4f82
 class WaveletExplorer(Explorer):
     "Sub-bands of the tokens of any block, one channel or all, with named wavelets or learned taps."
-    def __init__(self, number: int = 48, model: str = "world", runs: str|Path = "runs"):
+    def __init__(self, number: int = 48, model: str = "world", runs: str|Path|None = None):
         self.look = None
         self.picker = PicturePicker(self._new_subject, self._tell_error)
         self.model = model_control("model", model, runs)
@@ -669,7 +672,7 @@ class WaveletExplorer(Explorer):
 
 class PromptExplorer(Explorer):
     "The learned filters of spectral prompts on the spectrum, their radial profile, and what they add to a picture's tokens."
-    def __init__(self, model: str = "", number: int = 48, runs: str|Path = "runs"):
+    def __init__(self, model: str = "", number: int = 48, runs: str|Path|None = None):
         self.picker = PicturePicker(self._new_subject, self._tell_error)
         self.model, self.cmap = model_control("model", model, runs), option_control("cmap")
         self.pictures, self.profile = PictureGrid(), w.HTML()
