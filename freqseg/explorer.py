@@ -163,6 +163,7 @@ class View:
     "What is shown of a look. Raises `InputError` naming the option and the value that cannot be."
     maps: str = option("gradcam", "where the map comes from", choices=MAPS)
     layers: int = option(8, "the affinities are a mean over the last so many blocks, at most all", low=1, high=64, step=1)
+    skip: int = option(0, "and so many of the last blocks are left out before", low=0, high=63, step=1)
     mu: float = option(.14, "cut-off between low and high, in cycles per token", low=0., high=.5, step=.02)
     shape: str = option("square", "form of the low band in the spectrum", choices={"square": "square (FFR)", "disc": "disc"})
     band: str = option("whole", "which frequencies go on to the affinity and the labels", choices=BANDS)
@@ -242,9 +243,15 @@ class Look:
         "Patch tokens of every block, (D, h, w)."
         return {block: found[0] for block, found in self.backbone.encode(self.images, tokens=range(self.depth), joint=False).tokens.items()}
 
+    def blocks(self, view: View) -> int|tuple[int, ...]:
+        "The blocks that the view's affinities are made of: the last so many, or their indices where some at the end are left out."
+        end = self.depth - min(view.skip, self.depth - 1)
+        count = min(view.layers, end)
+        return count if end == self.depth else tuple(range(end - count, end))
+
     def settings(self, view: View) -> CamSettings:
         "The view's options as activation maps know them."
-        return CamSettings(mu=view.mu, shape=view.shape, source=self.parts.settings.source, layers=min(view.layers, self.depth), box=.4 if view.boxes else None,
+        return CamSettings(mu=view.mu, shape=view.shape, source=self.parts.settings.source, layers=self.blocks(view), box=.4 if view.boxes else None,
                            epsilon=view.epsilon, lambda_l=view.lambda_l, lambda_h=view.lambda_h)
 
     @torch.no_grad()

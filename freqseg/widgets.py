@@ -224,7 +224,7 @@ def option_control(name: str) -> w.DOMWidget:
     return kind(value=one.default, min=about["low"], max=about["high"], step=about["step"], continuous_update=True, **common)
 
 LABELS = {"maps": "map", "mu": "cut-off \u03bc", "shape": "low band", "band": "keep", "bands": "bands", "lambda_l": "\u03bb low", "lambda_h": "\u03bb high", "epsilon": "temperature",
-          "boxes": "travel inside boxes only", "layers": "last blocks", "cmap": "colours", "scale": "scale"}
+          "boxes": "travel inside boxes only", "layers": "last blocks", "skip": "skip last", "cmap": "colours", "scale": "scale"}
 CHOICES = {"gradcam": "GradCAM", "patch_text": "patch and text", "transport": "optimal transport", "trained": "of the trained run", "whole": "low + high", "low": "low only",
            "high": "high only", "stack": "n bands", "own": "each map its own", "shared": "shared by map and bands", "none": "none: stay", "both": "both",
            "smoothed": "smoothed", "inverse": "inverse"}
@@ -449,7 +449,7 @@ class FrequencyExplorer(Explorer):
         "Disable what has no effect as things stand."
         view = self.view
         unused = {"bands": view.band != "stack", "mu": view.band == "stack", "epsilon": view.maps != "transport", "boxes": view.maps == "transport" or view.affinity == "none",
-                  "layers": view.affinity == "none", "lambda_l": view.affinity != "both", "lambda_h": view.affinity != "both"}
+                  "layers": view.affinity == "none", "skip": view.affinity == "none", "lambda_l": view.affinity != "both", "lambda_h": view.affinity != "both"}
         for name, off in unused.items(): self.options[name].disabled = off
 
     def _new_subject(self, subject: Subject) -> None:
@@ -470,7 +470,7 @@ class FrequencyExplorer(Explorer):
             finally: self.pictures.busy = False
             look.model, self.look = self.model.value.strip(), look
             self._hush = True
-            self.options["layers"].max = look.depth
+            self.options["layers"].max, self.options["skip"].max = look.depth, look.depth - 1
             self.page.max, self.page.value = max(1, len(look.names) - ROWS + 1), 1
             self.page.layout.display = None if len(look.names) > ROWS else "none"
             self._hush = False
@@ -482,7 +482,7 @@ class FrequencyExplorer(Explorer):
         if self._hush: return
         self._grey_out()
         self.show()
-        if change["owner"] in (self.options["layers"], self.options["cmap"], self.options["opacity"]): self._show_related()
+        if change["owner"] in (self.options["layers"], self.options["skip"], self.options["cmap"], self.options["opacity"]): self._show_related()
 
     def show(self) -> None:
         "Draw the look in the view."

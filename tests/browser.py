@@ -128,6 +128,18 @@ class NotebookPage:
             return Array.from(bytes, one => one.toString(16)).join('');
         }""", [grid, place])
 
+    def settle(self) -> None:
+        "Wait until everything asked for so far is drawn: the kernel has answered, and all pictures stay as they are."
+        last = None
+        for _ in range(WAIT // 300):
+            self.wait_for_kernel()
+            shown = self.page.evaluate("() => [document.querySelectorAll('.fs-busy').length, ...[...document.querySelectorAll('.fs-grid img')].map(one => one.src)]")
+            if shown == last and not shown[0]:
+                return
+            last = shown
+            self.page.wait_for_timeout(300)
+        raise AssertionError("the pictures did not come to rest")
+
     def wait_for_other(self, before: str, place: int = 1, grid: int = 0) -> str:
         "Wait until a picture is another one than before."
         end = time.monotonic() + WAIT / 1000

@@ -1,6 +1,7 @@
 """The explorer in JupyterLab in a browser: what a person does, and what a person sees."""
 
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,12 @@ def lab(running: NotebookPage) -> NotebookPage:
     page.control("picture", "select").select_option("scene of the world")
     if page.control("scene").input_value() != "48":
         page.type_into("scene", "48")
+    if page.control("model").input_value() != "world":
+        page.type_into("model", "world")
     page.type_into("classes", "star, wheel")
     page.button("Reset").click()
     page.message("star 9")
+    page.settle()
     return page
 
 
@@ -129,6 +133,8 @@ def test_an_uploaded_picture_is_looked_at(lab: NotebookPage, tmp_path: Path) -> 
 
 
 def test_a_broken_file_is_answered_in_words_and_nothing_is_lost(lab: NotebookPage, tmp_path: Path) -> None:
+    lab.control("picture", "select").select_option("a file of mine")   # shows the last one that was put in, if any
+    lab.settle()
     before = lab.picture(0)
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 this is no picture")
     upload(lab, tmp_path / "broken.jpg")
@@ -149,6 +155,20 @@ def test_a_view_is_saved_and_the_files_are_there(lab: NotebookPage, home: Path) 
     names = sorted(path.name for path in (home / "work" / "views").iterdir())
     assert {Path(name).suffix for name in names} >= {".png", ".npz", ".py"} and all(name in said for name in names if name.startswith("view-001"))
     assert Image.open(home / "work" / "views" / "view-001.png").size[0] > 500
+
+
+def test_a_long_computation_shows_that_it_is_busy_and_the_page_stays_alive(lab: NotebookPage) -> None:
+    lab.type_into("model", "ViT-B-16 (random weights)")
+    lab.page.wait_for_selector(".fs-busy")
+    began = time.monotonic()
+    lab.slider("cut-off μ").focus()
+    lab.page.keyboard.press("ArrowRight")   # the page takes it at once, the kernel when it can
+    assert time.monotonic() - began < 5 and lab.page.locator(".fs-busy").count() == 1
+    lab.screenshot("busy")
+    lab.message("ViT-B-16 (random weights), 28 x 28 patches")
+    lab.page.wait_for_selector(".fs-grid:not(.fs-busy)")
+    lab.type_into("model", "ViT-B-61")
+    assert "no backbone called" in lab.message("ViT-B-61")
 
 
 def test_reset_and_help(lab: NotebookPage) -> None:

@@ -115,6 +115,8 @@ SAME = [
     (View(), "over the smoothed affinity", "smoothed", {}),
     (View(layers=2), "over the smoothed affinity", "smoothed", dict(layers=2)),
     (View(layers=12), "over the smoothed affinity", "smoothed", dict(layers=6)),
+    (View(layers=2, skip=3), "over the smoothed affinity", "smoothed", dict(layers=(1, 2))),
+    (View(layers=12, skip=12), "over the smoothed affinity", "smoothed", dict(layers=(0,))),
     (View(boxes=False), "over the smoothed affinity", "smoothed", dict(box=None)),
     (View(), "low", "low", dict(mu=.14)),
     (View(), "high", "high", dict(mu=.14)),
