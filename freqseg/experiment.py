@@ -31,7 +31,7 @@ from .runs import Parameter, check_parameters, launched, parse_parameter
 from .segment import Inference, SystemReport, evaluate_system, software
 from .systems.segmenter import System
 from .systems.zegclip import seen_and_unseen
-from .train import TrainResult, TrainSettings, fit, read_checkpoint
+from .train import TrainResult, TrainSettings, fit, read_checkpoint, require_own_folder
 from .world import SPLITS, write_world
 
 # %% ../nbs/57_experiment.ipynb #5161bf43
@@ -373,6 +373,10 @@ class Experiment:
         if not self.train.listing.background:
             raise InputError(f"{self.train.listing.dataset} has no background class, which pseudo-labels from image labels are cut from: "
                              "these systems cannot be trained on it.")
+
+    def check_folder(self) -> None:
+        "Raise `InputError` for a folder with a run of other parameters. Builds the system only where a run was begun."
+        if (self.plan.out/"run.json").exists(): require_own_folder(self.system, self.train, self.plan.out, self._settings(), self.identity)
 
     def _check_masks(self) -> None:
         "Every picture of a zero-shot experiment has its mask: opening the splits says so."

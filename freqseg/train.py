@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Trainable', 'Pictures', 'TrainSettings', 'learning_rate', 'mixed_seed', 'seeded', 'epoch_order', 'DataPlan',
            'Checkpoint', 'write_checkpoint', 'read_checkpoint', 'describe_run', 'require_same_run', 'locked',
-           'read_log', 'TrainingDiverged', 'OutOfMemory', 'open_fabric', 'segmentation_scores', 'TrainResult', 'fit']
+           'read_log', 'TrainingDiverged', 'OutOfMemory', 'open_fabric', 'segmentation_scores', 'require_own_folder',
+           'TrainResult', 'fit']
 
 # %% ../nbs/54_train.ipynb #7f424d0f
 import contextlib, functools, hashlib, json, math, os, random, shutil, socket, sys, time, warnings
@@ -758,6 +759,18 @@ def _open_folder(out: Path, described: dict[str, Any], system: Trainable, comman
     _cut_log(out/"metrics.jsonl", saved.step if saved else 0)
     if saved: _complete_best(out, saved)
     return saved
+
+def require_own_folder(
+    system: Trainable,
+    train: Pictures,
+    out: str | Path,
+    settings: TrainSettings,
+    identity: Mapping[str, Any] | None = None,
+) -> None:
+    "Raises `InputError` when `out` holds a run that `fit`, given the same, would not continue; it says what differs. A folder without a run will do."
+    processes = max(1, settings.devices) * max(1, settings.nodes)
+    described = describe_run(system, train, settings, settings.batch * settings.accumulate * processes, identity)
+    if (Path(out)/"run.json").exists(): require_same_run(Path(out), _read_run(Path(out)), described)
 
 def _last_checkpoint(out: Path) -> Checkpoint | None:
     "Where the run stands; None before its first step. Raises `InputError` for a damaged file."

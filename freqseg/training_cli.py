@@ -56,7 +56,9 @@ def _check(args: argparse.Namespace, parameters: dict[str, Any]) -> None:
     from freqseg.train import locked
     devices, nodes = _processes(parameters)
     launch_command((), devices, **_meeting(args, nodes))
-    experiment(args.system, {**parameters, "out": args.out}).check()
+    begun = experiment(args.system, {**parameters, "out": args.out})
+    begun.check()
+    begun.check_folder()
     if nodes == 1:   # of several machines another one may have begun
         with locked(args.out): pass
 

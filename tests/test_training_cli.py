@@ -108,8 +108,10 @@ def test_the_same_command_does_not_train_twice(run: Path, capsys: pytest.Capture
     (["train", "wtclip", *FEW], "holds another run"),
     (["train", "weclip", "-p", "iterations=4", "-p", "lr=0.5"], "settings.lr")])
 def test_a_folder_of_another_run_is_refused_with_what_differs(run: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
-    said = says(capsys, [*words, "--device", "cpu", "--out", str(run)], 1)
-    assert message in said
+    record = (run / "run.ipynb").stat().st_mtime_ns
+    said = says(capsys, [*words, "--device", "cpu", "--out", str(run)], 2)
+    assert message in said and "are done" not in said
+    assert (run / "run.ipynb").stat().st_mtime_ns == record   # said at once: no notebook has run
     assert read_checkpoint(run / "last.safetensors").config["system"] == "weclip"
 
 
