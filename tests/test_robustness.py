@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_segment import QUIET, SIZES, Toy, write_folder
+from test_segment import QUIET, SIZES, Toy, ZeroShotToy, write_folder
 
 from freqseg.cli import main
 from freqseg.clip import load_clip
 from freqseg.corruptions import Corruption
 from freqseg.checkpoints import save_system
-from freqseg.data import open_folder
+from freqseg.data import SegmentationFolder, open_folder, zero_shot_split, zero_shot_view
 from freqseg.evaluate import paired_gain
 from freqseg.files import InputError
 from freqseg.metrics import ConfusionMeter
-from freqseg.robustness import Robustness, robustness, robustness_markdown, robustness_plot, side_by_side
+from freqseg.robustness import Robustness, read_robustness, robustness, robustness_markdown, robustness_plot, side_by_side
 from freqseg.segment import evaluate_system
 from freqseg.systems.weclip import WeCLIP
 from freqseg.world import WORLD_CLASSES, write_world
@@ -68,6 +68,16 @@ def test_rows_are_evaluations_and_drops_their_paired_differences(found, dataset)
                                          for n in range(len(dataset))]) for image, cell, count in (one.counts.triples.long() for one in (clean, worse))], 1)
         assert row.drop == pytest.approx(tuple(paired_gain(both, 0, 1, samples=20)), abs=1e-12)
         assert row.drop.value == pytest.approx(found.clean.value - row.miou.value)
+
+
+def test_seen_and_unseen_classes_are_told_apart_where_there_are_such(found, dataset) -> None:
+    view = SegmentationFolder(zero_shot_view(dataset.listing, zero_shot_split(dataset.classes, unseen=dataset.classes[1:2])), masks=True)
+    told = robustness(ZeroShotToy(.1).eval(), view, ("noise",), (2,), **QUIET)
+    alone = evaluate_system(ZeroShotToy(.1).eval(), view, figures=("seg",), corrupt=Corruption("noise", 2), **QUIET)
+    assert told["noise", 2].hiou == alone.zero_shot.hiou and told.clean_hiou.value == told.as_dict()["clean_hiou"]["value"]
+    assert f"{100*told.clean_hiou.value:.1f} (" not in robustness_markdown({"a": told}) and f"| {100*told.clean_hiou.value:.1f} |" in robustness_markdown({"a": told}, "hiou")
+    with pytest.raises(InputError, match="no hIoU"): robustness_markdown({"a": found}, "hiou")
+    assert "hIoU %" in told.markdown() and "hIoU" not in found.markdown() and "hiou" not in json.dumps(found.as_dict())
 
 
 def test_the_mean_is_that_of_the_rows(found) -> None:
@@ -140,6 +150,22 @@ def test_systems_stand_side_by_side_on_one_scale(found, dataset) -> None:
     assert [axes.get_title() for axes in sheet.axes] == ["one", "two"] and sheet.axes[0].get_ylim() == sheet.axes[1].get_ylim()
     lines = robustness_markdown({"one": found, "two": other}).splitlines()
     assert "| corruption | one | two |" in lines and sum(line.startswith("| noise") for line in lines) == 2
+
+
+def test_what_was_saved_is_read_again_and_compared(found, dataset, tmp_path) -> None:
+    found.save(tmp_path)
+    again = read_robustness(tmp_path)
+    assert again.as_dict() == found.as_dict() and again.markdown() == found.markdown()
+    assert robustness_markdown({"then": again, "now": found}) == robustness_markdown({"then": found, "now": found})
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"rows": [{"kind": "fog", "strength": 1}]}'])
+def test_a_file_that_is_no_robustness_is_named(text: str, tmp_path) -> None:
+    (tmp_path / "robustness.json").write_text(text)
+    with pytest.raises(InputError, match="robustness.json"):
+        read_robustness(tmp_path / "robustness.json")
+    with pytest.raises(InputError, match="freqseg evaluate .* --corrupt"):
+        read_robustness(tmp_path / "elsewhere")
 
 
 def test_systems_that_saw_other_things_are_not_compared(found, dataset, tmp_path) -> None:
