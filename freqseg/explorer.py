@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['LONGEST_SIDE', 'RANDOM', 'MAPS', 'BANDS', 'AFFINITIES', 'COLOUR_MAPS', 'SCALES', 'MOST_NAMES', 'CELL_SIDE',
            'WAVELETS', 'Subject', 'photograph', 'scene', 'dataset_picture', 'open_model', 'option', 'View', 'Shown',
-           'Look', 'usual_side', 'explore', 'Cell', 'jpeg', 'view_cells', 'mask_cells', 'patch_cells', 'chart_svg',
-           'spectrum_svg', 'view_figure', 'view_code', 'save_view', 'uploaded', 'compare_cells', 'RunHistory',
-           'open_history', 'snapshot_cells', 'history_svg', 'learned_taps', 'wavelet_cells', 'prompt_tower',
-           'prompt_cells']
+           'Look', 'usual_side', 'explore', 'Cell', 'jpeg', 'view_cells', 'class_colour', 'mask_cells', 'patch_cells',
+           'chart_svg', 'spectrum_svg', 'view_figure', 'view_code', 'save_view', 'uploaded', 'compare_cells',
+           'RunHistory', 'open_history', 'snapshot_cells', 'history_svg', 'learned_taps', 'wavelet_cells',
+           'prompt_tower', 'prompt_cells']
 
 # %% ../nbs/62_explorer.ipynb #1130db27
+import difflib
 import io
 import json
 import math
@@ -26,6 +27,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import open_clip
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -35,7 +37,7 @@ from .affinity import affinity_request, box_mask, propagate
 from .cam import normalise_cam, pseudo_labels
 from .checkpoints import SHIPPED, load_system, training_title
 from .clip import Backbone, WorldTokenizer, load_clip, merge_requests, nearest_multiple
-from .data import IGNORE, list_dataset, read_image, read_mask, SegmentationFolder, unknown_name
+from .data import IGNORE, list_dataset, palette, read_image, read_mask, SegmentationFolder, unknown_name
 from .files import InputError, atomic_write
 from .frequency_cam import CamParts, CamSettings, affinity_source, cam_parts
 from .metrics import class_iou, confusion_matrix
@@ -67,11 +69,12 @@ class Subject:
 
     def truth(self, names: Sequence[str]) -> np.ndarray|None:
         "The mask in terms of these names, (H, W) uint8: k + 1 for names[k], 0 for all else, 255 not counted; None when it knows none of them."
-        if self.mask is None or not set(names) & set(self.known): return None
+        known = [name.casefold() for name in self.known]   # the towers' tokenizers do not mind capitals either
+        places = {value: known.index(name.casefold()) + 1 for value, name in enumerate(names, start=1) if name.casefold() in known}
+        if self.mask is None or not places: return None
         table = np.zeros(256, np.uint8)
         table[IGNORE] = IGNORE
-        for value, name in enumerate(names, start=1):
-            if name in self.known: table[self.known.index(name) + 1] = value
+        for value, place in places.items(): table[place] = value
         return table[self.mask]
 
 def _fitted(image: Image.Image, title: str) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -124,7 +127,15 @@ def open_model(name: str|Path) -> Backbone|System:
     if text == "world": return load_clip(text).eval()   # also where a folder has that name
     if text.endswith(RANDOM): return load_clip(text.removesuffix(RANDOM), None).eval()
     if text in SHIPPED or Path(text).is_dir() or (text.endswith(".safetensors") and Path(text).is_file() and _is_checkpoint(Path(text))): return load_system(text)
+    if ("/" in text or "\\" in text) and not Path(text).exists() and ":" not in text and not _is_published(text):
+        raise InputError(f"there is no folder or file {text}: give the folder of a run, a checkpoint, or a name such as world, {', '.join(SHIPPED)} or ViT-B-16.")
+    near = difflib.get_close_matches(text, ("world", *SHIPPED), n=1)
+    if near and not _is_published(text) and not Path(text).exists(): raise unknown_name(text, ("world", *SHIPPED), "model")
     return load_clip(text).eval()
+
+def _is_published(name: str) -> bool:
+    "Does open_clip know a model of that name?"
+    return name.replace("/", "-") in open_clip.list_models()
 
 def _is_checkpoint(path: Path) -> bool:
     "Was it written by a training?"
@@ -162,19 +173,19 @@ def option(default: Any, help: str, **about: Any) -> Any:
 class View:
     "What is shown of a look. Raises `InputError` naming the option and the value that cannot be."
     maps: str = option("gradcam", "where the map comes from", choices=MAPS)
-    layers: int = option(8, "the affinities are a mean over the last so many blocks, at most all", low=1, high=64, step=1)
-    skip: int = option(0, "and so many of the last blocks are left out before", low=0, high=63, step=1)
+    layers: int = option(8, "affinities are a mean over so many of the last blocks; more than there are means all", low=1, high=64, step=1)
+    skip: int = option(0, "leaves out so many blocks at the end: skip 2 and last 3 of 6 blocks are blocks 2 to 4", low=0, high=63, step=1)
     mu: float = option(.14, "cut-off between low and high, in cycles per token", low=0., high=.5, step=.02)
     shape: str = option("square", "form of the low band in the spectrum", choices={"square": "square (FFR)", "disc": "disc"})
-    band: str = option("whole", "which frequencies go on to the affinity and the labels", choices=BANDS)
+    band: str = option("whole", "which frequencies go on to the affinity and the labels: both bands (which are the whole map), one of them, or the whole beside several bands", choices=BANDS)
     bands: int = option(4, "how many bands the stack has", low=2, high=6, step=1)
-    affinity: str = option("smoothed", "what the map travels over", choices=AFFINITIES)
-    lambda_l: float = option(1., "weight of the smoothed affinity, for both", low=0., high=2., step=.05)
-    lambda_h: float = option(.1, "weight of the inverse affinity, for both", low=0., high=2., step=.05)
+    affinity: str = option("smoothed", "which relations between patches carry the map on: none, those of attention (smoothed), those that attention took away (inverse), or both", choices=AFFINITIES)
+    lambda_l: float = option(1., "weight of the smoothed affinity where the map travels over both", low=0., high=2., step=.05)
+    lambda_h: float = option(.1, "weight of the inverse affinity where the map travels over both; untrained, its rows are nearly even, so it shows only where \u03bb low is near 0", low=0., high=2., step=.05)
     boxes: bool = option(True, "maps travel only inside boxes around their strong regions (WeCLIP)")
     epsilon: float = option(.1, "temperature of transport: small is sharp", low=.01, high=1., step=.01)
     threshold: float = option(.4, "the background's score: a pixel needs more to belong to a class", low=0., high=1., step=.01)
-    scale: str = option("own", "what 1 on the colour bar means", choices=SCALES)
+    scale: str = option("own", "what 1 on the colour bar means: every map's own maximum, or one for the map and its bands, so that a weak band looks weak", choices=SCALES)
     opacity: float = option(.5, "weight of the heat map over the picture", low=0., high=1., step=.05)
     cmap: str = option("inferno", "colours of the heat map", choices={name: name for name in COLOUR_MAPS})
 
@@ -267,7 +278,7 @@ class Look:
         if view.affinity != "none" and view.maps != "transport": columns["over " + {"both": "both affinities"}.get(view.affinity, f"the {view.affinity} affinity")] = refined
         labels = pseudo_labels(refined, size=self.subject.image.shape[:2], threshold=view.threshold)[0].byte().cpu().numpy()
         prediction = None if self.predicted is None else _predicted_labels(self)
-        frequencies, energies = _spectra(base, refined)
+        frequencies, energies = _spectra(going if ready else normalise_cam(going), refined if view.affinity != "none" and view.maps != "transport" else None)
         return Shown({title: maps[0].cpu() for title, maps in _scaled(columns, base, view).items()}, refined[0].cpu(), labels, prediction,
                      _scores(self, {"pseudo-label": labels, "prediction": prediction}), energies, frequencies)
 
@@ -281,7 +292,7 @@ def _base(look: Look, parts: CamParts, view: View) -> Tensor:
     if view.maps == "gradcam": return parts.evidence
     if view.maps == "patch_text": return normalise_cam(parts.value_cosines[:, :len(look.names)], positive=False)
     if view.maps == "transport": return _transported(parts, view)
-    if look.own is None: raise InputError(f"{look.model} is no trained system with maps of its own: pick the folder of a run, or other maps.")
+    if look.own is None: raise InputError(f"{look.model} has no maps of its own: take a trained system as model ({', '.join(SHIPPED)}, or the folder of a run), or other maps.")
     return look.own
 
 def _transported(parts: CamParts, view: View) -> Tensor:
@@ -303,7 +314,7 @@ def _bands(base: Tensor, view: View) -> dict[str, Tensor]:
 
 def _require_weight(view: View) -> None:
     "Raise `InputError` when neither affinity counts."
-    if not view.lambda_l + view.lambda_h: raise InputError("lambda_l and lambda_h are both 0: give one of them some weight.")
+    if not view.lambda_l + view.lambda_h: raise InputError("\u03bb low and \u03bb high (lambda_l and lambda_h) are both 0: give one of them some weight.")
 
 def _travelled(parts: CamParts, cam: Tensor, view: View) -> Tensor:
     "Maps (1, K, h, w) after they went over the affinity."
@@ -344,10 +355,11 @@ def _scores(look: Look, found: Mapping[str, np.ndarray|None]) -> dict[str, dict[
         told[title] = {name: float(value) for name, value in zip(("background", *look.names), values)} | {"mean": float(values.nanmean())}
     return told
 
-def _spectra(base: Tensor, refined: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    "Rings of the spectrum, and the share of the energy in each, of maps before and after they travelled; the constant is left out."
+def _spectra(going: Tensor, refined: Tensor|None) -> tuple[Tensor, dict[str, Tensor]]:
+    "Rings of the spectrum, and the share of the energy in each, of maps that set out, both in [0, 1], and of those that came out of an affinity; the constant is left out."
     told = {}
-    for title, maps in {"map": base, "after the affinity": refined}.items():
+    for title, maps in {"map": going, "after the affinity": refined}.items():
+        if maps is None: continue
         frequencies, energy = radial_power_spectrum(maps[0])
         told[title] = (energy[1:]/energy[1:].sum().clamp_min(1e-12)).cpu()
     return frequencies[1:].cpu(), told
@@ -368,7 +380,7 @@ def _names_for(subject: Subject, names: Sequence[str]|None, system: System|None)
     "The names to look for. Raises `InputError` for none, for one twice, and for one that a trained system cannot know."
     if isinstance(names, str): raise InputError(f"names={names!r}: give a list of names, for example {[part.strip() for part in names.split(',')]}.")
     chosen = tuple(name.strip() for name in (subject.names if names is None else names))
-    if not chosen or not all(chosen): raise InputError("no class to look for: type at least one name, for example dog, grass")
+    if not chosen or not all(chosen): raise InputError("no class to look for: type at least one name.")
     if len(chosen) > MOST_NAMES: raise InputError(f"{len(chosen)} classes: look for {MOST_NAMES} at most.")
     for place, name in enumerate(chosen):
         if name in chosen[:place]: raise InputError(f"{name!r} is named twice: name each class once.")
@@ -419,6 +431,7 @@ class Cell:
     name: str        # of which class; empty = of all
     picture: bytes   # JPEG
     alt: str         # for who cannot see it
+    colour: str = "" # of the class in masks, #rrggbb
 
 def jpeg(picture: np.ndarray, quality: int = 88) -> bytes:
     "A picture (H, W, 3) uint8 as a JPEG file in memory."
@@ -449,7 +462,7 @@ def _drawn(look: Look, title: str, values: np.ndarray|Tensor, how: tuple[Any, ..
 
 def _told(scores: Mapping[str, Mapping[str, float]], title: str) -> str:
     "IoU in brackets, where there is one."
-    return f" (mIoU {100*scores[title]['mean']:.1f})" if title in scores else ""
+    return f" (mIoU\u00a0{100*scores[title]['mean']:.1f})" if title in scores else ""
 
 def view_cells(
     look: Look,
@@ -460,8 +473,12 @@ def view_cells(
     "The maps of a view: a row per class, a column per map."
     columns = {title: _drawn(look, title, maps[rows], (view.opacity, view.cmap), lambda part: overlays(look.small, part, view.opacity, view.cmap))
                for title, maps in shown.columns.items()}
-    return [[Cell(title, name, files[place], f"{title} of {name} over {look.subject.title}") for title, files in columns.items()]
+    return [[Cell(title, name, files[place], f"{title} of {name} over {look.subject.title}", class_colour(look.names.index(name) + 1)) for title, files in columns.items()]
             for place, name in enumerate(look.names[rows])]
+
+def class_colour(label: int) -> str:
+    "The colour of a label in masks, #rrggbb."
+    return "#" + bytes(palette()[label].tolist()).hex()
 
 def mask_cells(look: Look, shown: Shown) -> list[Cell]:
     "The labels of a view in colours: the pseudo-label, what a trained system says, and the mask where there is one."
@@ -485,8 +502,9 @@ def patch_cells(
     for values in rows: values[asked] = values.median()   # a patch is related to itself most of all
     smooth, inverse = rows[0]/rows[0].max().clamp_min(1e-12), rows[1] - rows[1].median()
     reach = float(inverse.abs().max()) or 1.
-    drawn = {f"smoothed affinity of patch {row}, {column}": overlays(look.small, smooth.view(look.grid), alpha, view.cmap),
-             f"inverse affinity of patch {row}, {column}: blue below, red above the usual": overlays(look.small, inverse.view(look.grid), .75, "RdBu_r", (-reach, reach), grey=1)}
+    patch_title = f"patch in row {row}, column {column}"
+    drawn = {f"smoothed affinity of the {patch_title}": overlays(look.small, smooth.view(look.grid), alpha, view.cmap),
+             f"inverse affinity of the {patch_title}: red above its median, blue below": overlays(look.small, inverse.view(look.grid), .75, "RdBu_r", (-reach, reach), grey=1)}
     return [Cell(title, "", jpeg(pictures[0]), title) for title, pictures in drawn.items()]
 
 # %% ../nbs/62_explorer.ipynb #9058d8b2
@@ -533,14 +551,19 @@ def view_figure(look: Look, view: View = View()) -> Sheet:
     beside = {title + _told(shown.scores, title): paint_mask(labels, look.subject.image) for title, labels in masks.items() if labels is not None}
     return cam_panel(look.subject.image, shown.columns, look.names, view.opacity, view.cmap, heading=f"{look.subject.title}, {look.model}", beside=beside)
 
-def view_code(look: Look, view: View = View()) -> str:
-    "Python that makes this view again. What was opened by hand and not by name has to be put in its place."
-    changed = {name: value for name, value in asdict(view).items() if value != getattr(View(), name)}
-    options = ", ".join(f"{name}={value!r}" for name, value in changed.items())
-    return "\n".join(["from freqseg.explorer import View, dataset_picture, explore, photograph, scene, view_figure", "",
-                      f"look = explore({look.subject.code}, {list(look.names)!r}, model={look.model!r}, longest={look.longest})",
-                      f"view = View({options})", "shown = look.shown(view)   # maps, labels, scores, spectra",
-                      "view_figure(look, view)", ""])
+def view_code(
+    look: Look,
+    view: View = View(),
+    stem: str = "",       # of the files of a saved view
+) -> str:
+    "Python that makes this view again, with a stem as a PNG beside the program. What was opened by hand and not by name has to be put in its place."
+    usual = replace(View(), layers=min(View().layers, look.depth))
+    seen = {name: round(value, 6) if isinstance(value, float) else value for name, value in asdict(replace(view, layers=min(view.layers, look.depth))).items()}
+    options = ", ".join(f"{name}={value!r}" for name, value in seen.items() if value != getattr(usual, name))
+    head = ["from pathlib import Path", "from freqseg.explorer import View, dataset_picture, explore, photograph, scene, view_figure", ""]
+    drawn = ["here = Path(__file__).parent", f"view_figure(look, view).savefig(here/'{stem}-again.png', dpi=150)", f"print('wrote', here/'{stem}-again.png', shown.scores)"] if stem else ["view_figure(look, view)"]
+    return "\n".join([*head[0 if stem else 1:], f"look = explore({look.subject.code}, {list(look.names)!r}, model={look.model!r}, longest={look.longest})",
+                      f"view = View({options})", "shown = look.shown(view)   # maps, labels, scores, spectra", *drawn, ""])
 
 def save_view(
     look: Look,
@@ -561,10 +584,10 @@ def save_view(
     if look.subject.code.startswith("uploaded("):
         paths["picture"] = folder/f"{stem.name}-picture.png"
         with atomic_write(paths["picture"]) as part: Image.fromarray(look.subject.image).save(part, "PNG")
-        look = replace(look, subject=replace(look.subject, code=f"photograph({str(paths['picture'])!r})"))
+        look = replace(look, subject=replace(look.subject, code=f"photograph(Path(__file__).with_name({paths['picture'].name!r}))"))
     with atomic_write(paths["png"]) as part: view_figure(look, view).savefig(part, format="png", dpi=150)
     with atomic_write(paths["npz"]) as part, part.open("wb") as file: np.savez_compressed(file, **arrays)
-    with atomic_write(paths["py"]) as part: part.write_text(view_code(look, view), encoding="utf-8")
+    with atomic_write(paths["py"]) as part: part.write_text(view_code(look, view, stem.name), encoding="utf-8")
     return paths
 
 def uploaded(content: bytes, name: str) -> Subject:
@@ -620,7 +643,8 @@ def open_history(folder: str|Path) -> RunHistory:
     "The history of a run. Raises `InputError` for a folder that is no run, or has no snapshots."
     folder = Path(folder)
     steps = sorted(int(path.stem[5:]) for path in (folder/"snapshots").glob("step-*.npz"))
-    if not (folder/"metrics.jsonl").is_file(): raise InputError(f"{folder} is no folder of a training: there is no metrics.jsonl in it.")
+    if not (folder/"metrics.jsonl").is_file(): raise InputError(f"{folder} is no folder of a training: there is no metrics.jsonl in it. This makes one in half a minute: "
+                                                             "freqseg train dfa -p snapshot_every=2 --out runs/dfa")
     if not steps: raise InputError(f"{folder} has no snapshots: train with -p snapshot_every=100.")
     return RunHistory(folder, tuple(steps), read_log(folder/"metrics.jsonl"))
 

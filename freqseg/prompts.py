@@ -46,7 +46,8 @@ def require_words(backbone: Backbone, names: Sequence[str]) -> None:
     for name in names:
         words = backbone.tokenizer.words(name)
         if words and all(word in backbone.tokenizer.ids for word in words): continue
-        raise InputError(f"{unknown_name(name, [*WORLD_CLASSES, *WORLD_BACKGROUNDS])} The world model knows drawn things only: {', '.join(WORLD_CLASSES)}.")
+        raise InputError(f"{unknown_name(name, WORLD_CLASSES)} The world model knows drawn things only: {', '.join(WORLD_CLASSES)}; and the grounds "
+                         f"{', '.join(WORLD_BACKGROUNDS)}. For photographs take another model, such as ViT-B-16.")
 
 def usual_background(backbone: Backbone) -> tuple[str, ...]:
     "WeCLIP's 25 background prompts; for the world's CLIP, the world's backgrounds it has a word for."

@@ -6,7 +6,7 @@
 __all__ = ['NOT_SWEPT', 'LEVEL', 'MEASURES', 'TITLES', 'NOT_IN_TABLES', 'parameters_of', 'checked_grid', 'checked_seeds',
            'run_name', 'Run', 'Design', 'trained_system', 'new_design', 'run_plans', 'read_design', 'extended',
            'finished', 'environments', 'Estimate', 'estimate', 'paired_difference', 'main_measure', 'Row', 'Sweep',
-           'read_sweep', 'sweep', 'provenance', 'sweep_markdown', 'sweep_plot']
+           'read_sweep', 'sweep', 'provenance', 'sweep_markdown', 'in_percent', 'comparison_markdown', 'sweep_plot']
 
 # %% ../nbs/67_sweep.ipynb #044630f1
 import ast, json, math, os, re, signal, statistics, subprocess, sys, tempfile, threading, time
@@ -668,6 +668,26 @@ def sweep_markdown(sweep: Sweep) -> str:
         parts += [f"## Without figures: {len(sweep.missing)} of {len(design.runs)} runs",
                   "\n".join(f"- {name}: {' '.join(why.split())}" for name, why in sweep.missing.items())]
     return "\n\n".join(parts) + "\n"
+
+# %% ../nbs/67_sweep.ipynb #69750022
+def in_percent(
+    one: Estimate,
+    sign: str = "",   # "+" for differences
+) -> str:
+    "A mean in percent, with its interval where seeds differ."
+    return _percent(replace(one, low=math.nan) if one.high - one.low < 1e-6 else one, one.n, sign)
+
+def comparison_markdown(
+    head: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    *sweeps: Sweep,                  # where the figures come from
+    commands: Sequence[str] = (),    # of figures that no sweep has made
+) -> str:
+    "A table of figures of several sweeps; below it, of each, what was measured, with which seeds, and the command that makes it."
+    lines = [f"| {' | '.join(map(_cell, cells))} |" for cells in (head, ["---", *["---:"]*(len(head) - 1)], *rows)]
+    told = [f"- {'; '.join(one.data)}; seeds {', '.join(map(str, one.design.seeds))}; `{one.design.commands[-1]}`" for one in sweeps]
+    means = f"Brackets: {LEVEL:.0%} intervals (Student's t) over seeds, none where seeds agree; all runs are judged on the same pictures."
+    return "\n".join([*lines, "", "Figures about the embedded world. "*any(one.world for one in sweeps) + means, "", *told, *(f"- `{one}`" for one in commands)])
 
 # %% ../nbs/67_sweep.ipynb #4c62a592
 def _numeric_axis(sweep: Sweep) -> str | None:

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['GRID_SCRIPT', 'GRID_STYLE', 'WIDE', 'NARROW', 'LABELS', 'CHOICES', 'ROWS', 'bar_colours', 'PictureGrid',
-           'option_control', 'PicturePicker', 'replace_in_cell', 'close_tree', 'found_runs', 'model_control',
-           'Explorer', 'some_names', 'class_names', 'FrequencyExplorer', 'CompareExplorer', 'RunExplorer',
-           'WaveletExplorer', 'PromptExplorer']
+           'option_control', 'PicturePicker', 'replace_in_cell', 'close_tree', 'found_runs', 'runs_with_snapshots',
+           'ModelControl', 'Explorer', 'offer_maps', 'photo_note', 'score_note', 'some_names', 'class_names',
+           'FrequencyExplorer', 'CompareExplorer', 'RunExplorer', 'WaveletExplorer', 'PromptExplorer']
 
 # %% ../nbs/69_widgets.ipynb #036cc7d4
 import html
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,8 +30,8 @@ from .data import dataset_splits, list_dataset
 import freqseg
 from .checkpoints import SHIPPED
 from .clip import WorldTokenizer
-from .explorer import (COLOUR_MAPS, RANDOM, WAVELETS, Cell, Look, RunHistory, Subject, View, compare_cells, dataset_picture, explore, history_svg, learned_taps,
-                              mask_cells, open_history, open_model, patch_cells, prompt_cells, save_view, scene, snapshot_cells, spectrum_svg, uploaded, view_cells,
+from .explorer import (COLOUR_MAPS, MAPS, RANDOM, WAVELETS, Cell, Look, RunHistory, Subject, View, compare_cells, dataset_picture, explore, history_svg, jpeg, learned_taps,
+                              mask_cells, open_history, open_model, patch_cells, prompt_cells, prompt_tower, save_view, scene, snapshot_cells, spectrum_svg, uploaded, view_cells,
                               wavelet_cells)
 from .files import InputError
 from .systems.segmenter import System
@@ -38,10 +39,24 @@ from .world import WORLD_CLASSES
 
 # %% ../nbs/69_widgets.ipynb #22673ac4
 GRID_SCRIPT = """
+// A notebook has commands on single keys: typed in a control they would act on its cells. Escape leads back to the cell.
+function keepKeys(area) {
+  if (!area || area.dataset.fsKeys) return;
+  area.dataset.fsKeys = "1";
+  area.addEventListener("keydown", event => {
+    if (event.key === "Escape" && !event.defaultPrevented) {
+      const cell = area.closest(".jp-Cell");
+      event.target.blur();
+      if (cell) { cell.tabIndex = cell.tabIndex < 0 ? 0 : cell.tabIndex; cell.focus(); }
+    } else if (!(event.ctrlKey || event.metaKey || event.altKey || (event.shiftKey && event.key === "Enter"))) event.stopPropagation();
+  });
+}
+
 function render({ model, el }) {
   const root = document.createElement("div");
   root.className = "fs-grid";
   el.append(root);
+  setTimeout(() => keepKeys(el.closest(".jp-OutputArea-output")), 0);
   let images = [], urls = [];
 
   function text(tag, name, content) {
@@ -102,7 +117,11 @@ function render({ model, el }) {
         heads.forEach(head => table.append(text("div", "fs-head", head)));
         for (let i = row.length; i < columns; i++) table.append(text("div", "fs-head", ""));
       }
-      if (named) table.append(text("div", "fs-name", row.length ? row[0].name : ""));
+      if (named) {
+        const name = text("div", "fs-name", row.length ? row[0].name : "");
+        if (row.length && row[0].colour) { name.style.borderLeft = `5px solid ${row[0].colour}`; name.title = "this class's colour in the labels"; }
+        table.append(name);
+      }
       row.forEach(cell => table.append(frame(cell)));
       for (let i = row.length; i < columns; i++) table.append(document.createElement("div"));
     });
@@ -172,7 +191,9 @@ export default { render };
 GRID_STYLE = """
 .fs-grid { display: flex; gap: 12px; align-items: flex-start; color: var(--jp-ui-font-color1, inherit); font: 13px var(--jp-ui-font-family, system-ui, sans-serif); position: relative; }
 .fs-table { display: grid; gap: 4px; align-items: end; border-radius: 3px; padding: 3px; flex: 0 1 auto; min-width: 0; }
-.fs-table:focus-visible { outline: 2px solid var(--jp-brand-color1, #0a6ebd); }
+.fs-table:focus-visible { outline: 2px solid var(--jp-brand-color1, #0a6ebd); outline-offset: -2px; }
+.fs-keys :is(select, input, button, .noUi-handle):focus-visible { outline: 2px solid var(--jp-brand-color1, #0a6ebd); outline-offset: 1px; }
+[data-jp-theme-light="false"] .fs-keys select { background-image: url("data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 18 18'%3E%3Cpath fill='%23ddd' d='M5 7l4 4 4-4z'/%3E%3C/svg%3E"); }
 .fs-head { font-size: 12px; line-height: 1.25; overflow-wrap: anywhere; }
 .fs-name { writing-mode: vertical-rl; transform: rotate(180deg); text-align: center; justify-self: end; align-self: center; font-weight: 600; max-height: 200px; overflow: hidden; }
 .fs-frame { position: relative; line-height: 0; }
@@ -180,7 +201,7 @@ GRID_STYLE = """
 .fs-click { cursor: crosshair; }
 .fs-mark { position: absolute; box-sizing: border-box; border: 2px solid #fff; outline: 1px solid #000; pointer-events: none; min-width: 6px; min-height: 6px; }
 .fs-bar { display: flex; flex-direction: column; align-items: center; gap: 2px; font-size: 12px; padding-top: 18px; }
-.fs-strip { width: 14px; height: 150px; border: 1px solid rgba(128, 128, 128, .6); }
+.fs-strip { width: 14px; height: 110px; border: 1px solid rgba(128, 128, 128, .6); }
 .fs-unit { writing-mode: vertical-rl; transform: rotate(180deg); margin-top: 4px; }
 .fs-busy .fs-frame img { opacity: .45; transition: opacity .3s .25s; }
 .fs-busy::after { content: "computing ..."; position: absolute; left: 45%; top: 45%; padding: 6px 12px; border-radius: 4px; background: var(--jp-layout-color0, #fff); color: var(--jp-ui-font-color0, #000); border: 1px solid rgba(128, 128, 128, .6); }
@@ -203,15 +224,16 @@ class PictureGrid(anywidget.AnyWidget):
     bar = traitlets.List([]).tag(sync=True)
     unit = traitlets.Unicode("activation").tag(sync=True)
 
-    def draw(self, table: Sequence[Sequence[Cell]], cmap: str|None = None) -> None:
-        "Show these pictures; only what changed goes to the browser."
+    def draw(self, table: Sequence[Sequence[Cell]], cmap: str|None = None, unit: str = "activation") -> None:
+        "Show these pictures; only what changed goes to the browser. With a colour map there is a bar from 0 to 1 beside them, 1 being what the unit says."
         with self.hold_sync():
-            self.rows = [[{"title": cell.title, "name": cell.name, "alt": cell.alt} for cell in row] for row in table]
+            self.unit = unit
+            self.rows = [[{"title": cell.title, "name": cell.name, "alt": cell.alt, "colour": cell.colour} for cell in row] for row in table]
             self.pictures = [cell.picture for row in table for cell in row]
             self.bar = [] if cmap is None else bar_colours(cmap)
 
 # %% ../nbs/69_widgets.ipynb #afe377a9
-WIDE, NARROW = {"width": "auto"}, {"description_width": "80px"}   # of every control its own: a layout that two share is closed with one of them
+WIDE, NARROW = {"width": "auto"}, {"description_width": "86px"}   # of every control its own: a layout that two share is closed with one of them
 
 def option_control(name: str) -> w.DOMWidget:
     "The control of one option of `View`: a slider, a list or a tick, with its explanation."
@@ -225,8 +247,8 @@ def option_control(name: str) -> w.DOMWidget:
 
 LABELS = {"maps": "map", "mu": "cut-off \u03bc", "shape": "low band", "band": "keep", "bands": "bands", "lambda_l": "\u03bb low", "lambda_h": "\u03bb high", "epsilon": "temperature",
           "boxes": "travel inside boxes only", "layers": "last blocks", "skip": "skip last", "cmap": "colours", "scale": "scale"}
-CHOICES = {"gradcam": "GradCAM", "patch_text": "patch and text", "transport": "optimal transport", "trained": "of the trained run", "whole": "low + high", "low": "low only",
-           "high": "high only", "stack": "n bands", "own": "each map its own", "shared": "shared by map and bands", "none": "none: stay", "both": "both",
+CHOICES = {"gradcam": "GradCAM", "patch_text": "patch and text", "transport": "optimal transport", "trained": "the trained system's own", "whole": "low + high", "low": "low only",
+           "high": "high only", "stack": "n bands", "own": "each its own", "shared": "one for map and bands", "none": "none: stay", "both": "both",
            "smoothed": "smoothed", "inverse": "inverse"}
 
 # %% ../nbs/69_widgets.ipynb #7ff866d3
@@ -331,19 +353,72 @@ def found_runs(folder: str|Path|None = None) -> list[str]:
     folders = [Path(folder)] if folder is not None else [Path("runs"), Path(os.path.relpath(Path(freqseg.__file__).parents[1]/"runs"))]
     return sorted({str(path.parent) for place in dict.fromkeys(folders) for name in ("best", "last") for path in place.glob(f"**/{name}.safetensors")})
 
-def model_control(label: str, value: str, runs: str|Path|None = None) -> w.Combobox:
-    "A field for a model: type one, or choose among those that are there."
-    return w.Combobox(value=value, options=["world", *SHIPPED, "ViT-B-16", f"ViT-B-16{RANDOM}", *found_runs(runs)], ensure_option=False, continuous_update=False, description=label,
-                      layout=WIDE, style=NARROW, tooltip=f"world, {', '.join(SHIPPED)} (trained on the world), an open_clip ViT, a saved model, or the folder of a run; press Enter")
+def runs_with_snapshots(folder: str|Path|None = None) -> list[str]:
+    "Those of `found_runs` that kept snapshots while they trained."
+    return [run for run in found_runs(folder) if any(Path(run, "snapshots").glob("step-*.npz"))]
+
+class ModelControl(w.VBox):
+    "Which model: one of those that are there, or, after \"another\", whatever is typed. `value` is its name or folder."
+    value = traitlets.Unicode()
+
+    def __init__(self, label: str, value: str = "", runs: str|Path|None = None, known: Sequence[str]|None = None, hint: str = "an open_clip ViT, a file, or a folder", about: str = ""):
+        known = ["world", *SHIPPED, "ViT-B-16", f"ViT-B-16{RANDOM}", *found_runs(runs)] if known is None else known
+        self.description, self.about = label, about or (f"world; {', '.join(SHIPPED)} (trained on the world); an open_clip ViT; or, under another, the folder of a run or a saved model")
+        self.choice = w.Dropdown(options=[*((name, name) for name in known), ("another ...", "")], description=label, layout=WIDE, style=NARROW, tooltip=self.about)
+        self.typed = w.Text(placeholder=hint, description="name", continuous_update=False, layout=WIDE, style=NARROW, tooltip=f"{hint}; press Enter")
+        super().__init__([self.choice], layout=WIDE)
+        self.choice.observe(self._chosen, "value")
+        self.typed.observe(self._typed, "value")
+        self.observe(self._follow, "value")
+        self.value = value
+        self._follow()
+
+    def _chosen(self, *_: Any) -> None:
+        self.children = [self.choice] if self.choice.value else [self.choice, self.typed]
+        if self.choice.value: self.value = self.choice.value
+
+    def _typed(self, *_: Any) -> None:
+        if self.typed.value.strip(): self.value = self.typed.value.strip()
+
+    def _follow(self, *_: Any) -> None:
+        "Show a value that was set from outside."
+        known = [value for _, value in self.choice.options]
+        if self.value and self.value in known: self.choice.value = self.value
+        else: self.choice.value, self.typed.value = "", self.value
+        self._chosen()
+
+    def close(self) -> None:
+        "Close the field that is not shown, too."
+        if self.typed.comm is not None: close_tree(self.typed)
+        super().close()
 
 class Explorer(w.VBox):
     "Controls at the left, pictures at the right, a line of text above them; and what all explorers do alike."
-    def __init__(self, controls: w.Widget, screen: w.Widget):
+    def __init__(self, controls: Sequence[w.Widget], screen: w.Widget, buttons: Sequence[w.Button] = ()):
         self._models: dict[str, Any] = {}
-        self.message = w.HTML()
-        side = w.Layout(flex="1 1 auto", min_width="0", overflow="auto")
-        super().__init__([w.HBox([controls, w.VBox([self.message, screen], layout=side)], layout=w.Layout(align_items="flex-start"))])
+        self._lock = threading.RLock()   # a browser's messages may be answered by several threads
+        self.message, self.help_text = w.HTML(), w.HTML()
+        self.help_button = w.Button(description="Help", tooltip="what every control does", icon="question", layout=w.Layout(width="31%"))
+        self.help_button.on_click(lambda button: self._toggle_help())
+        below = w.HBox([*buttons, self.help_button], layout=w.Layout(justify_content="space-between" if buttons else "flex-end"))
+        column = w.VBox([*controls, below], layout=w.Layout(width="320px", min_width="260px", flex="0 0 auto", padding="0 10px 0 0"))
+        side = w.VBox([self.message, self.help_text, screen], layout=w.Layout(flex="1 1 auto", min_width="0", overflow="auto"))
+        super().__init__([w.HBox([column, side], layout=w.Layout(align_items="flex-start"))])
+        self.add_class("fs-keys")
         replace_in_cell(self)
+
+    def helped(self) -> dict[str, str]:
+        "What every control does, by the text before it."
+        found = {}
+        for name in ("picker", "run", "names", "model", "models", "sides", "block", "channel", "wavelet", "step", "picture", "options", "cmap"):
+            for control in _flat_controls(getattr(self, name, None)):
+                text = getattr(control, "about", None) or getattr(control, "tooltip", None)
+                if text and control.description: found.setdefault(control.description, text)
+        return found
+
+    def _toggle_help(self) -> None:
+        rows = "".join(f"<tr><td style='padding-right:12px;white-space:nowrap;vertical-align:top'><b>{html.escape(label)}</b></td><td>{html.escape(text)}</td></tr>" for label, text in self.helped().items())
+        self.help_text.value = "" if self.help_text.value else f"<table style='line-height:1.4;margin-bottom:8px'>{rows}</table>"
 
     def __repr__(self) -> str: return f"{type(self).__name__}: run the cell to use it"
 
@@ -357,12 +432,21 @@ class Explorer(w.VBox):
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
-        "Errors of input, and lack of memory, are said in the widget; what was shown stays."
+        "One at a time. Errors of input, and lack of memory, are said in the widget; what was shown stays."
+        with self._lock:
+            try: yield
+            except InputError as error: self._tell_error(str(error))
+            except (MemoryError, RuntimeError) as error:
+                if isinstance(error, RuntimeError) and "memory" not in str(error): raise
+                self._tell_error("out of memory: take a smaller model, or restart the kernel.")
+
+    @contextmanager
+    def _working(self, text: str) -> Iterator[None]:
+        "Within the block the pictures are dimmed, and the line above them says what is going on."
+        self._tell(text)
+        self.pictures.busy = True
         try: yield
-        except InputError as error: self._tell_error(str(error))
-        except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "memory" not in str(error): raise
-            self._tell_error("out of memory: take a smaller model, or restart the kernel.")
+        finally: self.pictures.busy = False
 
     def opened(self, name: str) -> Any:
         "The model of that name, loaded once; the last two are kept."
@@ -370,6 +454,31 @@ class Explorer(w.VBox):
         self._models[name] = self._models.pop(name) if name in self._models else open_model(name)   # the last one used stands last
         while len(self._models) > 2: self._models.pop(next(iter(self._models)))
         return self._models[name]
+
+def _flat_controls(given: Any) -> Iterator[Any]:
+    "Controls in lists, dictionaries and boxes, one after the other."
+    if isinstance(given, PicturePicker): yield from (given.kind, *(control for page in given._pages.values() for control in page))
+    elif isinstance(given, Mapping): yield from (one for part in given.values() for one in _flat_controls(part))
+    elif isinstance(given, (list, tuple)): yield from (one for part in given for one in _flat_controls(part))
+    elif given is not None: yield given
+
+def offer_maps(control: w.Dropdown, look: Look) -> None:
+    "Offer a trained system's own maps only where there are some."
+    options = [(CHOICES.get(choice, choice), choice) for choice in MAPS if choice != "trained" or look.own is not None]
+    if tuple(options) == tuple(control.options): return
+    chosen = control.value
+    control.options = options
+    control.value = chosen if chosen in [value for _, value in options] else "gradcam"
+
+def photo_note(subject: Subject, look: Look) -> list[str]:
+    "A hint where a photograph is shown to a tower that has seen drawings alone."
+    drawn = isinstance(look.backbone.tokenizer, WorldTokenizer) and subject.known != WORLD_CLASSES
+    return ["This model has seen drawn scenes alone: for photographs set model to ViT-B-16."] if drawn else []
+
+def score_note(look: Look) -> list[str]:
+    "Why there is no IoU, where a mask would allow one."
+    if look.subject.mask is None or look.truth is not None: return []
+    return [f"No IoU: the mask knows none of these names, it shows {', '.join(look.subject.names) or 'none of its classes'}; commas part names."]
 
 def some_names(model: Any) -> tuple[str, ...]:
     "A name that the model knows, for looks at what no name has a part in."
@@ -380,7 +489,7 @@ def some_names(model: Any) -> tuple[str, ...]:
 def class_names(text: str, subject: Subject) -> list[str]:
     "Names as they were typed. Raises `InputError` for none."
     names = [name for name in (part.strip() for part in text.split(",")) if name]
-    if not names: raise InputError(f"type the classes to look for in {subject.title}, for example dog, grass, and press Enter.")
+    if not names: raise InputError(f"type the classes to look for in {subject.title}" + (f", for example {', '.join(subject.names)}" if subject.names else "") + ", and press Enter.")
     return names
 
 class FrequencyExplorer(Explorer):
@@ -392,34 +501,34 @@ class FrequencyExplorer(Explorer):
         self.folder, self._start, self.look, self._hush = Path(folder), view, None, False
         self._wanted = names if names is None or isinstance(names, str) else ", ".join(names)
         self.pictures, self.masks, self.related = PictureGrid(clickable=True), PictureGrid(), PictureGrid()
-        self.spectrum, self.help_text = w.HTML(layout=w.Layout(flex="0 0 auto")), w.HTML()
+        self.spectrum = w.HTML(layout=w.Layout(flex="0 0 auto"))
         self.picker = PicturePicker(self._new_subject, self._tell_error, root)
-        self.names = w.Text(description="classes", placeholder="dog, grass", continuous_update=False, layout=WIDE, style=NARROW,
+        self.names = w.Text(description="classes", placeholder="names, parted by commas", continuous_update=False, layout=WIDE, style=NARROW,
                             tooltip="names to look for, separated by commas; press Enter")
-        self.model = model_control("model", model, runs)
+        self.model = ModelControl("model", model, runs)
         self.options = {field.name: option_control(field.name) for field in fields(View)}
         self.page = w.BoundedIntText(value=1, min=1, max=1, description="classes from", layout=w.Layout(width="170px", display="none"), style={"description_width": "90px"},
                                      tooltip="first class that is shown")
-        self.save_button, self.reset_button, self.help_button = (w.Button(description=label, tooltip=text, icon=icon, layout=w.Layout(width="31%")) for label, text, icon in
-            (("Save", "save picture, numbers and program of this view", "download"), ("Reset", "all options as they were", "undo"), ("Help", "what every control does", "question")))
-        super().__init__(self._controls(), self._screen())
+        self.save_button, self.reset_button = (w.Button(description=label, tooltip=text, icon=icon, layout=w.Layout(width="31%")) for label, text, icon in
+            (("Save", "save picture, numbers and program of this view", "download"), ("Reset", "all options as they were", "undo")))
+        super().__init__(self._controls(), self._screen(), (self.save_button, self.reset_button))
         self._set(view)
         self._connect()
         self.picker.number.value = number
         if not hasattr(self, "_subject"): self.picker._open_scene()
 
-    def _controls(self) -> w.VBox:
+    def _controls(self) -> list[w.Widget]:
         "The column of controls: what most people move stands open, the rest is folded."
         first = [self.options[name] for name in ("mu", "maps", "band", "affinity", "threshold")]
-        rest = w.VBox([control for name, control in self.options.items() if control not in first])
-        more = w.Accordion([rest], titles=("more options",), selected_index=None)
-        buttons = w.HBox([self.save_button, self.reset_button, self.help_button], layout=w.Layout(justify_content="space-between"))
-        return w.VBox([self.picker, self.names, self.model, *first, more, buttons], layout=w.Layout(width="270px", min_width="240px", flex="0 0 auto", padding="0 10px 0 0"))
+        rest = w.VBox([control for name, control in self.options.items() if control not in first], layout=w.Layout(display="none"))
+        self.more = w.ToggleButton(description="more options", icon="chevron-down", tooltip="show or hide the other options", layout=w.Layout(width="auto"))
+        self.more.observe(lambda change: setattr(rest.layout, "display", None if change["new"] else "none"), "value")
+        return [self.picker, self.names, self.model, *first, self.more, rest]
 
     def _screen(self) -> w.VBox:
         "The pictures, and what belongs to them."
         below = w.HBox([self.masks, self.spectrum, self.related], layout=w.Layout(flex_flow="row wrap", align_items="flex-start"))
-        return w.VBox([self.pictures, self.page, below, self.help_text], layout=w.Layout(flex="1 1 auto", min_width="0", overflow="auto"))
+        return w.VBox([self.pictures, self.page, below], layout=w.Layout(flex="1 1 auto", min_width="0", overflow="auto"))
 
     def _connect(self) -> None:
         "Who listens to whom."
@@ -430,12 +539,11 @@ class FrequencyExplorer(Explorer):
         self.page.observe(lambda change: self.show(), "value")
         self.save_button.on_click(lambda button: self.save())
         self.reset_button.on_click(lambda button: self.reset())
-        self.help_button.on_click(lambda button: self._toggle_help())
 
     @property
     def view(self) -> View:
         "The options as they stand."
-        return View(**{name: control.value for name, control in self.options.items()})
+        return View(**{name: round(control.value, 6) if isinstance(control.value, float) else control.value for name, control in self.options.items()})
 
     def _set(self, view: View) -> None:
         "Put all options to those of a view, without a redraw for each."
@@ -454,29 +562,31 @@ class FrequencyExplorer(Explorer):
 
     def _new_subject(self, subject: Subject) -> None:
         "A new picture; its own names are looked for, where they are known."
-        self._subject, self._hush = subject, True
-        if self._wanted is not None: self.names.value, self._wanted = self._wanted, None
-        elif subject.names or not self.names.value: self.names.value = ", ".join(subject.names)
-        self._hush = False
-        self._look_again()
+        with self._lock:
+            self._subject, self._hush = subject, True
+            if self._wanted is not None: self.names.value, self._wanted = self._wanted, None
+            elif subject.names or not self.names.value: self.names.value = ", ".join(subject.names)
+            self._hush = False
+            self._look_again()
 
     def _look_again(self) -> None:
         "A new look, for a new picture, model or class list."
         if self._hush or not hasattr(self, "_subject"): return
         with self._guarded():
             names = class_names(self.names.value, self._subject)
-            self.pictures.busy = True
-            try: look = explore(self._subject, names, self.opened(self.model.value))
-            finally: self.pictures.busy = False
-            look.model, self.look = self.model.value.strip(), look
-            self._hush = True
-            self.options["layers"].max, self.options["skip"].max = look.depth, look.depth - 1
-            self.page.max, self.page.value = max(1, len(look.names) - ROWS + 1), 1
-            self.page.layout.display = None if len(look.names) > ROWS else "none"
-            self._hush = False
-            with self.pictures.hold_sync(): self.pictures.grid, self.pictures.patch = list(look.grid), []
-            self.related.rows, self.related.pictures = [], []
-            self.show()
+            with self._working(f"looking at {self._subject.title} with {self.model.value.strip()} ..."):
+                look = explore(self._subject, names, self.opened(self.model.value))
+                look.model, self.look = self.model.value.strip(), look
+                self._hush = True
+                offer_maps(self.options["maps"], look)
+                self.options["layers"].max, self.options["skip"].max = look.depth, look.depth - 1
+                self.page.max, self.page.value = max(1, len(look.names) - ROWS + 1), 1
+                self.page.layout.display = None if len(look.names) > ROWS else "none"
+                self._hush = False
+                self._grey_out()
+                with self.pictures.hold_sync(): self.pictures.grid, self.pictures.patch = list(look.grid), []
+                self.related.rows, self.related.pictures = [], []
+                self.show()
 
     def _option_changed(self, change: Mapping[str, Any]) -> None:
         if self._hush: return
@@ -491,12 +601,15 @@ class FrequencyExplorer(Explorer):
             start, view = time.perf_counter(), self.view
             shown = self.look.shown(view)
             first = self.page.value - 1
-            self.pictures.draw(view_cells(self.look, shown, view, slice(first, first + ROWS)), view.cmap)
+            unit = "of the whole map's maximum" if view.scale == "shared" else "of each map's maximum"
+            self.pictures.draw(view_cells(self.look, shown, view, slice(first, first + ROWS)), view.cmap, unit)
             self.masks.draw([mask_cells(self.look, shown)])
             self.spectrum.value = spectrum_svg(shown, None if view.band == "stack" else view.mu)
             h, width = self.look.grid
             scores = "; ".join(f"{title}: " + ", ".join(f"{name} {100*value:.1f}" for name, value in values.items() if name != "mean" and not math.isnan(value)) for title, values in shown.scores.items())
-            self._tell(" ".join([*self.look.subject.notes, f"{self.look.subject.title}, {self.look.model}, {h} x {width} patches" + (f". IoU of {scores}" if scores else "") +
+            paged = f", classes {first + 1} to {min(first + ROWS, len(self.look.names))} of {len(self.look.names)}" if len(self.look.names) > ROWS else ""
+            self._tell(" ".join([*self.look.subject.notes, *photo_note(self.look.subject, self.look), *score_note(self.look),
+                                 f"{self.look.subject.title}, {self.look.model}, {h} x {width} patches{paged}" + (f". IoU of {scores}" if scores else "") +
                                  f". Drawn in {1e3*(time.perf_counter() - start):.0f} ms."]))
 
     def _show_related(self) -> None:
@@ -510,20 +623,22 @@ class FrequencyExplorer(Explorer):
         if self.look is None: return saved
         with self._guarded():
             saved = save_view(self.look, self.view, self.folder)
-            self._tell(f"Saved in {self.folder}: " + ", ".join(path.name for path in saved.values()))
+            asked = [part.strip() for part in self.names.value.split(",") if part.strip()], self.model.value.strip()
+            shown = list(self.look.names), self.look.model
+            not_that = "" if asked == shown and self._subject is self.look.subject else f" Saved is what is shown: {', '.join(shown[0])} in {self.look.subject.title} with {shown[1]}, not what the fields ask for."
+            self._tell(f"Saved in {self.folder}: " + ", ".join(path.name for path in saved.values()) + f".{not_that}")
         return saved
 
     def reset(self) -> None:
-        "All options as they were at the start; picture, names and model stay."
-        self._set(self._start)
-        self.show()
-        self._show_related()
+        "All options as they were at the start; picture, names and model stay, the marked patch goes."
+        with self._lock:
+            self._set(self._start)
+            self.pictures.patch, self.related.rows, self.related.pictures = [], [], []
+            self.show()
 
-    def _toggle_help(self) -> None:
-        controls = {"picture": self.picker.kind, "classes": self.names, "model": self.model} | {control.description: control for control in self.options.values()}
-        rows = "".join(f"<tr><td style='padding-right:12px;white-space:nowrap'><b>{html.escape(label)}</b></td><td>{html.escape(control.tooltip)}</td></tr>" for label, control in controls.items())
-        rows += "<tr><td><b>pictures</b></td><td>click a patch, or press Tab and move with the arrow keys: its rows of the two affinities appear below</td></tr>"
-        self.help_text.value = "" if self.help_text.value else f"<table style='line-height:1.4'>{rows}</table>"
+    def helped(self) -> dict[str, str]:
+        "What every control does."
+        return super().helped() | {"pictures": "click a patch, or press Tab and move with the arrow keys: its rows of the two affinities appear below"}
 
 # %% ../nbs/69_widgets.ipynb #1336374b
 class CompareExplorer(Explorer):
@@ -535,14 +650,14 @@ class CompareExplorer(Explorer):
         self.pictures, self.masks = PictureGrid(), PictureGrid()
         self.picker = PicturePicker(self._new_subject, self._tell_error)
         self.names = w.Text(description="classes", continuous_update=False, layout=WIDE, style=NARROW, tooltip="names to look for, separated by commas; press Enter")
-        self.models = [model_control(f"model {side}", name, runs) for side, name in zip("AB", models)]
+        self.models = [ModelControl(f"model {side}", name, runs) for side, name in zip("AB", models)]
         self.sides = [{name: option_control(name) for name in ("maps", "affinity")} for _ in "AB"]
         for side, controls in zip("AB", self.sides):
             for name, control in controls.items(): control.description = f"{LABELS.get(name, name)} {side}"
         self.options = {name: option_control(name) for name in self.SHARED}
         rows = [control for model, controls in zip(self.models, self.sides) for control in (model, *controls.values())]
-        column = w.VBox([self.picker, self.names, *rows, *self.options.values()], layout=w.Layout(width="270px", min_width="240px", flex="0 0 auto", padding="0 10px 0 0"))
-        super().__init__(column, w.VBox([self.pictures, self.masks]))
+        self.options["band"].value = "high"   # the cut-off shows at once
+        super().__init__([self.picker, self.names, *rows, *self.options.values()], w.VBox([self.pictures, self.masks]))
         for control in [*self.options.values(), *(control for controls in self.sides for control in controls.values())]: control.observe(self.show, "value")
         for control in (self.names, *self.models): control.observe(self._look_again, "value")
         self._hush = True
@@ -559,31 +674,40 @@ class CompareExplorer(Explorer):
         return tuple(View(**linked, **{name: control.value for name, control in controls.items()}) for controls in self.sides)
 
     def _new_subject(self, subject: Subject) -> None:
-        self._subject, self._hush = subject, True
-        if subject.names or not self.names.value: self.names.value = ", ".join(subject.names)
-        self._hush = False
-        self._look_again()
+        with self._lock:
+            self._subject, self._hush = subject, True
+            if subject.names or not self.names.value: self.names.value = ", ".join(subject.names)
+            self._hush = False
+            self._look_again()
 
     def _look_again(self, *_: Any) -> None:
         if self._hush or not hasattr(self, "_subject"): return
         with self._guarded():
             names = class_names(self.names.value, self._subject)
-            self.pictures.busy = True
-            try: looks = [explore(self._subject, names, self.opened(model.value)) for model in self.models]
-            finally: self.pictures.busy = False
-            for look, model in zip(looks, self.models): look.model = model.value
-            self.looks = looks
-            self.show()
+            with self._working(f"looking at {self._subject.title} with {' and '.join(model.value for model in self.models)} ..."):
+                looks = [explore(self._subject, names, self.opened(model.value)) for model in self.models]
+                for look, model in zip(looks, self.models): look.model = model.value
+                self.looks, self._hush = looks, True
+                for controls, look in zip(self.sides, looks): offer_maps(controls["maps"], look)
+                self.options["layers"].max = max(look.depth for look in looks)
+                self._hush = False
+                self.show()
 
     def show(self, *_: Any) -> None:
         "Draw both looks."
         if self._hush or self.looks is None: return
         with self._guarded():
+            self._grey_out()
             table, masks = compare_cells(*self.looks, self.views, slice(0, ROWS))
             self.pictures.draw(table, self.views[0].cmap)
             self.masks.draw([masks])
             more = f", the first {ROWS} of {len(self.looks[0].names)} classes" if len(self.looks[0].names) > ROWS else ""
-            self._tell(" ".join([*self._subject.notes, f"{self._subject.title}{more}: {self.looks[0].model} and {self.looks[1].model}."]))
+            self._tell(" ".join([*self._subject.notes, *photo_note(self._subject, self.looks[0]), f"{self._subject.title}{more}: {self.looks[0].model} and {self.looks[1].model}."]))
+
+    def _grey_out(self) -> None:
+        "Disable what changes neither side."
+        self.options["mu"].disabled = self.options["band"].value in ("whole", "stack")
+        self.options["layers"].disabled = all(controls["affinity"].value == "none" for controls in self.sides)
 
 # %% ../nbs/69_widgets.ipynb #58efe95d
 class RunExplorer(Explorer):
@@ -591,18 +715,16 @@ class RunExplorer(Explorer):
     def __init__(self, run: str = "", runs: str|Path|None = None):
         self.history: RunHistory|None = None
         self._hush = False
-        self.run = w.Combobox(value=run, options=found_runs(runs), ensure_option=False, continuous_update=False, placeholder="runs/dfa", description="run", layout=WIDE, style=NARROW,
-                              tooltip="folder of a training with snapshots; press Enter")
+        self.run = ModelControl("run", run, known=runs_with_snapshots(runs), hint="runs/dfa", about="folder of a training with snapshots")
         self.step = w.SelectionSlider(options=[0], description="step", layout=WIDE, style=NARROW, tooltip="training step of the snapshot")
         self.picture = w.BoundedIntText(value=1, min=1, max=1, description="picture", layout=WIDE, style=NARROW, tooltip="which of the snapshot's pictures")
         self.options = {name: option_control(name) for name in ("mu", "band", "bands", "cmap", "opacity")}
         self.pictures, self.masks, self.losses = PictureGrid(), PictureGrid(), w.HTML()
-        column = w.VBox([self.run, self.step, self.picture, *self.options.values()], layout=w.Layout(width="270px", min_width="240px", flex="0 0 auto", padding="0 10px 0 0"))
-        super().__init__(column, w.VBox([self.pictures, w.HBox([self.masks, self.losses], layout=w.Layout(flex_flow="row wrap"))]))
+        super().__init__([self.run, self.step, self.picture, *self.options.values()], w.VBox([self.pictures, w.HBox([self.masks, self.losses], layout=w.Layout(flex_flow="row wrap"))]))
         self.run.observe(self._open, "value")
         for control in (self.step, self.picture, *self.options.values()): control.observe(self.show, "value")
         if run: self._open()
-        else: self._tell("type the folder of a training that kept snapshots, for example runs/dfa, and press Enter.")
+        else: self._tell("choose a run, or type the folder of a training that kept snapshots. This makes one in half a minute: freqseg train dfa -p snapshot_every=2 --out runs/dfa")
 
     def _open(self, *_: Any) -> None:
         with self._guarded():
@@ -629,14 +751,13 @@ class WaveletExplorer(Explorer):
     def __init__(self, number: int = 48, model: str = "world", runs: str|Path|None = None):
         self.look = None
         self.picker = PicturePicker(self._new_subject, self._tell_error)
-        self.model = model_control("model", model, runs)
+        self.model = ModelControl("model", model, runs)
         self.block = w.IntSlider(value=3, min=1, max=4, description="block", layout=WIDE, style=NARROW, tooltip="whose output is split")
-        self.channel = w.IntSlider(value=-1, min=-1, max=1, description="channel", layout=WIDE, style=NARROW, tooltip="which channel; -1 is the root of the mean square over all")
+        self.channel = w.SelectionSlider(options=[("all", -1), ("0", 0)], description="channel", layout=WIDE, style=NARROW, tooltip="which channel; all is the root of the mean square over them")
         self.wavelet = w.Dropdown(options=WAVELETS, description="wavelet", layout=WIDE, style=NARROW, tooltip="a named wavelet, or the taps that the model's decoder has learned")
         self.cmap = option_control("cmap")
         self.pictures, self.taps = PictureGrid(), PictureGrid()
-        column = w.VBox([self.picker, self.model, self.block, self.channel, self.wavelet, self.cmap], layout=w.Layout(width="270px", min_width="240px", flex="0 0 auto", padding="0 10px 0 0"))
-        super().__init__(column, w.VBox([self.pictures, self.taps]))
+        super().__init__([self.picker, self.model, self.block, self.channel, self.wavelet, self.cmap], w.VBox([self.pictures, self.taps]))
         self.model.observe(self._look_again, "value")
         for control in (self.block, self.channel, self.wavelet, self.cmap): control.observe(self.show, "value")
         self.picker.number.value = number
@@ -649,16 +770,18 @@ class WaveletExplorer(Explorer):
     def _look_again(self, *_: Any) -> None:
         if not hasattr(self, "_subject"): return
         with self._guarded():
-            model = self.opened(self.model.value)
-            self.pictures.busy = True
-            try: self.look = explore(self._subject, some_names(model), model)
-            finally: self.pictures.busy = False
-            self.look.model = self.model.value
-            self.block.max, self.channel.max = self.look.depth, self.look.backbone.width - 1
-            chosen = self.wavelet.value
-            self.wavelet.options = [*(["learned"] if learned_taps(self.look) is not None else []), *WAVELETS]
-            self.wavelet.value = chosen if chosen in self.wavelet.options else self.wavelet.options[0]
-            self.show()
+            with self._working(f"looking at {self._subject.title} with {self.model.value} ..."):
+                model = self.opened(self.model.value)
+                look = explore(self._subject, some_names(model), model)
+                before, self.look = None if self.look is None else self.look.model, None   # nothing is drawn while the controls change
+                look.model, channel, chosen = self.model.value, self.channel.value, self.wavelet.value
+                self.block.max, self.channel.options = look.depth, [("all", -1), *((str(k), k) for k in range(look.backbone.width))]
+                self.channel.value = channel if channel < look.backbone.width else -1
+                learned = learned_taps(look) is not None
+                self.wavelet.options = [*(["learned"] if learned else []), *WAVELETS]
+                self.wavelet.value = "learned" if learned and before != look.model else chosen if chosen in self.wavelet.options else WAVELETS[0]
+                self.look = look
+                self.show()
 
     def show(self, *_: Any) -> None:
         "Draw the sub-bands."
@@ -666,18 +789,18 @@ class WaveletExplorer(Explorer):
         with self._guarded():
             taps = learned_taps(self.look) if self.wavelet.value == "learned" else self.wavelet.value
             table, drawn = wavelet_cells(self.look, self.block.value - 1, None if self.channel.value < 0 else self.channel.value, taps, self.cmap.value)
-            self.pictures.draw(table, self.cmap.value)
+            self.pictures.draw([[Cell("picture", "", jpeg(self.look.small), "picture"), *table[0]]], self.cmap.value, "of the map's maximum")
             self.taps.draw([drawn])
-            self._tell(f"{self._subject.title}, tokens after block {self.block.value} of {self.look.depth}, wavelet {self.wavelet.value}")
+            channel = "all channels" if self.channel.value < 0 else f"channel {self.channel.value}"
+            self._tell(f"{self._subject.title}, {self.look.model}, tokens after block {self.block.value} of {self.look.depth}, {channel}, wavelet {self.wavelet.value}")
 
 class PromptExplorer(Explorer):
     "The learned filters of spectral prompts on the spectrum, their radial profile, and what they add to a picture's tokens."
     def __init__(self, model: str = "", number: int = 48, runs: str|Path|None = None):
         self.picker = PicturePicker(self._new_subject, self._tell_error)
-        self.model, self.cmap = model_control("model", model, runs), option_control("cmap")
+        self.model, self.cmap = ModelControl("model", model, runs), option_control("cmap")
         self.pictures, self.profile = PictureGrid(), w.HTML()
-        column = w.VBox([self.picker, self.model, self.cmap], layout=w.Layout(width="270px", min_width="240px", flex="0 0 auto", padding="0 10px 0 0"))
-        super().__init__(column, w.VBox([self.pictures, self.profile]))
+        super().__init__([self.picker, self.model, self.cmap], w.VBox([self.pictures, self.profile]))
         for control in (self.model, self.cmap): control.observe(self.show, "value")
         self.picker.number.value = number
         if not hasattr(self, "_subject"): self.picker._open_scene()
@@ -691,10 +814,10 @@ class PromptExplorer(Explorer):
         if not hasattr(self, "_subject"): return
         if not self.model.value.strip(): return self._tell("type the folder of a training of sptseg, for example runs/sptseg, and press Enter.")
         with self._guarded():
-            model = self.opened(self.model.value)
-            self.pictures.busy = True
-            try: look = explore(self._subject, some_names(model), model)
-            finally: self.pictures.busy = False
-            table, self.profile.value = prompt_cells(look, self.cmap.value)
-            self.pictures.draw(table, self.cmap.value)
-            self._tell(f"{self.model.value}, {self._subject.title}")
+            with self._working(f"looking at {self._subject.title} with {self.model.value} ..."):
+                model = self.opened(self.model.value)
+                look = explore(self._subject, some_names(model), model)
+                table, self.profile.value = prompt_cells(look, self.cmap.value)
+                self.pictures.draw(table, self.cmap.value, "of each picture's maximum")
+                shared = ", one filter for all its blocks" if prompt_tower(look).spectral.shared else ""
+                self._tell(f"{self.model.value}{shared}; {self._subject.title}")

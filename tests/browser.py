@@ -175,6 +175,15 @@ class NotebookPage:
         field.fill(text)
         field.press("Enter")
 
+    def choose_model(self, name: str) -> None:
+        "Choose a model among those that are offered, or type it."
+        choice = self.control("model", "select")
+        if name in choice.locator("option").all_inner_texts():
+            choice.select_option(name)
+        else:
+            choice.select_option("another ...")
+            self.type_into("name", name)
+
     def screenshot(self, name: str) -> Path:
         "Keep a picture of the page, the explorer at its top; returns its path."
         self.page.locator(".fs-grid").first.evaluate("one => one.closest('.jp-OutputArea, body').scrollIntoView({block: 'start'})")

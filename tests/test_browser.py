@@ -46,8 +46,7 @@ def lab(running: NotebookPage) -> NotebookPage:
     page.control("picture", "select").select_option("scene of the world")
     if page.control("scene").input_value() != "48":
         page.type_into("scene", "48")
-    if page.control("model").input_value() != "world":
-        page.type_into("model", "world")
+    page.choose_model("world")
     page.type_into("classes", "star, wheel")
     page.button("Reset").click()
     page.message("star 9")
@@ -77,7 +76,7 @@ def test_running_all_cells_shows_maps_with_names_and_a_colour_bar(lab: NotebookP
     assert [name for name in lab.page.locator(".fs-name").all_inner_texts() if name] == ["star", "wheel"]
     assert all(alt for alt in lab.page.locator(".fs-grid img").evaluate_all("images => images.map(one => one.alt)"))
     assert lab.page.locator(".fs-strip").is_visible() and "linear-gradient" in lab.page.locator(".fs-strip").first.get_attribute("style")
-    assert re.search(r"mIoU \d\d\.\d", " ".join(lab.page.locator(".fs-head").all_inner_texts()))
+    assert re.search(r"mIoU\s\d\d\.\d", " ".join(lab.page.locator(".fs-head").all_inner_texts()))
 
 
 def test_nothing_is_cut_off_in_a_window_of_1280_by_800(lab: NotebookPage) -> None:
@@ -114,12 +113,12 @@ def test_a_clicked_patch_shows_what_it_is_related_to_and_arrow_keys_go_on(lab: N
     image = lab.page.locator(".fs-grid").first.locator("img").first
     box = image.bounding_box()
     image.click(position={"x": box["width"] * .4, "y": box["height"] * .6})
-    lab.page.locator(".fs-head", has_text="smoothed affinity of patch 16, 11").wait_for()
+    lab.page.locator(".fs-head", has_text="smoothed affinity of the patch in row 16, column 11").wait_for()
     lab.page.wait_for_function("() => document.querySelectorAll('.fs-grid')[2].querySelectorAll('img[src^=blob]').length === 2")
     before = lab.picture(0, 2)
     lab.screenshot("patch")
     lab.page.keyboard.press("ArrowRight")
-    lab.page.locator(".fs-head", has_text="smoothed affinity of patch 16, 12").wait_for()
+    lab.page.locator(".fs-head", has_text="smoothed affinity of the patch in row 16, column 12").wait_for()
     lab.wait_for_other(before, 0, 2)
     assert lab.page.locator(".fs-mark:visible").count() == 8
 
@@ -158,7 +157,7 @@ def test_a_view_is_saved_and_the_files_are_there(lab: NotebookPage, home: Path) 
 
 
 def test_a_long_computation_shows_that_it_is_busy_and_the_page_stays_alive(lab: NotebookPage) -> None:
-    lab.type_into("model", "ViT-B-16 (random weights)")
+    lab.choose_model("ViT-B-16 (random weights)")
     lab.page.wait_for_selector(".fs-busy")
     began = time.monotonic()
     lab.slider("cut-off μ").focus()
@@ -167,7 +166,7 @@ def test_a_long_computation_shows_that_it_is_busy_and_the_page_stays_alive(lab: 
     lab.screenshot("busy")
     lab.message("ViT-B-16 (random weights), 28 x 28 patches")
     lab.page.wait_for_selector(".fs-grid:not(.fs-busy)")
-    lab.type_into("model", "ViT-B-61")
+    lab.choose_model("ViT-B-61")
     assert "no backbone called" in lab.message("ViT-B-61")
 
 
@@ -194,7 +193,35 @@ def test_everything_is_reached_with_the_keyboard_alone(lab: NotebookPage) -> Non
         lab.page.keyboard.press("Tab")
         reached.append(lab.page.evaluate("() => document.activeElement.className + ' ' + document.activeElement.innerText.trim()"))
     told = "\n".join(reached)
-    assert "noUi-handle" in told and "Save" in told and "Reset" in told and "Help" in told and "fs-table" in told, told
+    assert all(one in told for one in ("noUi-handle", "more options", "Save", "Reset", "Help", "fs-table")), told
+
+
+def test_options_that_are_folded_away_are_reached_with_the_keyboard(lab: NotebookPage) -> None:
+    assert not lab.control("temperature", ".noUi-handle").is_visible()
+    lab.button("more options").focus()
+    lab.page.keyboard.press("Space")
+    lab.control("temperature", ".noUi-handle").wait_for()
+    lab.screenshot("more options")
+    cut = lab.page.locator(".jp-OutputArea .widget-inline-hbox > label").evaluate_all("all => all.filter(one => one.scrollWidth > one.clientWidth + 1).map(one => one.innerText)")
+    assert not cut
+    lab.button("more options").focus()
+    lab.page.keyboard.press("Space")
+
+
+def test_keys_pressed_in_a_control_leave_the_notebook_alone(lab: NotebookPage) -> None:
+    state = "() => { const all = [...document.querySelectorAll('.jp-Notebook .jp-Cell')]; return [all.length, all.findIndex(one => one.classList.contains('jp-mod-active'))]; }"
+    lab.page.locator(".jp-Notebook .jp-CodeCell").nth(1).locator(".jp-InputPrompt").click()   # command mode
+    before = lab.page.evaluate(state)
+    for control in (lab.control("affinity", "select"), lab.slider("cut-off μ"), lab.button("Help")):
+        control.focus()
+        for key in ("a", "b", "ArrowDown", "ArrowUp", "z"):
+            lab.page.keyboard.press(key)
+    assert lab.page.evaluate(state) == before
+    lab.slider("cut-off μ").focus()
+    lab.page.keyboard.press("Escape")   # leads out of the explorer, to its cell
+    assert lab.page.evaluate("() => document.activeElement.classList.contains('jp-Cell')")
+    lab.page.keyboard.press("ArrowDown")
+    assert lab.page.evaluate(state)[1] == before[1] + 1
 
 
 def test_the_dark_theme_is_readable(lab: NotebookPage) -> None:

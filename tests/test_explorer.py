@@ -220,8 +220,8 @@ def test_what_a_view_shows_does_not_depend_on_the_views_before(look: Look) -> No
 
 def test_spectra_are_shares_of_the_energy_by_radius(look: Look) -> None:
     shown = look.shown(View())
-    evidence = look.parts.evidence[0].double().numpy()
-    energy = np.abs(np.fft.fft2(evidence)) ** 2
+    evidence = look.parts.evidence[0].double().clamp_min(0).numpy()
+    energy = np.abs(np.fft.fft2(evidence / evidence.max((1, 2), keepdims=True))) ** 2
     radius = np.hypot(*np.meshgrid(*map(np.fft.fftfreq, look.grid), indexing="ij"))
     energy[:, radius == 0] = 0
     rings = np.concatenate([[0], shown.frequencies.numpy()])
@@ -229,6 +229,8 @@ def test_spectra_are_shares_of_the_energy_by_radius(look: Look) -> None:
     expected = np.array([energy.mean(0)[ring == k].sum() for k in range(1, len(rings))])
     np.testing.assert_allclose(shown.spectra["map"].numpy(), expected / expected.sum(), atol=1e-5)
     assert all(float(share.sum()) == pytest.approx(1, abs=1e-4) for share in shown.spectra.values())
+    assert list(shown.spectra) == ["map", "after the affinity"]
+    for stays in (View(affinity="none"), View(maps="transport")): assert list(look.shown(stays).spectra) == ["map"]   # nothing travels, nothing changes
 
 
 # ---- parts that are kept, passes that are saved ---------------------------------------------------------------------
@@ -311,6 +313,7 @@ def test_truth_is_told_in_the_order_of_the_names() -> None:
     known = subject(picture(2, 3), mask=mask, known=("a", "b", "c"))
     assert known.truth(["c", "x", "a"]).tolist() == [[0, 3, 0], [1, 0, 255]]
     assert known.truth(["b"]).tolist() == [[0, 0, 1], [0, 0, 255]]
+    assert known.truth(["C", "x", "A"]).tolist() == [[0, 3, 0], [1, 0, 255]]   # as the tokenizers read it
     assert known.truth(["x"]) is None and known.truth([]) is None and subject(picture()).truth(["a"]) is None
 
 
@@ -611,7 +614,7 @@ def test_a_zero_shot_system_holds_seen_names_back_as_in_every_other_place(zegcli
 
 
 def test_a_backbone_has_no_maps_of_its_own(small: Look) -> None:
-    with pytest.raises(InputError, match="no trained system"): small.shown(View(maps="trained"))
+    with pytest.raises(InputError, match="no maps of its own: take a trained system"): small.shown(View(maps="trained"))
 
 
 # ---- options --------------------------------------------------------------------------------------------------------
@@ -661,7 +664,7 @@ def test_a_cell_is_the_overlay_of_its_map_over_the_picture(look: Look) -> None:
     masks = mask_cells(look, shown)
     small = np.asarray(Image.fromarray(shown.labels).resize((CELL_SIDE, CELL_SIDE), Image.Resampling.NEAREST))
     assert masks[0].picture == jpeg(face) and masks[1].picture == jpeg(paint_mask(small, face))
-    assert masks[1].title == f"pseudo-label (mIoU {100 * shown.scores['pseudo-label']['mean']:.1f})" and masks[2].title == "mask"
+    assert masks[1].title == f"pseudo-label (mIoU\u00a0{100 * shown.scores['pseudo-label']['mean']:.1f})" and masks[2].title == "mask"
 
 
 def test_a_patch_shows_its_rows_of_both_affinities(look: Look) -> None:
@@ -677,7 +680,7 @@ def test_a_patch_shows_its_rows_of_both_affinities(look: Look) -> None:
     expected = (overlay(face, smooth.reshape(look.grid) / smooth.max(), .8), overlay(face, inverse.reshape(look.grid), .75, "RdBu_r", (-reach, reach), grey=1))
     for cell, picture_of_it in zip(patch_cells(look, (row, column), view), expected, strict=True):
         found = np.asarray(Image.open(io.BytesIO(cell.picture))).astype(int)
-        assert np.abs(found - picture_of_it).mean() < 4 and "5, 9" in cell.title and "5, 9" in cell.alt
+        assert np.abs(found - picture_of_it).mean() < 4 and "row 5, column 9" in cell.title and "row 5, column 9" in cell.alt
 
 
 @pytest.mark.parametrize("patch", [(-1, 0), (0, -1), (28, 0), (0, 28)])
@@ -728,7 +731,7 @@ def test_pictures_beside_a_panel_stand_in_the_first_row() -> None:
 
 def again(path: Path) -> dict:
     "What a saved program makes."
-    made: dict = {}
+    made: dict = {"__file__": str(path)}
     exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), made)   # as a reader of the file would run it
     return made
 
@@ -875,5 +878,5 @@ def test_the_program_names_only_what_was_changed(small: Look) -> None:
 def test_a_figure_of_a_view_has_names_maps_and_masks(small: Look) -> None:
     figure = view_figure(small, View(band="stack"))
     texts = {text.get_text().replace("\n", " ") for text in figure.texts}
-    assert {"wheel", "star", "GradCAM", "mask", "over the smoothed affinity"} <= texts and any(text.startswith("pseudo-label (mIoU") for text in texts)
+    assert {"wheel", "star", "GradCAM", "mask", "over the smoothed affinity"} <= texts and any(text.startswith("pseudo-label") for text in texts)
     assert png_bytes(figure).startswith(b"\x89PNG")

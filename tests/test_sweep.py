@@ -21,8 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from freqseg.files import InputError
-from freqseg.sweep import (Design, checked_grid, checked_seeds, environments, estimate, extended, finished, new_design,
-                           paired_difference, read_design, read_sweep, run_name, run_plans, sweep, trained_system)
+from freqseg.sweep import (Design, checked_grid, checked_seeds, comparison_markdown, environments, estimate, extended, finished, in_percent,
+                           new_design, paired_difference, read_design, read_sweep, run_name, run_plans, sweep, trained_system)
 from freqseg.train import locked
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -523,3 +523,10 @@ def test_two_trainings_share_the_world_and_one_table(tmp_path: Path) -> None:
     again = sweep(notebook, out, {"lr": [1e-3, 1e-4]}, 1, {"iterations": 4}, progress=False)
     assert again.executed == ("lr=0.0001,seed=0",) and last.stat().st_mtime_ns == before
     assert again.rows == result.rows
+
+
+def test_figures_of_several_sweeps_stand_in_one_table_that_says_where_they_come_from() -> None:
+    one = read_sweep(ROOT / "data" / "ablations" / "ffr_mu.json")
+    text = comparison_markdown(["setting", "seg"], [["a|b", in_percent(one.rows[0].measures["seg"])]], one, commands=["freqseg seeds world"])
+    assert text.splitlines()[:3] == ["| setting | seg |", "| --- | ---: |", f"| a\\|b | {in_percent(one.rows[0].measures['seg'])} |"]
+    assert one.design.commands[-1] in text and "`freqseg seeds world`" in text and "the embedded world" in text and one.data[0] in text

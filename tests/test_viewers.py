@@ -82,9 +82,21 @@ def test_one_side_moves_and_the_other_stays(picture: object) -> None:
     assert pair.pictures.pictures[0] == before[0] and pair.pictures.pictures[1] != before[1] and pair.pictures.pictures[2] != before[2]
     pair.options["cmap"].value = "viridis"
     assert pair.pictures.pictures[0] != before[0]
-    pair.models[1].value = "world"
-    pair.sides[1]["maps"].value = "trained"
-    assert "world is no trained system" in told(pair) and len(pair.pictures.pictures) == len(before)
+    pair.models[1].value = "world"   # has no maps of its own: none are offered
+    assert "trained" not in [value for _, value in pair.sides[1]["maps"].options] and "trained" in [value for _, value in pair.sides[0]["maps"].options]
+    assert "weclip and world" in told(pair) and len(pair.pictures.pictures) == len(before)
+
+
+def test_the_cut_off_moves_both_sides_at_once_and_what_moves_neither_is_grey(picture: object) -> None:
+    pair = CompareExplorer()
+    before = list(pair.pictures.pictures)
+    assert not pair.options["mu"].disabled and pair.options["layers"].disabled and pair.options["layers"].max == 6
+    pair.options["mu"].value = .4
+    assert all(a != b for a, b in zip(pair.pictures.pictures, before))
+    pair.options["band"].value = "whole"
+    assert pair.options["mu"].disabled
+    pair.sides[0]["affinity"].value = "smoothed"
+    assert not pair.options["layers"].disabled
 
 
 # ---- a training -----------------------------------------------------------------------------------------------------

@@ -6,6 +6,9 @@ import html
 import io
 import itertools
 import os
+import re
+import runpy
+import threading
 from dataclasses import asdict, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -209,12 +212,12 @@ def test_reset_leaves_picture_names_and_model_alone(explorer: FrequencyExplorer)
     explorer.names.value = "key"
     first = drawn(explorer)
     explorer.pictures.patch = [3, 4]
-    related = list(explorer.related.pictures)
+    assert explorer.related.pictures
     put(explorer, {"mu": .3, "cmap": "gray", "opacity": .9, "layers": 2, "band": "stack"})
     explorer.reset_button.click()
     assert explorer.view == View(layers=DEPTH) and explorer.options["bands"].disabled
     assert drawn(explorer) == first and explorer.look.names == ("key",) and explorer.look.subject.title == "scene 3 of test"
-    assert list(explorer.related.pictures) == related   # in the colours of before, too
+    assert list(explorer.pictures.patch) == [] and list(explorer.related.pictures) == []
 
 
 def test_help_tells_every_control_and_goes_away(explorer: FrequencyExplorer) -> None:
@@ -302,7 +305,6 @@ def wrong_inputs() -> dict[str, tuple]:
         "no model": (lambda e, t: setattr(e.model, "value", ""), "model"),
         "folder that is no run": (lambda e, t: setattr(e.model, "value", str(t)), "no checkpoint"),
         "file that is no model": (lambda e, t: setattr(e.model, "value", str(t / "bad.safetensors")), "bad.safetensors"),
-        "maps of no run": (lambda e, t: setattr(e.options["maps"], "value", "trained"), "no trained system"),
         "no weight": (lambda e, t: put(e, {"affinity": "both", "lambda_h": 0., "lambda_l": 0.}), "lambda_l"),
         "damaged upload": (lambda e, t: upload(e, file_of()[:99], "half.png"), "half.png"),
         "empty upload": (lambda e, t: upload(e, b"", "empty.png"), "empty.png"),
@@ -324,6 +326,60 @@ def test_what_cannot_be_is_said_and_what_was_shown_stays(what: str, explorer: Fr
     if what != "no weight": assert drawn(explorer) == before
     explorer.reset(); explorer.model.value = "world"; explorer.names.value = "wheel, star"   # and all goes on
     assert not is_error(explorer) and explorer.look.names == ("wheel", "star") and explorer.look is not look
+
+
+def test_maps_of_its_own_are_offered_where_the_model_has_some(explorer: FrequencyExplorer) -> None:
+    offered = lambda: [value for _, value in explorer.options["maps"].options]
+    assert "trained" not in offered()
+    explorer.model.value = "weclip"
+    explorer.options["maps"].value = "trained"
+    assert not is_error(explorer) and explorer.pictures.rows[0][0]["title"] == "trained"
+    explorer.model.value = "world"
+    assert explorer.view.maps == "gradcam" and "trained" not in offered() and not is_error(explorer)
+
+
+def test_a_name_may_have_capitals_and_what_has_no_score_says_why(explorer: FrequencyExplorer) -> None:
+    before = said(explorer)
+    explorer.names.value = "Star, wheel"
+    assert re.findall(r"\d+\.\d(?=[,.])", said(explorer)) == re.findall(r"\d+\.\d(?=[,.])", before)
+    explorer.names.value = "star wheel"   # a comma is missing
+    assert "IoU of" not in said(explorer) and "it shows star, wheel" in said(explorer)
+
+
+def test_a_photograph_before_the_world_s_tower_is_no_secret(explorer: FrequencyExplorer) -> None:
+    assert "photographs" not in said(explorer)
+    upload(explorer, file_of(), "mine.png")
+    assert "for photographs set model to ViT-B-16" in said(explorer) and not is_error(explorer)
+
+
+def test_saving_what_the_fields_no_longer_ask_for_says_so(explorer: FrequencyExplorer) -> None:
+    explorer.names.value = "zebra"
+    explorer.save()
+    assert "Saved is what is shown: star, wheel in scene 48 of test with world" in said(explorer)
+    explorer.names.value = "star, wheel"
+    explorer.save()
+    assert "Saved in" in said(explorer) and "what is shown" not in said(explorer)
+
+
+def test_a_click_on_save_waits_for_the_model_that_is_being_opened(explorer: FrequencyExplorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    "A browser's messages may be answered by several threads: what was asked for first is done first."
+    begun, go = threading.Event(), threading.Event()
+    def slowly(name):
+        begun.set()
+        assert go.wait(30)
+        return the_world()
+    monkeypatch.setattr(room, "open_model", slowly)
+    first = threading.Thread(target=lambda: setattr(explorer.model, "value", "slow"))
+    first.start()
+    assert begun.wait(30) and explorer.pictures.busy and "slow" in said(explorer)
+    saved = []
+    second = threading.Thread(target=lambda: saved.append(explorer.save()))
+    second.start()
+    second.join(.3)
+    assert second.is_alive() and not saved
+    go.set()
+    first.join(60), second.join(60)
+    assert "model='slow'" in saved[0]["py"].read_text() and not explorer.pictures.busy
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory"), RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")])
@@ -507,7 +563,8 @@ def test_a_clicked_patch_shows_what_it_is_related_to(explorer: FrequencyExplorer
 def test_a_grid_has_rows_pictures_and_a_bar_of_its_colours(explorer: FrequencyExplorer) -> None:
     grid, table = PictureGrid(), view_cells(explorer.look, explorer.look.shown(), View())
     grid.draw(table, "viridis")
-    assert grid.rows == [[{"title": cell.title, "name": cell.name, "alt": cell.alt} for cell in row] for row in table]
+    assert grid.rows == [[{"title": cell.title, "name": cell.name, "alt": cell.alt, "colour": cell.colour} for cell in row] for row in table]
+    assert [row[0]["colour"] for row in grid.rows] == ["#800000", "#008000"]   # VOC's first two
     assert len(grid.pictures) == 8 and all(picture[:2] == b"\xff\xd8" for picture in grid.pictures)
     assert grid.bar == bar_colours("viridis") and grid.bar[0] == "#440154" and grid.bar[-1] == "#fde725"
     grid.draw(table[:1])
@@ -524,9 +581,9 @@ def test_a_view_is_saved_and_the_message_names_the_files(explorer: FrequencyExpl
     kept = np.load(tmp_path / "views" / "view-001.npz")
     shown = explorer.look.shown(explorer.view)
     assert (kept["maps"] == torch.stack(list(shown.columns.values())).numpy()).all() and kept["names"].tolist() == ["star", "wheel"]
-    made: dict = {}
-    exec((tmp_path / "views" / "view-001.py").read_text(), made)
-    assert made["view"] == explorer.view and all(torch.equal(a, b) for a, b in zip(made["shown"].columns.values(), shown.columns.values(), strict=True))
+    made = runpy.run_path(str(tmp_path / "views" / "view-001.py"))
+    assert Image.open(tmp_path / "views" / "view-001-again.png").size == Image.open(tmp_path / "views" / "view-001.png").size
+    assert replace(made["view"], layers=DEPTH) == explorer.view and all(torch.equal(a, b) for a, b in zip(made["shown"].columns.values(), shown.columns.values(), strict=True))
     assert explorer.save()["py"].name == "view-002.py"
 
 
@@ -661,7 +718,7 @@ def test_runs_are_found_and_can_be_opened(tmp_path: Path) -> None:
     save_system(SYSTEMS["zegclip"].build(world, WORLD_CLASSES, decoder_layers=1, prompts=2), zero / "best.safetensors", step=1)
     assert found_runs(tmp_path / "runs") == sorted([str(weak), str(zero)])
     explorer = FrequencyExplorer(runs=tmp_path / "runs")
-    assert {"world", "ViT-B-16", str(weak), str(zero)} <= set(explorer.model.options)
+    assert {"world", "ViT-B-16", str(weak), str(zero)} <= {value for _, value in explorer.model.choice.options}
     for run in (weak, zero):
         explorer.model.value = str(run)
         explorer.options["maps"].value = "trained"
