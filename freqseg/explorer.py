@@ -561,7 +561,7 @@ def view_code(
     seen = {name: round(value, 6) if isinstance(value, float) else value for name, value in asdict(replace(view, layers=min(view.layers, look.depth))).items()}
     options = ", ".join(f"{name}={value!r}" for name, value in seen.items() if value != getattr(usual, name))
     head = ["from pathlib import Path", "from freqseg.explorer import View, dataset_picture, explore, photograph, scene, view_figure", ""]
-    drawn = ["here = Path(__file__).parent", f"view_figure(look, view).savefig(here/'{stem}-again.png', dpi=150)", f"print('wrote', here/'{stem}-again.png', shown.scores)"] if stem else ["view_figure(look, view)"]
+    drawn = ["here = Path(__file__).parent", f"view_figure(look, view).savefig(here/'{stem}-again.png', dpi=150)", f"print('wrote', here/'{stem}-again.png', {{title: round(found['mean'], 3) for title, found in shown.scores.items()}})"] if stem else ["view_figure(look, view)"]
     return "\n".join([*head[0 if stem else 1:], f"look = explore({look.subject.code}, {list(look.names)!r}, model={look.model!r}, longest={look.longest})",
                       f"view = View({options})", "shown = look.shown(view)   # maps, labels, scores, spectra", *drawn, ""])
 
@@ -613,7 +613,7 @@ def compare_cells(
     other = F.interpolate(shown[1].final[None], left.grid, mode="bilinear", align_corners=False)[0]
     maps = {titles[0]: overlays(small, shown[0].final[rows], views[0].opacity, views[0].cmap), titles[1]: overlays(small, shown[1].final[rows], views[1].opacity, views[1].cmap),
             "A \u2212 B: red where A is higher": overlays(small, (shown[0].final - other)[rows], .75, "RdBu_r", (-1, 1), grey=1)}
-    table = [[Cell(title, name, jpeg(pictures[place]), f"{title}, {name}") for title, pictures in maps.items()] for place, name in enumerate(left.names[rows])]
+    table = [[Cell(title, name, jpeg(pictures[place]), f"{title}, {name}", class_colour(left.names.index(name) + 1)) for title, pictures in maps.items()] for place, name in enumerate(left.names[rows])]
     masks = [replace(cell, title=f"{side}: {cell.title}") for side, look, one in zip("AB", (left, right), shown) for cell in mask_cells(look, one)
              if not cell.title.startswith(("picture", "mask"))]
     return table, masks + [cell for cell in mask_cells(left, shown[0]) if cell.title.startswith("mask")]
