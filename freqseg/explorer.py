@@ -561,7 +561,7 @@ def view_code(
     seen = {name: round(value, 6) if isinstance(value, float) else value for name, value in asdict(replace(view, layers=min(view.layers, look.depth))).items()}
     options = ", ".join(f"{name}={value!r}" for name, value in seen.items() if value != getattr(usual, name))
     head = ["from pathlib import Path", "from freqseg.explorer import View, dataset_picture, explore, photograph, scene, view_figure", ""]
-    drawn = ["here = Path(__file__).parent", f"view_figure(look, view).savefig(here/'{stem}-again.png', dpi=150)", f"print('wrote', here/'{stem}-again.png', {{title: round(found['mean'], 3) for title, found in shown.scores.items()}})"] if stem else ["view_figure(look, view)"]
+    drawn = ["here = Path(__file__).parent", f"view_figure(look, view).savefig(here/'{stem}-again.png', dpi=150)", f"print('wrote {stem}-again.png beside this program:', {{title: round(found['mean'], 3) for title, found in shown.scores.items()}})"] if stem else ["view_figure(look, view)"]
     return "\n".join([*head[0 if stem else 1:], f"look = explore({look.subject.code}, {list(look.names)!r}, model={look.model!r}, longest={look.longest})",
                       f"view = View({options})", "shown = look.shown(view)   # maps, labels, scores, spectra", *drawn, ""])
 

@@ -224,7 +224,7 @@ def test_help_tells_every_control_and_goes_away(explorer: FrequencyExplorer) -> 
     assert explorer.help_text.value == ""
     explorer.help_button.click()
     told = html.unescape(explorer.help_text.value)
-    for control in (*explorer.options.values(), explorer.names, explorer.model): assert control.description in told and control.tooltip in told
+    for control in (*explorer.options.values(), explorer.names, explorer.model.choice): assert control.description in told and control.tooltip in told
     assert "arrow keys" in told
     explorer.help_button.click()
     assert explorer.help_text.value == ""
