@@ -40,7 +40,7 @@ def save_system(
     **state: Any,        # kept beside it, for example step=12000
 ) -> Path:
     "Write a system whole or not at all. Raises `InputError` when the disk is full or read-only."
-    write_checkpoint(path, Checkpoint(system.trainable_state(), state, system.config, system.classes))
+    write_checkpoint(path, Checkpoint(system.trainable_state(), state, system.config, tuple(system.config["classes"])))
     return Path(path)
 
 SHIPPED = ("weclip", "wtclip", "dfa", "ffr", "sptseg")   # systems whose weights ship, trained on the embedded world

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['decoder_blocks', 'BlockLinear', 'BlockFusion', 'QuickGELU', 'DecoderBlock', 'Decoded', 'TransformerDecoder',
            'wtclip_decoder', 'token_affinity', 'pass_through', 'DualHead', 'truncated_normal_start',
-           'RelationshipDescriptor', 'split_heads', 'CrossAttention', 'QueryUpdate', 'CrossAttentionLayer',
-           'CrossAttentionDecoder', 'window_partition', 'window_merge', 'WindowAttention', 'PooledAttention',
-           'SpectralGuidedLayer', 'SpectralGuidedDecoder']
+           'RelationshipDescriptor', 'split_heads', 'mask_scores', 'CrossAttention', 'QueryUpdate',
+           'CrossAttentionLayer', 'CrossAttentionDecoder', 'window_partition', 'window_merge', 'WindowAttention',
+           'PooledAttention', 'SpectralGuidedLayer', 'SpectralGuidedDecoder']
 
 # %% ../nbs/30_decoders.ipynb #d014e3e5
 from collections.abc import Sequence
@@ -263,6 +263,14 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     "`(B, N, dim)` -> `(B, heads, N, dim / heads)`."
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
+def mask_scores(
+    queries: Tensor,  # (B, C, D)
+    features: Tensor,  # (B, N, D)
+) -> Tensor:  # (B, C, N), at least float32
+    "How well names and tokens fit, the masks: products that autocast leaves alone, since in bfloat16 one token in sixteen has two best names."
+    wide = torch.promote_types(torch.promote_types(queries.dtype, features.dtype), torch.float32)
+    with torch.autocast(queries.device.type, enabled=False): return queries.to(wide) @ features.to(wide).mT
+
 class CrossAttention(nn.Module):
     "Multi-head attention of class queries `(B, C, dim)` over tokens `(B, N, dim)`. No class sees another."
     def __init__(self,
@@ -285,7 +293,7 @@ class CrossAttention(nn.Module):
     def scores(self, queries: Tensor, tokens: Tensor) -> Tensor:
         "Mean over heads of `q . k / sqrt d` before the softmax, `(B, C, N)`: one product over all channels, the heads being parts of the sum."
         query = self.query(queries)
-        return query * (query.shape[-1] * self.heads) ** -0.5 @ self.key(tokens).mT
+        return mask_scores(query * (query.shape[-1] * self.heads) ** -0.5, self.key(tokens))
 
 class QueryUpdate(nn.Module):
     "What a post-norm transformer layer does with an answer: `q = LN(q + answer)`, then `LN(q + FFN(q))` with a ReLU inside."
@@ -536,4 +544,4 @@ class SpectralGuidedDecoder(nn.Module):
         for layer in self.layers:
             features = layer(features if self.reads == "previous" else patches)
             if layer.out is not None: queries = layer.ask(queries, features)
-        return (queries @ features.flatten(2)).unflatten(2, patches.shape[2:])
+        return mask_scores(queries, features.flatten(2).mT).unflatten(2, patches.shape[2:])

@@ -448,7 +448,7 @@ class Experiment:
         found = {}
         for index, sample in enumerate(first_readable(self.val, 4)):
             images = self.backbone.preprocess([sample.image], self.plan.chosen.crop).to(self.backbone.device)
-            found[f"labels_{index}"] = system.predict(images)[0].argmax(0).byte().cpu().numpy()
+            found[f"labels_{index}"] = system.labels(system.predict(images))[0].byte().cpu().numpy()
             found[f"picture_{index}"] = _jpeg(sample.image, self.plan.chosen.crop)
             if self.zero_shot is not None: continue
             found[f"names_{index}"] = np.array([name for name, there in zip(system.classes, sample.labels) if there])

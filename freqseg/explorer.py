@@ -335,11 +335,9 @@ def _scaled(columns: Mapping[str, Tensor], base: Tensor, view: View) -> dict[str
 # %% ../nbs/62_explorer.ipynb #e3081d7e
 def _predicted_labels(look: Look) -> np.ndarray:
     "Labels (H, W) of a trained system, in terms of the look's names."
-    scores = F.interpolate(look.predicted.float(), look.subject.image.shape[:2], mode="bilinear", align_corners=False)[0]
-    handicap = getattr(look.system, "handicap", None)   # of names seen in training
-    if handicap is not None: scores = scores.sigmoid() - handicap.to(scores)[:, None, None]
-    best = scores.argmax(0).byte().cpu().numpy()
-    if look.system.supervision != "labels": return best + 1   # a zero-shot system knows the names and nothing else
+    logits = F.interpolate(look.predicted.float(), look.subject.image.shape[:2], mode="bilinear", align_corners=False)
+    best = look.system.labels(logits)[0].byte().cpu().numpy()
+    if look.system.supervision != "labels": return best   # it answers for the look's names and nothing else
     table = np.zeros(256, np.uint8)
     for value, name in enumerate(look.names, start=1): table[look.system.classes.index(name) + 1] = value
     return table[best]

@@ -260,8 +260,9 @@ def structural_similarity(
     x, y = (m.to(torch.promote_types(m.dtype, torch.float32)) for m in (x, y))
     if not len(x): return x   # torch convolves no empty batch of channels
     counted = torch.ones_like(x[:1]) if counted is None else counted.to(x.dtype)
-    means = _blur(torch.stack([x, y, x * x, y * y, x * y]) * counted) / _blur(counted).clamp_min(1e-12)
-    mx, my, mxx, myy, mxy = means
+    maps = torch.stack([x, y, x * x, y * y, x * y]) * counted
+    blurred = _blur(torch.cat([maps.flatten(0, 1), counted]))   # the weights beside the maps: one depthwise convolution, which never rounds to TF32
+    mx, my, mxx, myy, mxy = blurred[:-len(counted)].view_as(maps) / blurred[-len(counted):].clamp_min(1e-12)
     likeness = (2 * mx * my + 1e-4) / (mx ** 2 + my ** 2 + 1e-4)
     return likeness * (2 * (mxy - mx * my) + 9e-4) / (mxx - mx ** 2 + myy - my ** 2 + 9e-4)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORLD_TEMPLATES', 'SCENE_TEMPLATES', 'TEMPLATES', 'Wording', 'rivals', 'require_words', 'usual_background',
-           'usual_wording', 'plain_wording', 'Prompts', 'embed_wording']
+           'usual_wording', 'folded', 'plain_wording', 'Prompts', 'embed_wording']
 
 # %% ../nbs/18_prompts.ipynb #9bae071e
 from collections.abc import Mapping, Sequence
@@ -76,6 +76,10 @@ SCENE_TEMPLATES = (*(f"{opening} a {size}{{}}." for opening in ("a photo of", "T
                    *(f"{opening} {{}} in the scene." for opening in ("a", "a photo of a", "There is a", "There is the", "This is a", "This is the", "This is one")))
 TEMPLATES = {"single": ("a photo of a {}",), "scene": SCENE_TEMPLATES}
 
+def folded(name: str) -> str:
+    "A name as text encoders read it: in small letters, single spaces."
+    return " ".join(name.casefold().split())
+
 def plain_wording(
     backbone: Backbone,
     classes: Sequence[str],
@@ -88,7 +92,8 @@ def plain_wording(
     if isinstance(classes, str): raise InputError(f"classes={classes!r}: give a list of names.")
     for place, name in enumerate(classes):
         if not name.strip(): raise InputError(f"class {place + 1} of {len(classes)} has no name.")
-        if name in classes[:place]: raise InputError(f"class {name!r} is named twice: name each once.")
+        if (twin := next((other for other in classes[:place] if folded(other) == folded(name)), None)) is not None:
+            raise InputError(f"class {name!r} is named twice{f', before as {twin!r}: capitals and spaces mean nothing to the text encoder' if twin != name else ''}. Name each once.")
     require_words(backbone, classes)
     return Wording(tuple(classes), templates=WORLD_TEMPLATES if isinstance(backbone.tokenizer, WorldTokenizer) else TEMPLATES[templates])
 

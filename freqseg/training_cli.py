@@ -132,6 +132,11 @@ def _write_robustness(system: Any, data: Path, split: str, out: Path, kinds: Seq
     found.save(out)
     return aligned(found.markdown())
 
+def _inference_asked(args: argparse.Namespace) -> dict[str, Any]:
+    "What the command line says of how pictures are shown."
+    asked = {name: getattr(args, name) for name in ("scales", "flip", "side", "short", "window", "stride", "batch", "precision")}
+    return {name: value for name, value in asked.items() if value is not None}
+
 def evaluate_command(args: argparse.Namespace) -> int:
     "Seed, mask and seg figures of a trained system on a data set, with report, and masks in VOC's colours if asked for."
     import shlex
@@ -139,7 +144,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
     from freqseg.clip import usable_device
     from freqseg.data import open_dataset
     from freqseg.report import evaluate_run
-    from freqseg.segment import usual_inference
+    from freqseg.segment import named_inference, usual_inference
     data, split = _data_of(args)
     kinds = _kinds_of(args, data, split)
     weights, pictures = checkpoint_path(args.checkpoint), open_dataset(data, split)   # before CLIP, which may be a download
@@ -148,8 +153,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
     system = load_system(weights, device=usable_device(args.device), classes=pictures.classes)
     options = {name: getattr(args, name) for name in ("crf", "bands", "limit", "workers", "skip_bad", "threshold_split")}
     if system.supervision == "masks": options |= dict(figures=("seg",), threshold_split=None)
-    options["inference"] = replace(usual_inference(system), **{name: value for name in ("scales", "flip", "side", "short", "window", "stride", "batch", "precision")
-                                                               if (value := getattr(args, name)) is not None})
+    options["inference"] = replace(named_inference(args.protocol) if args.protocol else usual_inference(system), **_inference_asked(args))
     report = interruptible(lambda: evaluate_run(system, pictures, out, save_masks=args.save_masks, weights=weights_title(system), training=training_title(weights),
                                                  command=shlex.join(["freqseg", *args.words]), **options))
     if report is None: print(f"{split} has no masks to score against; the system's masks are in {args.save_masks}")
@@ -236,6 +240,7 @@ def add_evaluate(commands: Any) -> None:
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N pictures")
     parser.add_argument("--skip-bad", action="store_true", help="leave out pictures that cannot be read, and say which")
     group = parser.add_argument_group("inference")
+    group.add_argument("--protocol", choices=("weclip", "dfa", "zegclip"), help="pictures are shown as in that paper on VOC; the options below change single points of it")
     group.add_argument("--scales", type=numbers, metavar="A,B,...", help="sizes of the picture, answers averaged (default: 1.0)")
     group.add_argument("--flip", action=argparse.BooleanOptionalAction, default=None, help="mirror images, too (default: yes; no for zero-shot systems)")
     group.add_argument("--side", type=positive, metavar="PIXELS", help="long side at scale 1 (default: as in the files)")

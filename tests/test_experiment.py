@@ -5,6 +5,7 @@ import warnings
 from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from freqseg.checkpoints import SYSTEMS
@@ -201,7 +202,9 @@ def test_a_smoke_training_trains_resumes_and_reports(system: str, tmp_path: Path
     parameters = dict(out=str(tmp_path), scenes=[4, 2, 2], iterations=3, save_every=2, par_iterations=2, snapshot_every=2)
     run = experiment(system, parameters)
     assert run.result.resumed == 0 and {path.name for path in tmp_path.iterdir()} >= {"last.safetensors", "best.safetensors", "metrics.jsonl", "run.json"}
-    assert any((tmp_path / "snapshots").iterdir())
+    kept = sorted((tmp_path / "snapshots").iterdir())
+    assert kept and all(0 <= value.min() <= value.max() <= 20 and (system not in ("zegclip", "sptseg") or value.min() > 0)   # classes count from 1
+                        for path in kept for name, value in np.load(path).items() if name.startswith("labels_"))
     told = json.loads(run.save().read_text())
     figures = {"labels": {"seed", "mask", "seg"}, "masks": {"seg", "seg_low"}}[SYSTEMS[system].supervision]
     assert told["system"] == system and set(told["report"]["figures"]) >= figures and told["best"]["miou"] >= 0

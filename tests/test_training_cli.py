@@ -238,3 +238,13 @@ def test_a_zero_shot_training_reports_seen_and_unseen_and_is_evaluated_on_other_
     assert "sand" in other["zero_shot"]["unseen"] and other["names"][0] == "sand" and len(list((tmp_path / "masks").iterdir())) == 4
     assert main(["evaluate", str(out), "--limit", "3", "--workers", "0", "--device", "cpu", "--corrupt", "noise", "--out", str(tmp_path / "worse")]) == 0
     assert "noise" in (tmp_path / "worse" / "robustness.md").read_text()
+
+
+def test_a_protocol_is_where_the_options_of_inference_start_from() -> None:
+    from dataclasses import replace
+    from freqseg.cli import build_parser
+    from freqseg.segment import INFERENCE
+    from freqseg.training_cli import _inference_asked
+    args = build_parser().parse_args(["evaluate", "run", "--protocol", "zegclip", "--flip", "--batch", "2"])
+    assert replace(INFERENCE[args.protocol], **_inference_asked(args)) == replace(INFERENCE["zegclip"], flip=True, batch=2)
+    with pytest.raises(SystemExit): build_parser().parse_args(["evaluate", "run", "--protocol", "zegklip"])

@@ -88,6 +88,10 @@ class System(nn.Module):
         learning = {f"backbone.{name}" for name, value in self.backbone.named_parameters() if value.requires_grad}
         return {name: value for name, value in self.state_dict().items() if name in learning or not name.startswith("backbone.")}
 
+    def labels(self, logits: Tensor) -> Tensor:
+        "What logits (B, C, h, w) say: 0 for the background, 1 + its place for a class, (B, h, w)."
+        return logits.argmax(1)
+
     def load_trainable(self, state: Mapping[str, Tensor]) -> None:
         "Take over a `trainable_state`. Raises `InputError` when it belongs to another system."
         missing = self.trainable_state().keys() ^ state.keys()

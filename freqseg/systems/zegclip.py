@@ -19,7 +19,7 @@ from ..data import COCOSTUFF_ZERO_SHOT, UNLABELLED, VOC_ZERO_SHOT, Batch, ZeroSh
 from ..decoders import CrossAttentionDecoder, RelationshipDescriptor, SpectralGuidedDecoder
 from ..files import InputError
 from ..losses import mask_losses
-from ..prompts import embed_wording, plain_wording
+from ..prompts import embed_wording, folded, plain_wording
 from ..spectral_prompts import PromptedTower, prompt_blocks
 from ..spectra import resize_response
 from .segmenter import System, enlarged
@@ -44,15 +44,17 @@ class ZegCLIPOptions:
     heads: int = 8                        # of their attention
     decoder_dropout: float = .1           # of their branches
     self_attention: bool = False          # between class names in "cross"; published weights hold it, published code never runs it
-    whole_last: bool = False              # all of the last layer of "cross"; only its scores are used, the rest is there for the published weights
+    whole_last: bool = False              # all of the last layer of "cross"; only its scores are used, the rest is there for the published weights; several devices then need the strategy "ddp_find_unused_parameters_true"
     high_heads: int = 1                   # of "spectral": heads that look within windows; SPT-SEG's code has 1, its text a share alpha
     window: int = 3                       # of "spectral", in patches
     mask_padding: bool = True             # of "spectral": pads of the last windows are not looked at; False as in SPT-SEG's code
+    reads: str = "tower"                  # of "spectral": what layers after the first one filter, patches of the "tower" as in SPT-SEG's code, or the "previous" layer's
     residual: bool = False                # of "spectral": patches are added to what both kinds of heads see; the paper has it without, short trainings need it
     similarity: str = "shifted"           # of "spectral": (1 + cos)/2, or "clamp" as in SPT-SEG's code, which can die
     focal: float = 100.                   # weight of the focal loss
     dice: float = 1.                      # weight of the dice loss
     ssim: float = 0.                      # weight of the structural similarity loss (SPT-SEG: 1)
+    ssim_over: str = "present"            # masks it looks at: of classes that are "present", or "all", most of them empty, as in SPT-SEG's code
     ignored_as_negative: bool = True      # pixels without a label are negatives of every class, as in the published code
     transductive: bool = False            # learn unseen names, too, from the system's own answers on pixels without labels
     self_from: float = .5                 # share of the training after which it does
@@ -60,6 +62,16 @@ class ZegCLIPOptions:
 
 WORLD_ZERO_SHOT = zero_shot_split(WORLD_CLASSES, WORLD_CLASSES[3::4])   # of the embedded world: every fourth kind has no masks in training
 PUBLISHED_SPLITS = (VOC_ZERO_SHOT, COCOSTUFF_ZERO_SHOT, WORLD_ZERO_SHOT)
+
+def _check_options(o: ZegCLIPOptions) -> None:
+    "Raise `InputError` for values that cannot be; parts refuse those of their own."
+    losses = {name: getattr(o, name) for name in ("focal", "dice", "ssim")}
+    if min(losses.values()) < 0 or not any(losses.values()): raise InputError(f"{losses}: no loss may have a weight below 0, one must have one above 0.")
+    if not 0 <= o.prompt_dropout < 1: raise InputError(f"prompt_dropout={o.prompt_dropout}: give a share of at least 0, below 1.")
+    if not 0 <= o.self_from <= 1: raise InputError(f"self_from={o.self_from}: give a share of the training, 0 to 1.")
+    if o.bias is not None and not abs(o.bias) <= 1: raise InputError(f"bias={o.bias}: scores are between 0 and 1; give what to take off them, such as 0.1.")
+    if o.filter_size is not None and o.filter_size < 1: raise InputError(f"filter_size={o.filter_size}: give the side of pictures in pixels, such as 512.")
+    if o.ssim_over not in ("present", "all"): raise InputError(f"ssim_over={o.ssim_over!r}: use 'present' or 'all'.")
 
 def _names(given: str|Sequence[str]|None) -> tuple[str, ...]|None:
     return (given,) if isinstance(given, str) else given if given is None else tuple(given)
@@ -73,7 +85,7 @@ def seen_and_unseen(
     published = next((split for split in PUBLISHED_SPLITS if split.classes == tuple(classes)), None)
     if unseen is None and published is None:
         raise InputError(f"no published split of these {len(classes)} classes ({', '.join(classes[:3])} ...): say which have no masks in training, "
-                         f"for example unseen={','.join(classes[-2:])}.")
+                         f"for example unseen={classes[-1]}.")
     return zero_shot_split(classes, published.unseen if unseen is None else _names(unseen), _names(seen))
 
 # %% ../../nbs/47_zegclip.ipynb #daeb89ca
@@ -90,8 +102,9 @@ class ZegCLIP(System):
 
     def __init__(self, backbone: Backbone, classes: Sequence[str], options: ZegCLIPOptions):
         super().__init__(backbone, classes, options)
+        _check_options(options)
         o, self.num_classes = options, len(self.classes)
-        self.split = seen_and_unseen(self.classes, o.unseen, o.seen)
+        self.split = self.trained = seen_and_unseen(self.classes, o.unseen, o.seen)
         blocks = () if o.spectral is None else prompt_blocks(o.spectral, backbone.depth)
         grid = None if o.filter_size is None else (nearest_multiple(o.filter_size, backbone.patch_size)//backbone.patch_size,)*2
         self.tower = PromptedTower(backbone, o.prompts, blocks, o.shared_filter, o.filter_init, o.prompt_dropout, o.drop_path, grid)
@@ -111,16 +124,28 @@ class ZegCLIP(System):
         other._buffers = dict(self._buffers)
         other._learn_names(names)
         other.classes, other.num_classes = other.vocabulary, len(other.vocabulary)
-        seen = tuple(name for name in names if name in self.split.seen)
+        seen = tuple(name for name in names if folded(name) in self._seen_names)
         other.split = ZeroShotSplit(other.classes, seen, tuple(name for name in names if name not in seen))
         return other
 
     @property
+    def config(self) -> dict[str, Any]:
+        "What builds this system again, whatever names it answers for now."
+        return {**super().config, "classes": list(self.trained.classes)}
+
+    @property
+    def _seen_names(self) -> set[str]: return set(map(folded, self.trained.seen))
+
+    @property
     def handicap(self) -> Tensor:
-        "What is taken off the score of every class, (K,): the bias for seen ones."
-        o = self.options
+        "What is taken off the score of every class, (K,): the bias for those seen in training."
+        o, seen = self.options, self._seen_names
         bias = (0. if o.transductive else .1) if o.bias is None else o.bias
-        return torch.tensor([bias*(name in self.split.seen) for name in self.vocabulary])
+        return torch.tensor([bias*(folded(name) in seen) for name in self.vocabulary])
+
+    def labels(self, logits: Tensor) -> Tensor:
+        "The best name of logits (B, K, h, w), seen ones handicapped: 1 + its place, (B, h, w). These systems know no background."
+        return 1 + (logits.sigmoid() - self.handicap.to(logits).view(-1, 1, 1)).argmax(1)
 
     def masks(self, images: Tensor, text: Tensor, keep: Callable[[Tensor], Tensor]|None = None) -> Tensor:
         "Logits (B, C, h, w) of normalised images for C embedded names (C, E); `keep` filters the patches (B, E, h, w), or gives versions of them."
@@ -137,7 +162,7 @@ class ZegCLIP(System):
         known = torch.tensor(range(len(self.classes)) if late else self.split.seen_index, device=self.text.device)
         logits = enlarged(self.masks(self.backbone.normalise(batch.images), self.text[known]), batch.masks)
         labels = self.self_labelled(logits, batch.masks) if late else batch.masks
-        return mask_losses(logits, labels, known, focal=o.focal, dice=o.dice, ssim=o.ssim, ignored_as_negative=o.ignored_as_negative)
+        return mask_losses(logits, labels, known, focal=o.focal, dice=o.dice, ssim=o.ssim, ignored_as_negative=o.ignored_as_negative, over=o.ssim_over)
 
     @torch.no_grad()
     def self_labelled(self, logits: Tensor, masks: Tensor) -> Tensor:
@@ -174,4 +199,4 @@ def build_text_decoder(dim: int, options: ZegCLIPOptions) -> nn.Module:
                                                            whole_last=o.whole_last)
     if o.decoder != "spectral": raise InputError(f"decoder={o.decoder!r}: use 'cross' or 'spectral'.")
     return SpectralGuidedDecoder(dim, o.decoder_layers, o.heads, o.high_heads, o.window, o.mask_padding, o.similarity, dropout=o.decoder_dropout,
-                                 residual=o.residual)
+                                 reads=o.reads, residual=o.residual)
