@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import __version__
 from .files import InputError
-from .terminal import aligned, class_list, count, frequency, interruptible, output_names, picture_files, positive, tell
+from .terminal import aligned, class_list, count, frequency, interruptible, output_names, picture_files, positive, require_apart, tell
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -78,7 +78,7 @@ class Opened(NamedTuple):
 def _open_picture(path: Path, name: str, longest: int, patch: int) -> Opened:
     "Read a picture and reduce it to what is needed of it. Raises `InputError` as `read_image` and `fitted_size` do."
     from freqseg.data import read_image
-    image = read_image(path)
+    image = read_image(path, listed=False)
     size = fitted_size(image.size, longest, patch)
     if min(image.size) < patch or image.width * image.height > LARGE:
         tell(f"{path} is {image.width} x {image.height} pixels; resized to {size[1]} x {size[0]}.")
@@ -193,6 +193,7 @@ def cam_command(args: argparse.Namespace) -> int:
     "Activation maps of pictures: a PNG to look at and an .npz to compute with for each."
     from tqdm import tqdm
     files, failed = picture_files(args.pictures), []
+    require_apart(files, (Path(args.out)/f"{name}{ending}" for name in output_names(files) for ending in (".png", ".npz")))
     job = _cam_job(args)
     pictures = _read_pictures(files, args.size or longest_side(job.backbone), job.backbone.patch_size, failed)
     with tqdm(total=len(files), unit="picture", disable=None if len(files) > 1 else True) as bar:

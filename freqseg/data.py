@@ -166,8 +166,11 @@ def write_mask(
 _FAULTS = (OSError, SyntaxError, ValueError, EOFError, struct.error, TypeError, IndexError, KeyError, OverflowError,
            UnidentifiedImageError, Image.DecompressionBombError)
 
+_OF_A_LIST = "Fetch or export it again, or leave it out of the list: `freqseg check FOLDER --fix-list LIST` writes a list without it."
+_OF_NO_LIST = "Is it a picture? Fetch or export it again, or name another."
+
 @contextlib.contextmanager
-def _decoded(path: str | Path) -> Iterator[Image.Image]:
+def _decoded(path: str | Path, listed: bool = True) -> Iterator[Image.Image]:
     "Open and fully decode `path`; a fault of the file, here or inside the block, becomes an `InputError` that names it."
     try:
         with Image.open(path) as image:
@@ -176,8 +179,7 @@ def _decoded(path: str | Path) -> Iterator[Image.Image]:
     except InputError: raise
     except FileNotFoundError as error: raise InputError(f"{path} does not exist.") from error
     except _FAULTS as error:
-        raise InputError(f"{path} cannot be decoded ({error}). Fetch or export it again, or leave it out of the list: "
-                         "`freqseg check FOLDER --fix-list LIST` writes a list without it.") from error
+        raise InputError(f"{path} cannot be decoded ({error}). {_OF_A_LIST if listed else _OF_NO_LIST}") from error
 
 # %% ../nbs/10_data.ipynb #59f84ffd
 _UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -197,11 +199,14 @@ def _rgb(image: Image.Image) -> Image.Image:
     if "transparency" in image.info: image = image.convert("RGBA")
     return image.convert("RGB")
 
-def read_image(path: str | Path) -> Image.Image:
+def read_image(
+    path: str | Path,
+    listed: bool = True,      # does a data set list it? An error then says how to do without it
+) -> Image.Image:
     """The picture as RGB, turned as its EXIF orientation asks: the way a viewer displays it.
 
     Raises `InputError` when the file is missing, truncated or not a picture."""
-    with _decoded(path) as image: return _rgb(_upright(image))
+    with _decoded(path, listed) as image: return _rgb(_upright(image))
 
 # %% ../nbs/10_data.ipynb #234ea52c
 def _png_depth(path: str | Path) -> int | None:

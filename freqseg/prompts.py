@@ -17,6 +17,7 @@ from .clip import WECLIP_TEMPLATE, Backbone, WorldTokenizer
 from .data import BACKGROUND_PROMPTS, COCO_PROMPT_ALIASES, VOC_PROMPT_ALIASES, unknown_name
 from .files import InputError
 from .world import WORLD_BACKGROUNDS, WORLD_CLASSES
+from .world_clip import FILLERS
 
 # %% ../nbs/18_prompts.ipynb #c837189e
 @dataclass(frozen=True)
@@ -41,11 +42,16 @@ def rivals(
 WORLD_TEMPLATES = ("a picture of a {}", "a photo of a {}", "we see a {}")
 
 def require_words(backbone: Backbone, names: Sequence[str]) -> None:
-    "Raise `InputError` for a name that a closed vocabulary cannot spell, naming the nearest. CLIP's own vocabulary is open."
+    """Raise `InputError` for a name that a closed vocabulary cannot spell, naming the nearest; for one of nothing but fillers, such as "the"; and for
+    punctuation, which it does not read: "tree;key" would be one name. CLIP's own vocabulary is open."""
     if not isinstance(backbone.tokenizer, WorldTokenizer): return
     for name in names:
         words = backbone.tokenizer.words(name)
-        if words and all(word in backbone.tokenizer.ids for word in words): continue
+        if words and all(word in backbone.tokenizer.ids for word in words):
+            if set(words) <= set(FILLERS): raise InputError(f"{name!r} names nothing that a picture could show: say what, for example {WORLD_CLASSES[0]!r}.")
+            if name.lower().replace("-", " ").split() == words: continue
+            raise InputError(f"{name!r} has signs between or around its words that the world model does not read. Several names? Give each by itself, "
+                             "on the command line with commas between them.")
         raise InputError(f"{unknown_name(name, WORLD_CLASSES)} The world model knows drawn things only: {', '.join(WORLD_CLASSES)}; and the grounds "
                          f"{', '.join(WORLD_BACKGROUNDS)}. For photographs take another model, such as ViT-B-16.")
 

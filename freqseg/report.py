@@ -391,7 +391,8 @@ def save_report(report: SystemReport, folder: str | Path) -> tuple[Path, ...]:
     return tuple(written)
 
 def require_writable(folder: str | Path) -> None:
-    "Raise `InputError` for a folder that cannot be made or written, before hours are spent."
+    "Raise `InputError` for a folder that cannot be made or written, or is a file, before hours are spent."
+    if Path(folder).is_file(): raise InputError(f"cannot write into {folder}: it is a file. Name a folder.")
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder): pass

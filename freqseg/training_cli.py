@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import InputError
-from .terminal import aligned, count, frequency, interruptible, numbers, positive, tell
+from .terminal import RUN, aligned, count, frequency, interruptible, numbers, positive, tell
 
 # %% ../nbs/66_training_cli.ipynb #98e56e1e
 def training_notebook(system: str) -> Path:
@@ -230,7 +230,7 @@ def add_sweep(commands: Any) -> None:
 
 def add_evaluate(commands: Any) -> None:
     parser = commands.add_parser("evaluate", help="how good a trained system is, on any data set with its classes", description=evaluate_command.__doc__)
-    parser.add_argument("checkpoint", metavar="RUN", help="a run's folder (its best checkpoint), or a checkpoint")
+    parser.add_argument("checkpoint", metavar="RUN", help=RUN)
     parser.add_argument("--data", metavar="PATH", help="the dataset folder (default: the scenes that the run was trained on)")
     parser.add_argument("--split", metavar="NAME", help="which list (default: val; for a run's own scenes test)")
     parser.add_argument("--threshold-split", metavar="NAME", help="which list chooses the seeds' background threshold (default: the same)")

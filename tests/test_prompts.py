@@ -57,3 +57,14 @@ def test_wrong_words_are_refused_with_the_nearest(world: Backbone, clip: Backbon
     with pytest.raises(InputError, match="'snad'.*sand"): usual_wording(world, ["fish"], ["snad"])
     with pytest.raises(InputError, match="background='none'"): usual_wording(world, ["fish"], "none")
     require_words(clip, ["fihs"])
+
+
+def test_a_name_is_known_words_one_of_which_says_what(world: Backbone, clip: Backbone) -> None:
+    require_words(world, ["fish", "Fish", "two red keys", "a photo of a key", "red-brick  house", *WORLD_CLASSES, *WORLD_BACKGROUNDS])
+    for name in ("the", "a photo of", "Two", "we see a large"):
+        with pytest.raises(InputError, match=f"'{name}' names nothing.*'ring'"): require_words(world, ["fish", name])
+    for name in ("tree;key", "tree/key", "tree.", "'key'", "tree\u00b7key"):
+        with pytest.raises(InputError, match="signs.*commas"): require_words(world, [name])
+    for name in ("", ";", "tree;zebra"):
+        with pytest.raises(InputError, match="unknown class"): require_words(world, [name])
+    require_words(clip, ["the", "tree;key"])

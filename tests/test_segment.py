@@ -22,9 +22,9 @@ from freqseg.data import (SegmentationFolder, list_folder, open_folder, palette,
                           zero_shot_view)
 from freqseg.files import InputError
 from freqseg.metrics import boundary_iou, mean_iou, trimap_miou
-from freqseg.segment import (BIASES, INFERENCE, FIGURES, Bands, Inference, Job, Scoring, View, class_scores, evaluate_system, grouped, in_sequence,
+from freqseg.segment import (BIASES, INFERENCE, FIGURES, MOST_NAMES, Bands, Inference, Job, Scoring, View, class_scores, evaluate_system, grouped, in_sequence,
                              interpolation_matrix, label, merge_views, merged_labels, picture_indices, refined, scaled_pixels, segment,
-                             software, stream, window_boxes, write_masks)
+                             segment_picture, software, stream, window_boxes, write_masks)
 from freqseg.spectra import split_bands
 
 NAMES = ("disc", "box", "bar")
@@ -178,6 +178,27 @@ def test_windows_cover_every_pixel_and_have_one_size(height, width, window, data
     seen = np.zeros((height, width), int)
     for top, left, bottom, right in boxes: seen[top:bottom, left:right] += 1
     assert seen.min() >= 1 and {(b - t, r - l) for t, l, b, r in boxes} == {(min(window, height), min(window, width))} and len(set(boxes)) == len(boxes)
+
+
+def published_boxes(height: int, width: int, window: int, stride: int) -> list[tuple[int, int, int, int]]:
+    "Windows in the order of mmsegmentation's `slide_inference`, one at a time."
+    boxes = []
+    for row in range(max(height - window + stride - 1, 0)//stride + 1):
+        for column in range(max(width - window + stride - 1, 0)//stride + 1):
+            bottom, right = min(row*stride + window, height), min(column*stride + window, width)
+            boxes.append((max(bottom - window, 0), max(right - window, 0), bottom, right))
+    return boxes
+
+
+@given(st.integers(1, 2500), st.integers(1, 2500))
+def test_zegclip_s_windows_are_the_published_ones(height, width) -> None:
+    assert window_boxes((height, width), 512, 426) == published_boxes(height, width, 512, 426)
+
+
+@given(st.integers(1, 200), st.integers(1, 200), st.integers(4, 60), st.data())
+def test_windows_of_any_size_are_the_published_ones(height, width, window, data) -> None:
+    stride = data.draw(st.integers(2, window))
+    assert window_boxes((height, width), window, stride) == published_boxes(height, width, window, stride)
 
 
 @given(st.integers(1, 80), st.integers(1, 9))
@@ -523,7 +544,9 @@ def test_answers_of_a_wrong_shape_or_with_nan_are_refused(dataset, system) -> No
 def test_out_of_memory_says_which_knob_to_turn(dataset, system) -> None:
     def full(images, keep=None): raise torch.OutOfMemoryError("CUDA out of memory")
     system.predict = full
-    with pytest.raises(InputError, match=r"4 images of 24 x 32.*lower batch \(now 4\)"): evaluate_system(system, dataset, figures=("seg",), **QUIET)
+    with pytest.raises(InputError, match=r"4 images of 24 x 32.*lower batch \(now 4\).*--batch"): evaluate_system(system, dataset, figures=("seg",), **QUIET)
+    with pytest.raises(InputError, match=r"1 image of .*lower scales or side, .*window \(on the command line --scales, --side, --window\)"):
+        segment_picture(system, dataset[0].image, "single")
 
 
 def test_an_empty_split_and_wrong_options_are_named(folder, dataset, system) -> None:
@@ -643,6 +666,78 @@ def test_zero_shot_figures_equal_a_slow_count(average, zero_shot_dataset) -> Non
     np.testing.assert_allclose(told.confused.sum(1).numpy(), 1)
     assert told.confused[1, 0].item() == pytest.approx(total[1, 1]/total[1].sum(), abs=2e-3)
     json.dumps(found.as_dict())
+
+
+def windows_by_hand(system: Toy, image: Image.Image, window: int, stride: int) -> torch.Tensor:
+    "Scores (C, H, W): of every window enlarged, made probabilities, added up where windows lie, divided by how many there are."
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 - MEAN
+    total, count = torch.zeros(system.num_classes, *pixels.shape[1:]), torch.zeros(pixels.shape[1:])
+    for top, left, bottom, right in published_boxes(*pixels.shape[1:], window, stride):
+        crop = pixels[:, top:bottom, left:right]
+        logits = system.predict(F.pad(crop, (0, -crop.shape[2] % PATCH, 0, -crop.shape[1] % PATCH))[None])
+        total[:, top:bottom, left:right] += F.interpolate(logits, scale_factor=PATCH, mode="bilinear")[0, :, :crop.shape[1], :crop.shape[2]].sigmoid()
+        count[top:bottom, left:right] += 1
+    return total / count
+
+
+def agree(labels: np.ndarray, ranked: torch.Tensor, scores: torch.Tensor, floor: float | None = None) -> None:
+    "Labels are the best of `ranked` (C, H, W), and open exactly where its own score is below the floor. Ties within rounding are left out."
+    best, margins = ranked.argmax(0), ranked.topk(2, 0).values.diff(dim=0)[0].abs()
+    own, clear = scores.gather(0, best[None])[0], margins > 1e-4
+    if floor is not None: best, clear = best.masked_fill(own < floor, 255), clear & ((own - floor).abs() > 1e-5)
+    assert clear.float().mean() > .98 and np.array_equal(labels[clear], best[clear])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window, stride", [(12, 8), (16, 5), (13, 13), (40, 40)])
+def test_handicapped_windows_equal_a_slow_loop(window, stride, dataset) -> None:
+    system = ZeroShotToy(.15).eval()
+    job = Job(system, Inference(flip=False, window=window, stride=stride, average="probabilities"), progress=False)
+    for found, sample in zip(stream(job, dataset, range(len(dataset))), dataset, strict=True):
+        scores = windows_by_hand(system, sample.image, window, stride)
+        merged = merge_views(found.views["seg"], found.picture.size, job.scoring)
+        torch.testing.assert_close(merged, scores, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(job.scoring.ranked(merged), scores - system.handicap[:, None, None], atol=2e-5, rtol=1e-4)
+        agree(segment_picture(system, sample.image, job.inference), scores - system.handicap[:, None, None], scores)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("handicap", [0., .1, .6])
+@pytest.mark.parametrize("average", ["logits", "probabilities"])
+def test_a_pixel_is_open_where_the_winner_s_own_score_is_below_the_floor(average, handicap, dataset) -> None:
+    system, image = ZeroShotToy(handicap).eval(), dataset[3].image
+    scores = by_hand(system, image, (1.0,), False).sigmoid()
+    ranked = scores - system.handicap[:, None, None]
+    floor = scores.gather(0, ranked.argmax(0)[None]).median().item() + 1e-4
+    labels = segment_picture(system, image, Inference(flip=False, average=average), floor)
+    agree(labels, ranked, scores, floor)
+    assert .3 < (labels == 255).mean() < .7
+    agree(segment_picture(system, image, Inference(flip=False, average=average)), ranked, scores)
+    assert (segment_picture(system, image, floor=1.) == 255).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("names", [("bar", "disc"), ("box",), NAMES[::-1], NAMES])
+def test_only_chosen_classes_and_the_background_answer_in_the_order_asked_for(names, system, dataset) -> None:
+    image, shown = dataset[3].image, [0, *(NAMES.index(name) + 1 for name in names)]
+    scores = by_hand(system, image, (1.0,), True).softmax(0)[shown]
+    for floor in (None, .35): agree(segment_picture(system, image, floor=floor, classes=names), scores, scores, floor)
+    everything = segment_picture(system, image)
+    if len(names) == len(NAMES): assert np.array_equal(np.array(shown)[segment_picture(system, image, classes=names)], everything)
+    zero_shot, own = ZeroShotToy(.1).eval(), [NAMES.index(name) for name in names]
+    own_scores = by_hand(zero_shot, image, (1.0,), False).sigmoid()[own]
+    if len(names) > 1: agree(segment_picture(zero_shot, image, classes=names), own_scores - zero_shot.handicap[own, None, None], own_scores)
+    else: assert not segment_picture(zero_shot, image, classes=names).any()
+
+
+def test_classes_that_cannot_answer_are_named(system, dataset) -> None:
+    image = dataset[0].image
+    for names, told in ((["disk"], "'disk'. Did you mean 'disc'"), ([], "at least one"), (["box", "box"], "each once"), ("box", "list of names")):
+        with pytest.raises(InputError, match=told): segment_picture(system, image, classes=names)
+    many = tuple(f"thing {number}" for number in range(MOST_NAMES + 1))
+    with pytest.raises(InputError, match="255 names.*254"): segment_picture(Toy(many).eval(), image)
+    assert segment_picture(Toy(many).eval(), image, classes=many[1:]).max() <= MOST_NAMES
+    assert segment_picture(Toy(many[1:]).eval(), image, floor=1.).min() == 255
 
 
 def test_a_zero_shot_system_is_refused_by_data_with_a_background(dataset) -> None:
