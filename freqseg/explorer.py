@@ -88,7 +88,7 @@ def _fitted(image: Image.Image, title: str) -> tuple[np.ndarray, tuple[str, ...]
 # %% ../nbs/62_explorer.ipynb #a0b61ebf
 def photograph(path: str|Path) -> Subject:
     "A picture file. Raises `InputError` for one that is missing, damaged or no picture."
-    pixels, notes = _fitted(read_image(path), Path(path).name)
+    pixels, notes = _fitted(read_image(path, listed=False), Path(path).name)
     return Subject(pixels, Path(path).name, f"photograph({str(Path(path).absolute())!r})", notes=notes)
 
 def scene(number: int = 0, split: str = "test", seed: int = 0) -> Subject:

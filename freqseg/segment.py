@@ -92,7 +92,7 @@ class Inference:
     scales: tuple[float, ...] = (1.0,)   # of the picture, each an answer of its own
     flip: bool = True                    # show every scale mirrored, too
     side: int | None = None              # long side at scale 1, pixels; None = the picture's own
-    short: int | None = None             # or the short side, as ZegCLIP has it
+    short: int | None = None             # or the short side, as ZegCLIP has it; the long one becomes at most four times as long (2048 at 512)
     average: str = "logits"              # what is averaged over the answers: "logits" or "probabilities"
     window: int | None = None            # side of a sliding window, pixels; None = the whole picture at once
     stride: int | None = None            # pixels from window to window; None = two thirds of the window
@@ -105,7 +105,7 @@ class Inference:
 
     def fitted(self, size: tuple[int, int]) -> tuple[int, int]:
         "What (height, width) of a picture become at scale 1."
-        return fitted_size(size, self.side if self.short is None else round(self.short * max(size) / min(size)))
+        return fitted_size(size, self.side if self.short is None else round(self.short * min(max(size) / min(size), 4)))
 
     @property
     def step(self) -> int | None:

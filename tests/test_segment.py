@@ -746,4 +746,5 @@ def test_a_zero_shot_system_is_refused_by_data_with_a_background(dataset) -> Non
 
 def test_the_short_side_sets_the_scale() -> None:
     assert Inference(short=512).fitted((375, 500)) == (512, 683) and Inference(short=512).fitted((500, 375)) == (683, 512)
+    assert Inference(short=512).fitted((10, 2000)) == (10, 2048) and Inference(short=512).fitted((500, 2000)) == (512, 2048)   # no picture becomes endless
     with pytest.raises(InputError, match="one of them"): Inference(short=512, side=512)
