@@ -311,16 +311,25 @@ def seeds_command(args: argparse.Namespace) -> int:
     return 0
 
 # %% ../nbs/64_cli.ipynb #c057a002
+def _require_file(path: str) -> None:
+    "Raise `InputError` for a file that cannot be written, before minutes are spent. Its folder is made when missing."
+    from freqseg.report import require_writable
+    if Path(path).is_dir(): raise InputError(f"cannot write {path or Path(path)}: it is a folder. Name a file in it, for example {Path(path)/'cost.json'}.")
+    if Path(path).exists() and not Path(path).is_file(): raise InputError(f"cannot write {path}: it is no ordinary file. Name another, for example cost.json.")
+    require_writable(Path(path).parent)
+
 def cost_command(args: argparse.Namespace) -> int:
-    "What systems take for one picture: parameters, floating-point operations and where they go, milliseconds, memory. Weights are random."
+    """What systems take for one picture: parameters, floating-point operations and where they go, milliseconds, memory. None of it depends
+    on what the weights were trained for, so nothing is downloaded: a named CLIP gets random ones."""
     import json
     from freqseg.cost import cost_markdown, measure_costs, parts_markdown
     from freqseg.files import atomic_write
+    if args.json is not None: _require_file(args.json)
     costs = measure_costs(args.systems, args.model, args.classes, args.device, size=args.size, batch=args.batch, repeats=args.repeats,
                           training=args.training, precision=args.precision)
     tables = [cost_markdown(costs), *(parts_markdown(costs, of) for of in ("predict", "step")[:1 + args.training])]
     print(*(aligned(table) + "\n" for table in tables), sep="\n", end="")
-    if args.json:
+    if args.json is not None:
         with atomic_write(args.json) as partial: partial.write_text(json.dumps([cost.as_dict() for cost in costs], indent=1) + "\n", encoding="utf-8")
         print(f"\n  {args.json}")
     return 0
@@ -469,17 +478,19 @@ def _add_run(commands: Any) -> None:
     parser.set_defaults(run=run_command)
 
 def _add_cost(commands: Any) -> None:
-    parser = commands.add_parser("cost", help="what a system takes for one picture: operations, time, memory", description=cost_command.__doc__)
+    parser = commands.add_parser("cost", help="what a system takes for one picture: operations, time, memory", description=cost_command.__doc__,
+                                 epilog="zegclip and sptseg learn from masks of some classes. Where no split of yours is published, the last is taken as the one "
+                                        "without masks; they need two names or more. Try first: freqseg cost weclip sptseg --model world --size 112")
     parser.add_argument("systems", nargs="*", metavar="SYSTEM", help="weclip, wtclip, dfa, ffr, zegclip or sptseg (default: all)")
     parser.add_argument("--model", default="ViT-B-16", metavar="NAME", help="an open_clip ViT, world, or a saved model (default: ViT-B-16)")
-    parser.add_argument("--classes", metavar="NAMES", help="voc, coco, world, or comma-separated names (default: voc, of the world model its own)")
-    parser.add_argument("--size", type=positive, default=512, metavar="PIXELS", help="side of the picture (default: 512)")
+    parser.add_argument("--classes", metavar="NAMES", help='voc, coco, cocostuff, world, or your own, for example "dog, traffic light" (default: world for the model world, else voc)')
+    parser.add_argument("--size", type=positive, default=512, metavar="PIXELS", help="side of the picture, a multiple of the model's patch (default: 512)")
     parser.add_argument("--batch", type=positive, default=1, metavar="N", help="pictures at a time (default: 1)")
     parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="passes that are timed (default: 5)")
-    parser.add_argument("--training", action="store_true", help="measure a training step, too")
+    parser.add_argument("--training", action="store_true", help="measure a training step, forward and backward, too")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="of the network (default: bf16 on CUDA, else fp32)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute (default: auto)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there, too, as JSON")
     parser.set_defaults(run=cost_command)
 
 def _add_demo(commands: Any) -> None:

@@ -11,24 +11,26 @@ import math, os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 from .checkpoints import SYSTEMS, system_named, weights_title
 from .clip import load_clip, usable_device
-from .data import COCO_CLASSES, VOC_CLASSES, Batch
+from .data import COCO_CLASSES, COCOSTUFF_CLASSES, VOC_CLASSES, Batch
 from .evaluate import Stopwatch, device_name
 from .files import InputError
 from .memory import keep_memory
 from .segment import evaluating
-from .systems.segmenter import Segmenter
+from .systems.segmenter import Segmenter, System
+from .systems.zegclip import PUBLISHED_SPLITS
 from .terminal import class_list
 from .train import seeded
 from .world import WORLD_CLASSES
@@ -164,6 +166,7 @@ class Cost:
     system: str
     model: str                # the CLIP that it stands on, and where its weights come from
     classes: int              # channels of the answer
+    background: bool          # is one of them
     size: int                 # side of the picture, pixels
     batch: int                # pictures in a pass; figures are per picture
     precision: str            # "fp32" or "bf16"
@@ -172,6 +175,7 @@ class Cost:
     trainable: int            # of them
     predict: Effort
     step: Effort|None = None  # forward and backward of a training step
+    unseen: str|None = None   # the class that was taken as the one without masks, as no split of these classes is published
 
     def as_dict(self) -> dict[str, Any]:
         "Plain values for JSON."
@@ -190,12 +194,17 @@ def _effort(system: Segmenter, work: Callable[[FlopTally], Any], pictures: int, 
     return Effort(round(tally.parts.total()/pictures), share(tally.parts), share(tally.kinds), milliseconds, round(memory/pictures))
 
 # %% ../nbs/68_cost.ipynb #68b933ee
+def _learned(system: Segmenter) -> Tensor:
+    "Positions of the classes that training pictures show: the seen ones where there is a split, else all."
+    split = getattr(system, "split", None)
+    return torch.tensor((split and split.seen_index) or range(len(system.classes)))
+
 def _pictures(system: Segmenter, size: int, batch: int) -> Batch:
-    "Random pictures (B, 3, H, W) with two classes each (one, if there is but one), and masks of these."
-    device, known = system.backbone.device, len(system.classes)
+    "Random pictures (B, 3, H, W) with two classes each (one, if there is but one) of those that are learned, and masks of these."
+    device, known, learned = system.backbone.device, len(system.classes), _learned(system)
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(batch, 3, size, size, generator=generator)
-    chosen = torch.stack([torch.randperm(known, generator=generator)[:2] for _ in range(batch)])
+    chosen = torch.stack([learned[torch.randperm(len(learned), generator=generator)[:2]] for _ in range(batch)])
     labels = torch.zeros(batch, known, dtype=torch.bool).scatter(1, chosen, True)
     masks = (chosen + system.num_classes - known)[:, torch.arange(size) % chosen.shape[1]][:, None].expand(-1, size, -1).contiguous()
     return Batch(tuple(map(str, range(batch))), images, masks, labels).to(device)
@@ -227,11 +236,18 @@ def _step_effort(system: Segmenter, batch: Batch, repeats: int, autocast: Callab
     with _rehearsing(system): return _effort(system.train(), work, len(batch.images), repeats)
 
 # %% ../nbs/68_cost.ipynb #442cb154
-def _check(size: int, batch: int, repeats: int, precision: str|None) -> None:
+def _check(size: int, batch: int = 1, repeats: int = 5, training: bool = False, precision: str|None = None) -> None:
     "Raise `InputError` for the first value that cannot be."
     for name, value in (("size", size), ("batch", batch), ("repeats", repeats)):
         if not isinstance(value, int) or value < 1: raise InputError(f"{name}={value!r}: give a whole number of 1 or more.")
     if precision not in (None, "fp32", "bf16"): raise InputError(f"precision={precision!r}: use 'fp32' or 'bf16'.")
+
+def _require_whole_patches(size: int, patch: int) -> None:
+    "Raise `InputError` for a side in pixels that is not whole patches, naming the next ones that are."
+    below = size//patch*patch
+    if below == size: return
+    fit = " or ".join(str(side) for side in (below, below + patch) if side)
+    raise InputError(f"size={size}: this model cuts a picture into patches of {patch} x {patch} pixels, and {size} is not a whole number of them. Take {fit}.")
 
 def measure_cost(
     system: Segmenter,
@@ -244,21 +260,21 @@ def measure_cost(
     """What `system.predict` takes per picture, where the system is, and if asked for a training step; the system is left as it was.
 
     Raises `InputError` for a size that is not whole patches, for numbers below 1, and when memory runs out."""
-    _check(size, batch, repeats, precision)
+    _check(size, batch, repeats, training, precision)
+    _require_whole_patches(size, system.backbone.patch_size)
     keep_memory()   # as evaluations and trainings do
     device = system.backbone.device
     precision = precision or ("bf16" if device.type == "cuda" else "fp32")
     autocast = (lambda: torch.autocast(device.type, torch.bfloat16)) if precision == "bf16" else nullcontext
     pictures = _pictures(system, size, batch)
-    system.backbone.grid_of(pictures.images)   # is it whole patches?
     try:
         predict = _predict_effort(system, pictures, repeats, autocast)
         step = _step_effort(system, pictures, repeats, autocast) if training else None
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise InputError(f"out of memory on {device} with {batch} pictures of {size} x {size}: lower batch or size.") from error
+        raise InputError(f"{system.name} runs out of memory on {device} with {batch} picture{'s'*(batch > 1)} of {size} x {size}: lower batch or size.") from error
     parameters = list(system.parameters())
-    return Cost(system.name, weights_title(system), system.num_classes, size, batch, precision, _device(device), sum(p.numel() for p in parameters),
-                sum(p.numel() for p in parameters if p.requires_grad), predict, step)
+    return Cost(system.name, weights_title(system), system.num_classes, system.num_classes > len(system.classes), size, batch, precision, _device(device),
+                sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad), predict, step)
 
 def _device(device: torch.device) -> str:
     "The device, with what else a time depends on."
@@ -266,25 +282,41 @@ def _device(device: torch.device) -> str:
     return device_name(device) + (f", {threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else "")
 
 # %% ../nbs/68_cost.ipynb #7ba01e12
-CLASS_LISTS: dict[str, tuple[str, ...]] = {"voc": VOC_CLASSES, "coco": COCO_CLASSES, "world": WORLD_CLASSES}
+CLASS_LISTS: dict[str, tuple[str, ...]] = {"voc": VOC_CLASSES, "coco": COCO_CLASSES, "cocostuff": COCOSTUFF_CLASSES, "world": WORLD_CLASSES}
 
 def cost_classes(text: str|None, model: str) -> tuple[str, ...]:
-    "Class names: those of a list that ships (voc, coco, world), or comma-separated ones; by default the world model's own, else VOC's."
+    "Class names: those of a list that ships (voc, coco, cocostuff, world), or comma-separated ones; by default the world model's own, else VOC's."
     if text is None: text = "world" if model == "world" else "voc"
-    return CLASS_LISTS[text] if text in CLASS_LISTS else tuple(class_list(text))
+    return CLASS_LISTS.get(text.strip().lower()) or tuple(class_list(text))
+
+def _class_without_masks(kind: type[System], classes: tuple[str, ...]) -> str|None:
+    "The last class, for a system that learns from masks of some classes, where no split of these is published. Raises `InputError` for one class alone."
+    if kind.supervision != "masks" or any(split.classes == classes for split in PUBLISHED_SPLITS): return None
+    if len(classes) > 1: return classes[-1]
+    others = ", ".join(name for name, other in SYSTEMS.items() if other.supervision != "masks")
+    raise InputError(f"{kind.name} learns from masks of some classes and none of others, so it needs two classes or more; {classes[0]!r} is one. "
+                     f"Name another, or measure only systems that learn from image labels: {others}.")
 
 def measure_costs(
-    names: Sequence[str] = (),     # of systems; none = all
+    names: Sequence[str] = (),     # of systems, each measured once; none = all
     model: str = "ViT-B-16",       # an open_clip ViT, which gets random weights, world, or a saved model
     classes: str|None = None,      # see `cost_classes`
     device: str = "auto",          # "cpu" or "cuda"; auto is CUDA where there is one
+    size: int = 512,               # side of a picture, pixels; whole patches
     **options: Any,                # of `measure_cost`
 ) -> list[Cost]:
-    "Costs of systems with random weights. Raises `InputError` for an unknown system or model, naming the nearest, and as `measure_cost` does."
-    kinds = [system_named(name) for name in names] or list(SYSTEMS.values())
+    """Costs of systems with random weights; of classes without a published split the last is unseen by systems that learn from masks.
+
+    Raises `InputError`, before any system is measured, for an unknown system or model, naming the nearest, for a single class where two are
+    needed, and as `measure_cost` does."""
+    kinds, known = [system_named(name) for name in dict.fromkeys(names)] or list(SYSTEMS.values()), cost_classes(classes, model)
+    unseen = [_class_without_masks(kind, known) for kind in kinds]
+    _check(size, **options)
     backbone = load_clip(model, None, device=usable_device(device))
-    known = cost_classes(classes, model)
-    return [measure_cost(kind.build(backbone, known).to(backbone.device), **options) for kind in kinds]
+    _require_whole_patches(size, backbone.patch_size)
+    systems = [kind.build(backbone, known, **({"unseen": (name,)} if name else {})).to(backbone.device) for kind, name in zip(kinds, unseen)]
+    bar = tqdm(systems, desc="measuring", unit="system", delay=2, leave=False, disable=None)   # shown in a terminal only
+    return [replace(measure_cost(system, size, **options), unseen=name) for system, name in zip(bar, unseen)]
 
 # %% ../nbs/68_cost.ipynb #801b8389
 def _short(value: float) -> str:
@@ -301,35 +333,51 @@ def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     "A Markdown table, all columns but the first to the right."
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] + ["---:"]*(len(head) - 1), *rows])
 
-def conditions(costs: Sequence[Cost]) -> str:
-    "What was measured, in sentences; what differs between systems is told of each."
+def _aspects(cost: Cost) -> tuple[str, ...]:
+    "Under which conditions a cost was measured."
+    names = cost.classes - cost.background
+    return (cost.model, f"{names} class{'es'*(names > 1)}{' and background'*cost.background}",
+            f"{cost.batch} picture{'s'*(cost.batch > 1)} of {cost.size} x {cost.size} at a time", f"{cost.precision} on {cost.device}")
+
+def _by_system(texts: Sequence[tuple[str, str]]) -> list[str]:
+    "Texts of systems (system, text), systems with the same text together and those without one left out."
     told: dict[str, list[str]] = {}
-    for cost in costs:
-        pictures = f"{cost.batch} picture{'s'*(cost.batch > 1)} of {cost.size} x {cost.size} at a time"
-        told.setdefault(f"{cost.model}, {cost.classes} classes, {pictures}, {cost.precision} on {cost.device}", []).append(cost.system)
-    measured = "; ".join((f"{', '.join(names)}: " if len(told) > 1 else "") + text for text, names in told.items())
-    lines = [f"Figures per picture: {measured}; PyTorch {torch.__version__}.",
+    for system, text in texts: told.setdefault(text, []).append(system)
+    return [f"{', '.join(names)}: {text}" for text, names in told.items() if text]
+
+def conditions(costs: Sequence[Cost]) -> str:
+    "What was measured, in sentences; what differs between systems is told of each. Raises `InputError` for no costs."
+    if not costs: raise InputError("no costs to show: measure at least one system.")
+    told = [(cost.system, _aspects(cost)) for cost in costs]
+    shared = [aspect for aspect in told[0][1] if all(aspect in aspects for _, aspects in told)]
+    own = _by_system([(system, ", ".join(aspect for aspect in aspects if aspect not in shared)) for system, aspects in told])
+    lines = [f"Figures per picture: {'; '.join([*([', '.join(shared)] if shared else []), *own])}; PyTorch {torch.__version__}.",
              "One multiply-add is two FLOP, a Fourier transform 5 n log2 n (half for real values); elementwise operations are not counted.",
              "ms: median and quartiles. MB: peak of PyTorch's allocator beyond the weights. Parameters: both towers of CLIP and everything on top."]
-    if any(cost.step for cost in costs): lines.append("step: forward and backward, two classes per picture, without the optimiser.")
+    if any(cost.step for cost in costs): lines.append("step: forward and backward, two classes per picture (one, where only one is learned), without the optimiser.")
+    unseen = [(cost.system, f"no split of these classes is published, so the last, {cost.unseen}, is taken as unseen (without masks in training)" if cost.unseen else "") for cost in costs]
+    lines += [f"{text}." for text in _by_system(unseen)]
     return " ".join(lines)
 
 def cost_markdown(costs: Sequence[Cost]) -> str:
     "A table of costs in Markdown, the conditions above it. Raises `InputError` for none."
-    if not costs: raise InputError("no costs to show: measure at least one system.")
-    steps = any(cost.step for cost in costs)
+    told, steps = conditions(costs), any(cost.step for cost in costs)
     head = ["system", "parameters M", "trainable M", "GFLOP", "ms", "MB", *(["step GFLOP", "step ms", "step MB"] if steps else [])]
     rows = [[cost.system, f"{cost.parameters/1e6:.1f}", f"{cost.trainable/1e6:.3f}", *_cells(cost.predict),
              *((_cells(cost.step) if cost.step else ["–"]*3) if steps else [])] for cost in costs]
-    return f"{conditions(costs)}\n\n{_rows(head, rows)}\n"
+    return f"{told}\n\n{_rows(head, rows)}\n"
+
+_PARTS = {"tower": "CLIP on the picture", "rest": "what no module does (transforms, losses)", "backward": "gradients of all parts"}
 
 def parts_markdown(
     costs: Sequence[Cost],
     of: str = "predict",   # or "step"
 ) -> str:
-    "A table of operations by part, GFLOP and share. Raises `InputError` when no such pass was measured."
+    "A table of operations by part, GFLOP and share, and which parts these are. Raises `InputError` when no such pass was measured."
     efforts = {cost.system: effort for cost in costs if (effort := getattr(cost, of))}
     if not efforts: raise InputError(f"no {of} was measured: measure with training=True.")
     parts = list(dict.fromkeys(part for effort in efforts.values() for part in effort.parts))
     cell = lambda effort, part: f"{_short(effort.parts[part]/1e9)} ({effort.parts[part]/effort.flops:.0%})" if part in effort.parts else "–"
-    return _rows([f"GFLOP, {of}", *parts], [[name, *(cell(effort, part) for part in parts)] for name, effort in efforts.items()]) + "\n"
+    table = _rows([f"GFLOP, {of}", *parts], [[name, *(cell(effort, part) for part in parts)] for name, effort in efforts.items()])
+    known = "; ".join(f"{part}: {text}" for part, text in _PARTS.items() if part in parts)
+    return f"{table}\n\n{known}; other columns: the system's own modules.\n"

@@ -15,8 +15,8 @@ import freqseg.cost as room
 from freqseg.checkpoints import SYSTEMS
 from freqseg.cli import main
 from freqseg.clip import Backbone, build_clip, load_clip, named_config
-from freqseg.cost import FORMULAS, FlopTally, cost_classes, cost_markdown, measure_cost, measure_costs, parts_markdown, peak_memory, wall_clock
-from freqseg.data import VOC_CLASSES
+from freqseg.cost import FORMULAS, FlopTally, conditions, cost_classes, cost_markdown, measure_cost, measure_costs, parts_markdown, peak_memory, wall_clock
+from freqseg.data import COCO_CLASSES, VOC_CLASSES, VOC_ZERO_SHOT
 from freqseg.files import InputError
 from freqseg.systems.segmenter import Segmenter, System
 from freqseg.systems.weclip import WeCLIP
@@ -175,7 +175,7 @@ def test_a_failure_leaves_the_system_as_it_was(system, monkeypatch: pytest.Monke
     def fails(*given: object, **options: object) -> None:
         raise torch.OutOfMemoryError("no more")
     monkeypatch.setattr(type(system), "decode", fails)
-    with pytest.raises(InputError, match="2 pictures of 64 x 64: lower batch or size"):
+    with pytest.raises(InputError, match="wtclip runs out of memory on cpu with 2 pictures of 64 x 64: lower batch or size"):
         measure_cost(system.train(), 64, 2)
     assert system.training and not {"forward", *room.TOWER_STEPS} & {*vars(system.backbone), *vars(system.decoder)}
 
@@ -235,12 +235,14 @@ def test_tables_have_a_row_for_each_and_say_what_differs(backbone) -> None:
     assert rows[2][6] == "–" and "two FLOP" in table and "random" not in table
     assert "head" in parts_markdown(costs) and "weclip" not in parts_markdown(costs, "step")
     other = measure_cost(systems[0], 96, repeats=1)
-    assert "weclip: the world's CLIP, 21 classes, 1 picture of 96 x 96" in cost_markdown([costs[1], other])
+    assert ("Figures per picture: the world's CLIP, 20 classes and background, fp32 on CPU" in (told := cost_markdown([costs[1], other]))
+            and "; ffr: 1 picture of 64 x 64 at a time; weclip: 1 picture of 96 x 96 at a time; PyTorch" in told)
+    assert "backward: gradients" in parts_markdown(costs, "step") and "backward" not in parts_markdown(costs)
     assert json.loads(json.dumps(costs[1].as_dict()))["step"]["milliseconds"].keys() == {"median", "low", "high"}
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(size=65), "the nearest valid size is 64 x 64"), (dict(batch=0), "batch=0"), (dict(repeats=0), "repeats=0"), (dict(size=0), "size=0"),
+    (dict(size=65), "size=65.*Take 64 or 72"), (dict(size=3), r"Take 8\."), (dict(batch=0), "batch=0"), (dict(repeats=0), "repeats=0"), (dict(size=0), "size=0"),
     (dict(precision="fp8"), "use 'fp32' or 'bf16'")])
 def test_what_cannot_be_measured_is_said(system, options: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
@@ -248,8 +250,9 @@ def test_what_cannot_be_measured_is_said(system, options: dict[str, object], mes
 
 
 def test_tables_of_nothing_are_refused(system) -> None:
-    with pytest.raises(InputError, match="at least one system"):
-        cost_markdown([])
+    for table in (cost_markdown, conditions):
+        with pytest.raises(InputError, match="at least one system"):
+            table([])
     with pytest.raises(InputError, match="training=True"):
         parts_markdown([measure_cost(system, 64, repeats=1)], "step")
 
@@ -257,11 +260,77 @@ def test_tables_of_nothing_are_refused(system) -> None:
 def test_class_lists_have_names_and_others_are_spelt_out() -> None:
     assert cost_classes(None, "ViT-B-16") == cost_classes("voc", "world") == VOC_CLASSES and cost_classes(None, "world") == WORLD_CLASSES
     assert cost_classes("dog, grass", "ViT-B-16") == ("dog", "grass") and len(cost_classes("coco", "ViT-B-16")) == 80
+    assert len(cost_classes("cocostuff", "ViT-B-16")) == 171 and cost_classes(" VOC", "ViT-B-16") == VOC_CLASSES
 
 
 def test_a_system_of_one_class_can_be_measured(backbone) -> None:
     assert measure_cost(SYSTEMS["dfa"].build(backbone, ("fish",), dim=16), 64, 2, repeats=1, training=True).step.flops > 0
 
+
+# ---- classes without masks ------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    "Whoever measures fails."
+    def measured(*given: object, **options: object) -> None:
+        raise AssertionError("a system was measured")
+    monkeypatch.setattr(room, "measure_cost", measured)
+
+
+def test_the_last_class_is_unseen_where_no_split_is_published() -> None:
+    costs = measure_costs(["weclip", "zegclip", "sptseg", "weclip"], "world", "fish, tree, moon", "cpu", size=64, repeats=1)
+    assert [(cost.system, cost.classes, cost.background, cost.unseen) for cost in costs] == [
+        ("weclip", 4, True, None), ("zegclip", 3, False, "moon"), ("sptseg", 3, False, "moon")]
+    told = cost_markdown(costs)
+    assert "zegclip, sptseg: no split of these classes is published, so the last, moon, is taken as unseen" in told
+    assert "weclip: 3 classes and background; zegclip, sptseg: 3 classes;" in told and costs[1].as_dict()["unseen"] == "moon"
+    published, = measure_costs(["zegclip"], "world", device="cpu", size=64, repeats=1)
+    assert published.unseen is None and "unseen" not in cost_markdown([published])
+
+
+def test_coco_has_no_published_split_and_can_be_measured() -> None:
+    assert [room._class_without_masks(SYSTEMS["zegclip"], classes) for classes in (COCO_CLASSES, VOC_CLASSES)] == ["toothbrush", None]
+
+
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("options, message", [
+    (dict(classes="fish"), "needs two classes or more; 'fish' is one.*image labels: .*weclip"),
+    (dict(classes="fish,fihs"), "Did you mean 'fish'"), (dict(size=70), "Take 64 or 72"), (dict(repeats=0), "repeats=0")])
+def test_nothing_is_measured_where_one_of_the_systems_cannot_be(options: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        measure_costs(model="world", device="cpu", **options)
+
+
+def test_no_system_is_measured_before_all_are_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = []
+    measure, build = room.measure_cost, System.build.__func__
+    monkeypatch.setattr(System, "build", classmethod(lambda kind, *given, **options: done.append("build") or build(kind, *given, **options)))
+    monkeypatch.setattr(room, "measure_cost", lambda *given, **options: done.append("measure") or measure(*given, **options))
+    measure_costs(["weclip", "zegclip"], "world", "fish, moon", "cpu", size=64, repeats=1)
+    assert done == ["build", "build", "measure", "measure"]
+
+
+def test_training_pictures_show_two_classes_that_have_masks(backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    zegclip = SYSTEMS["zegclip"]
+    def present(system: System, batch: int = 16) -> list[set[int]]:
+        pictures = room._pictures(system, 16, batch)
+        assert all(set(row.nonzero()[:, 0].tolist()) == set((mask.unique() - system.num_classes + len(system.classes)).tolist())
+                   for row, mask in zip(pictures.labels, pictures.masks))
+        return [set(mask.unique().tolist()) for mask in pictures.masks]
+    world = zegclip.build(backbone, WORLD_CLASSES)
+    assert all(len(shown) == 2 and shown <= set(world.split.seen_index) for shown in present(world)) and len(set.union(*present(world))) > 8
+    assert present(zegclip.build(backbone, ("fish", "moon"), unseen=("moon",)), 2) == [{0}, {0}]
+    assert present(SYSTEMS["weclip"].build(backbone, ("fish", "moon"), dim=16), 2) == [{1, 2}, {1, 2}]
+    monkeypatch.setattr(world, "split", VOC_ZERO_SHOT)   # 20 classes, too
+    assert all(len(shown) == 2 and shown <= set(VOC_ZERO_SHOT.seen_index) for shown in present(world))
+
+
+def test_a_prediction_for_names_that_were_never_seen_can_be_measured(backbone) -> None:
+    system = SYSTEMS["zegclip"].build(backbone, ("fish", "moon"), unseen=("moon",)).with_vocabulary(("tree", "moon"))
+    assert not system.split.seen and measure_cost(system, 64, repeats=1).classes == 2
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
 
 def test_the_command_prints_tables_and_writes_json(tmp_path, capfd: pytest.CaptureFixture[str]) -> None:
     words = ["cost", "weclip", "ffr", "--model", "world", "--device", "cpu", "--size", "64", "--repeats", "1", "--training", "--json", str(tmp_path / "cost.json")]
@@ -272,9 +341,27 @@ def test_the_command_prints_tables_and_writes_json(tmp_path, capfd: pytest.Captu
 
 
 @pytest.mark.parametrize("words, message", [
-    (["wecilp"], "Did you mean 'weclip'"), (["dfa", "--size", "100"], "the nearest valid size is 96 x 96"), (["dfa", "--classes", "fihs"], "Did you mean 'fish'"),
-    (["dfa", "--json", "/dev/null/cost.json"], "cannot write")])
+    (["wecilp"], "Did you mean 'weclip'"), (["dfa", "--size", "100"], "Take 96 or 104"), (["dfa", "--classes", "fihs"], "Did you mean 'fish'"),
+    (["zegclip", "--classes", "fish"], "needs two classes or more")])
 def test_what_the_command_cannot_do_is_said(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--size", "64"] if "--size" not in words else []
     assert main(["cost", *words, "--model", "world", "--device", "cpu", "--repeats", "1", *options]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("path, message", [
+    (".", "it is a folder. Name a file in it, for example cost.json"), ("", "it is a folder"), ("file/cost.json", "cannot write into file"),
+    ("/dev/null/cost.json", "cannot write into /dev/null"), ("/dev/null", "no ordinary file"), ("/proc/cost/cost.json", "cannot write into /proc/cost")])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path, monkeypatch, capsys, path: str, message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert main(["cost", "dfa", "--model", "world", "--device", "cpu", "--size", "64", "--json", path]) == 2
+    assert message in capsys.readouterr().err and [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_json_of_your_own_classes_goes_into_a_new_folder_or_over_an_old_file(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (tmp_path / "new" / "cost.json",) * 2:
+        assert main(["cost", "zegclip", "--model", "world", "--device", "cpu", "--size", "64", "--repeats", "1", "--training", "--classes", "fish,moon", "--json", str(path)]) == 0
+        assert json.loads(path.read_text())[0]["unseen"] == "moon" and [entry.name for entry in path.parent.iterdir()] == ["cost.json"]
+    assert "so the last, moon, is taken as unseen" in " ".join(capsys.readouterr().out.split())
