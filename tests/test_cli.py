@@ -118,6 +118,7 @@ def test_cam_makes_a_picture_and_arrays_of_every_map(scenes: Path, tmp_path: Pat
         assert panel.width > 100 * len(METHODS)
 
 
+@pytest.mark.slow
 def test_cam_gives_a_picture_in_a_batch_the_maps_that_it_gets_alone(scenes: Path, tmp_path: Path) -> None:
     options = ["--classes", "key, moon, comb", *WORLD, "--size", "112"]
     assert main(["cam", str(scenes / "JPEGImages" / "test_*.png"), *options, "--method", FEW, "--batch", "3", "--out", str(tmp_path / "many")]) == 0
@@ -143,6 +144,7 @@ def test_the_cut_off_moves_the_bands_and_nothing_else(scenes: Path, tmp_path: Pa
     assert {name for name in a if np.abs(a[name] - b[name]).max() > 1e-4} == {name for name in METHODS if "low" in name or "high" in name}
 
 
+@pytest.mark.slow
 def test_scores_tell_classes_that_are_there_from_others(tmp_path: Path) -> None:
     world = World(0, "test", 112)
     for index in range(8):

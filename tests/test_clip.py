@@ -48,6 +48,7 @@ def test_native_size_equals_open_clip_for_every_block_variant(variant):
     images = pixels(2, 3, *(ours.native_size if isinstance(ours.native_size, tuple) else (32, 32)))
     assert torch.allclose(ours.encode(images).cls_embedding, model.encode_image(images), atol=1e-5)
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ViT-B-16", "ViT-B-32"])
 def test_native_size_equals_open_clip_for_full_models(name):
     clip = load_clip(name, pretrained=None)
@@ -399,6 +400,7 @@ def test_merged_requests_ask_for_everything_once(little):
     assert set(features.tokens) == {0, 1} and set(features.attention) == {0} and features.last_ln1 is not None and features.patch_embedding is None
 
 
+@pytest.mark.slow
 def test_a_recipe_loads_the_same_backbone_again():
     first = load_clip("ViT-B-32", pretrained=None, normalise="imagenet", seed=3)
     again = load_clip(**first.recipe)

@@ -534,6 +534,7 @@ def test_no_model_is_asked_for_in_words(name: str) -> None:
     with pytest.raises(InputError, match="model"): open_model(name)
 
 
+@pytest.mark.slow
 def test_random_weights_may_be_asked_for_any_name() -> None:
     "A ViT in the shape of published ones; it is looked at with 448 pixels unless told."
     look = explore(subject(picture()), ["dog", "hairy grass"], "ViT-B-32 (random weights)", 64)
@@ -746,6 +747,7 @@ def assert_same(saved: dict[str, Path], made: dict) -> None:
     if shown.prediction is not None: assert kept["prediction"].tobytes() == shown.prediction.tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("view", [View(), VARIED, View(maps="patch_text", boxes=False, mu=.3, shape="disc", threshold=.25)], ids=["usual", "varied", "disc"])
 def test_a_saved_view_is_made_again_bit_for_bit(view: View, small: Look, tmp_path: Path) -> None:
     look = explore(scene(48), ["wheel", "star"], "world", SMALL)

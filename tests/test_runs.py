@@ -150,6 +150,7 @@ def test_a_failing_cell_leaves_notebook_and_traceback_and_raises(walk: Path, tmp
     assert "\x1b" not in caught.value.traceback.read_text()
 
 
+@pytest.mark.slow
 def test_the_record_of_a_run_that_is_done_outlives_one_that_fails(walk: Path, tmp_path: Path) -> None:
     record = run_notebook(walk, tmp_path / "run.ipynb", {"steps": 5})
     before = record.read_bytes()

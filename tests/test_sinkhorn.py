@@ -293,6 +293,7 @@ def test_implicit_gradients_survive_a_plan_of_separate_blocks() -> None:
     torch.testing.assert_close(*found, atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_implicit_gradients_do_not_depend_on_the_number_of_threads() -> None:
     """After `torch.set_num_threads(2)` the batched LU of torch with MKL is wrong from about 150 x 150 (pytorch issue 142815).
 

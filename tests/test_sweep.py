@@ -282,6 +282,7 @@ def swept(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple
     yield folder / "out", folder / "log"
 
 
+@pytest.mark.slow
 def test_every_run_has_its_folder_record_and_share_of_the_machine(swept: tuple[Path, Path]) -> None:
     out, log = swept
     assert {line.split()[2] for line in log.read_text().splitlines()} == {"1"}
@@ -292,6 +293,7 @@ def test_every_run_has_its_folder_record_and_share_of_the_machine(swept: tuple[P
     assert not leftovers(out)
 
 
+@pytest.mark.slow
 def test_failures_are_told_and_stop_nobody(swept: tuple[Path, Path]) -> None:
     result = read_sweep(swept[0])
     assert [len(row.seeds) for row in result.rows] == [1, 1, 0, 0, 0]
@@ -303,6 +305,7 @@ def test_failures_are_told_and_stop_nobody(swept: tuple[Path, Path]) -> None:
     assert "## Without figures: 3 of 5 runs" in text and "unlucky" in text and "| 13.0 | 0 | – |" in text
 
 
+@pytest.mark.slow
 def test_what_is_done_stays_done_and_the_rest_is_run(toy: Path, swept: tuple[Path, Path]) -> None:
     out, log = swept
     again = sweep(toy, out, {"a": [1.0, 2.0]}, 1, {"log": str(log)}, progress=False, command="first")
@@ -319,6 +322,7 @@ def test_what_is_done_stays_done_and_the_rest_is_run(toy: Path, swept: tuple[Pat
     assert len(more.failed) == 3 and json.loads((out / "sweep.json").read_text()) == json.loads(json.dumps(more.as_dict()))
 
 
+@pytest.mark.slow
 def test_the_bar_names_failures_and_without_figures_there_is_no_picture(toy: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     result = sweep(toy, tmp_path / "out", {"a": [11.0]}, 1, {"log": str(tmp_path / "log")}, jobs=5)
     told = capfd.readouterr().err

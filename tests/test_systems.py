@@ -57,6 +57,7 @@ def trainable(module: torch.nn.Module) -> int:
 
 # ---- counts ---------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_weclip_has_the_published_number_of_parameters(clip: Backbone) -> None:
     assert trainable(WeCLIP.build(clip, VOC_CLASSES)) == 5_985_045
     # 60 more classes are 60 more rows of the classifier: 256 weights and a bias each

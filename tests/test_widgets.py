@@ -573,6 +573,7 @@ def test_a_grid_has_rows_pictures_and_a_bar_of_its_colours(explorer: FrequencyEx
 
 # ---- saving ---------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_a_view_is_saved_and_the_message_names_the_files(explorer: FrequencyExplorer, tmp_path: Path) -> None:
     explorer.options["mu"].value = .3
     explorer.save_button.click()

@@ -77,6 +77,7 @@ def test_no_class_is_smaller_than_the_minimal_visible_area():
             assert (scene.mask == WORLD_CLASSES.index(name) + 1).mean() + void >= knobs.minimal
 
 
+@pytest.mark.slow
 def test_the_promised_failures_are_there():
     scenes = [World(0)[index] for index in range(400)]
     habitat = {kind.name: kind.habitat for kind in KINDS if kind.habitat}

@@ -60,6 +60,7 @@ def test_evening_reaches_the_query_and_key_weights_of_every_block():
         assert key.abs().sum() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_keys_stay_queries_while_they_are_tied(tmp_path, tied):
     trainer, _ = train_world_clip(tmp_path, steps=6, batch=8, scenes=16, width=64, tied=tied)
@@ -114,6 +115,7 @@ def test_a_cache_is_drawn_once_and_holds_the_scenes(tmp_path):
     assert len(list(tmp_path.iterdir())) == 4  # other knobs, other cache
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_bit_for_bit(tmp_path, monkeypatch):
     settings = dict(steps=7, batch=8, scenes=16, width=64, save_every=3)
     whole, log = train_world_clip(tmp_path/"whole", **settings)

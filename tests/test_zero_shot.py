@@ -106,6 +106,7 @@ def test_every_switch_trains(options: dict, world: Backbone, batch: Batch) -> No
         assert loss.isfinite() and all(p.grad.isfinite().all() for p in system.parameters() if p.grad is not None)
 
 
+@pytest.mark.slow
 def test_a_few_steps_learn(world: Backbone, batch: Batch) -> None:
     for name in SYSTEMS:
         system = build(name, world, prompt_dropout=0., decoder_dropout=0.).train()
