@@ -23,6 +23,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'freqseg.cam._sum_through_attention': ('cam.html#_sum_through_attention', 'freqseg/cam.py'),
                              'freqseg.cam.background_score': ('cam.html#background_score', 'freqseg/cam.py'),
                              'freqseg.cam.band_cams': ('cam.html#band_cams', 'freqseg/cam.py'),
+                             'freqseg.cam.best_class': ('cam.html#best_class', 'freqseg/cam.py'),
                              'freqseg.cam.contrast_direction': ('cam.html#contrast_direction', 'freqseg/cam.py'),
                              'freqseg.cam.cosine_map': ('cam.html#cosine_map', 'freqseg/cam.py'),
                              'freqseg.cam.grad_cam': ('cam.html#grad_cam', 'freqseg/cam.py'),

@@ -119,13 +119,13 @@ def overlays(
     "Heat maps blended over a picture, uint8 `(K, H, W, 3)`. Values beyond `limits` take the end colours."
     picture = as_picture(image).astype(np.float32)
     heat = _resized(_as_maps(maps, "maps"), picture.shape[:2])
-    colours = np.float32(alpha) * matplotlib.colormaps[cmap](np.arange(256), bytes=True)[:, :3].astype(np.float32)
+    colours = (np.float32(alpha) * matplotlib.colormaps[cmap](np.arange(256), bytes=True)[:, :3].astype(np.float32) + 0.5).astype(np.uint8)
     shade = ((heat - np.float32(limits[0])) * np.float32(256 / (limits[1] - limits[0]))).clip(0, 255).astype(np.uint8)
     luminance = picture @ np.array([0.299, 0.587, 0.114], np.float32)
-    faded = (1 - alpha) * ((1 - grey) * picture + grey * luminance[..., None]) + 0.5
-    blended = colours.take(shade, axis=0)
-    blended += faded
-    return blended.astype(np.uint8)
+    faded = ((1 - alpha) * ((1 - grey) * picture + grey * luminance[..., None])).astype(np.uint8)
+    blended = colours.take(shade, axis=0, mode="clip")
+    blended += faded   # one rounded, one cut off: never above 255
+    return blended
 
 def overlay(
     image: Picturelike,
@@ -351,16 +351,16 @@ def paint_mask(
     background: int | None = 0,  # the class that is only dimmed; None = no such class (COCO-Stuff)
 ) -> np.ndarray:
     "A mask in colours with white contours, uint8 `(H, W, 3)`. Raises `InputError` when picture and mask differ in size."
-    mask = _as_mask(mask)
-    colours = (voc_palette() if palette is None else palette)[mask].astype(np.float32)
-    weight = np.ones(mask.shape, np.float32)
+    mask, weight = _as_mask(mask), np.full((256, 1), 1 if image is None else alpha, np.float32)   # of a class's colour
+    if image is not None and background is not None: weight[background] = 0.2
+    colours = (weight * (voc_palette() if palette is None else palette)).astype(np.float32).take(mask, axis=0, mode="clip")
     if image is not None:
         picture = as_picture(image)
         if picture.shape[:2] != mask.shape: raise InputError(f"mask {mask.shape} and picture {picture.shape[:2]} differ in size")
-        weight = np.where(mask == (-1 if background is None else background), 0.2, alpha)[..., None]
-        colours = weight * colours + (1 - weight) * picture
-    colours[_contours(mask)] = 255
-    return colours.round().astype(np.uint8)
+        colours += (1 - weight).take(mask, axis=0, mode="clip") * picture
+    painted = colours.round().astype(np.uint8)
+    painted[_contours(mask)] = 255
+    return painted
 
 # %% ../nbs/60_plots.ipynb #3385b130
 def _as_mask(mask: Array) -> np.ndarray:
@@ -369,7 +369,7 @@ def _as_mask(mask: Array) -> np.ndarray:
     if values.ndim != 2 or values.dtype.kind not in "iu": raise InputError(f"a mask is integer (H, W), got {values.dtype} {values.shape}")
     if values.size and (values.min() < 0 or values.max() > 255):
         raise InputError(f"a mask holds class ids 0..255, got {values.min()}..{values.max()}")
-    return values.astype(np.int64)
+    return values.astype(np.uint8)
 
 # %% ../nbs/60_plots.ipynb #f0ea27b6
 def _class_name(label: int, names: Sequence[str] | None) -> str:

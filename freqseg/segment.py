@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import freqseg
+from .cam import best_class
 from .clip import pad_to_patch
 from .corruptions import Corruption
 from .crf import CRFSettings, crf_settings, dense_crf
@@ -318,7 +319,7 @@ def merged_strips(views: Sequence[View], size: tuple[int, int], scoring: Scoring
 
 def merged_labels(views: Sequence[View], size: tuple[int, int], scoring: Scoring = Scoring()) -> np.ndarray:
     "Best class of every pixel, (H, W) uint8."
-    return torch.cat([scoring.ranked(merged).argmax(0).to(torch.uint8) for _, merged in merged_strips(views, size, scoring)]).cpu().numpy()
+    return torch.cat([best_class(scoring.ranked(merged), 0).to(torch.uint8) for _, merged in merged_strips(views, size, scoring)]).cpu().numpy()
 
 
 # %% ../nbs/53_segment.ipynb #ab8fc58f
@@ -616,7 +617,7 @@ def _with_biases(job: Job, views: Sequence[View], truth: np.ndarray) -> tuple[np
     labels, counts, split = [], 0, job.zero_shot
     for strip, merged in merged_strips(views, truth.shape, job.scoring):
         ranked = job.scoring.ranked(merged)
-        labels.append(ranked.argmax(0).to(torch.uint8))
+        labels.append(best_class(ranked, 0).to(torch.uint8))
         counts = counts + sweep_bias(ranked, torch.from_numpy(truth[strip]), split.seen_index, split.unseen_index, BIASES)
     return torch.cat(labels).cpu().numpy(), counts
 
@@ -730,7 +731,7 @@ def segment_picture(
         found = analyse(job, [Picture(0, "the picture", np.array(image), scaled_pixels(image, job.scales, inference), None, None)])[0]
     labels, scoring = [], job.scoring
     for _, merged in merged_strips(found.views["seg"], image.size[::-1], scoring):
-        best = scoring.ranked(merged)[answering].argmax(0)
+        best = best_class(scoring.ranked(merged)[answering], 0)
         labels.append(best.to(torch.uint8))
         if floor is not None: labels[-1][scoring.plain(merged)[answering].gather(0, best[None])[0] < floor] = IGNORE
     return torch.cat(labels).cpu().numpy()

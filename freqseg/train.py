@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from .cam import best_class
 from .clip import nearest_multiple
 from .data import Batch, Sample, collate, to_tensors
 from .files import InputError, atomic_write
@@ -496,7 +497,7 @@ def segmentation_scores(
             samples = [sample for _, sample in group]
             masks = torch.stack([sample.mask for sample in samples])
             logits = system.predict(_pixels(system, torch.stack([sample.image for sample in samples])))
-            labels = F.interpolate(logits.float(), masks.shape[1:], mode="bilinear", align_corners=False).argmax(1)
+            labels = best_class(F.interpolate(logits.float(), masks.shape[1:], mode="bilinear", align_corners=False))
             counts += confusion_matrix(labels.cpu(), masks, system.num_classes)
             bar.update(len(group))
     scores = iou_scores(counts)

@@ -292,3 +292,9 @@ def test_similarity_bands_sum_to_the_cosines(clip, scene, source):
 def test_a_constant_map_lives_in_the_lowest_band():
     bands = band_cams(torch.full((1, 1, 6, 6), 2.0))
     assert torch.allclose(bands[0], torch.full((1, 1, 6, 6), 2.0), atol=1e-5) and bands[1:].abs().max() < 1e-5
+
+
+def test_the_best_class_is_the_first_of_the_highest() -> None:
+    from freqseg.cam import best_class
+    scores = torch.randint(0, 3, (2, 6, 40, 30)).float()
+    assert (best_class(scores).numpy() == scores.numpy().argmax(1)).all() and (best_class(scores[0], 0).numpy() == scores[0].numpy().argmax(0)).all()

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..affinity import affinity_request
-from ..cam import background_score, grad_cam
+from ..cam import background_score, best_class, grad_cam
 from ..clip import Backbone, Features, merge_requests
 from ..data import IGNORE, Batch
 from ..decoders import Decoded, TransformerDecoder, wtclip_decoder
@@ -90,7 +90,7 @@ class System(nn.Module):
 
     def labels(self, logits: Tensor) -> Tensor:
         "What logits (B, C, h, w) say: 0 for the background, 1 + its place for a class, (B, h, w)."
-        return logits.argmax(1)
+        return best_class(logits)
 
     def load_trainable(self, state: Mapping[str, Tensor]) -> None:
         "Take over a `trainable_state`. Raises `InputError` when it belongs to another system."
@@ -125,7 +125,7 @@ def assign_labels(
     scores = F.interpolate(packed, images.shape[-2:], mode="bilinear", align_corners=False)
     if nothing is None: scores = torch.cat([background_score(scores, power), scores], 1)
     if refine is not None: scores = refine(images, scores)
-    best = scores.argmax(1)
+    best = best_class(scores)
     named = classes.gather(1, (best - 1).clamp_min(0).flatten(1)).view_as(best) + 1
     labels = named.masked_fill(best == 0, 0)
     return labels if valid is None else labels.masked_fill(~valid, IGNORE)

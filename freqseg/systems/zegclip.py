@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..cam import best_class
 from ..clip import Backbone, nearest_multiple
 from ..data import COCOSTUFF_ZERO_SHOT, UNLABELLED, VOC_ZERO_SHOT, Batch, ZeroShotSplit, zero_shot_split
 from ..decoders import CrossAttentionDecoder, RelationshipDescriptor, SpectralGuidedDecoder
@@ -145,7 +146,7 @@ class ZegCLIP(System):
 
     def labels(self, logits: Tensor) -> Tensor:
         "The best name of logits (B, K, h, w), seen ones handicapped: 1 + its place, (B, h, w). These systems know no background."
-        return 1 + (logits.sigmoid() - self.handicap.to(logits).view(-1, 1, 1)).argmax(1)
+        return 1 + best_class(logits.sigmoid() - self.handicap.to(logits).view(-1, 1, 1))
 
     def masks(self, images: Tensor, text: Tensor, keep: Callable[[Tensor], Tensor]|None = None) -> Tensor:
         "Logits (B, C, h, w) of normalised images for C embedded names (C, E); `keep` filters the patches (B, E, h, w), or gives versions of them."
@@ -168,7 +169,7 @@ class ZegCLIP(System):
     def self_labelled(self, logits: Tensor, masks: Tensor) -> Tensor:
         "Masks (B, H, W) in which pixels without labels have the best unseen class of logits (B, K, H, W) (ZegCLIP, transductive)."
         unseen = torch.tensor(self.split.unseen_index, device=logits.device)
-        return torch.where(masks == UNLABELLED, unseen[logits[:, unseen].argmax(1)], masks)
+        return torch.where(masks == UNLABELLED, unseen[best_class(logits[:, unseen])], masks)
 
     @torch.no_grad()
     def predict(self, images: Tensor, keep: Callable[[Tensor], Tensor]|None = None) -> Tensor:
