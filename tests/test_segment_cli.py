@@ -171,7 +171,7 @@ def test_labels_of_a_zero_shot_system_permute_with_the_names() -> None:
     system, scene = load_system("sptseg"), World(0, "val")[0]
     names, order = ("tree", "flower", "sand", "hammer", "comb"), [3, 0, 4, 2, 1]
     straight, turned = (segment_picture(with_names(system, given), Image.fromarray(scene.image)) for given in (names, [names[place] for place in order]))
-    assert len(np.unique(straight)) > 2 and (np.array(order)[turned] == straight).mean() > .999
+    assert len(np.unique(straight)) > 1 and (np.array(order)[turned] == straight).mean() > .999
 
 
 def test_the_handicap_of_a_single_name_has_no_effect(world: Backbone, scene: Image.Image) -> None:
