@@ -122,9 +122,9 @@ def overlays(
     colours = (np.float32(alpha) * matplotlib.colormaps[cmap](np.arange(256), bytes=True)[:, :3].astype(np.float32) + 0.5).astype(np.uint8)
     shade = ((heat - np.float32(limits[0])) * np.float32(256 / (limits[1] - limits[0]))).clip(0, 255).astype(np.uint8)
     luminance = picture @ np.array([0.299, 0.587, 0.114], np.float32)
-    faded = ((1 - alpha) * ((1 - grey) * picture + grey * luminance[..., None])).astype(np.uint8)
+    faded = ((1 - alpha) * ((1 - grey) * picture + grey * luminance[..., None]) + 0.25).astype(np.uint8)
     blended = colours.take(shade, axis=0, mode="clip")
-    blended += faded   # one rounded, one cut off: never above 255
+    blended += faded   # rounded from .5 and from .75 up: never above 255
     return blended
 
 def overlay(
