@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .affinity import (POSITIVE_FLOOR, SOURCES, affinity_request, box_mask, propagate, relations, symmetrise)
+from .affinity import (POSITIVE_FLOOR, SOURCES, affinity_request, box_mask, mean_relation, propagate, symmetrise)
 from .cam import (background_score, cosine_map, grad_cam_evidence, normalise_cam, patch_embeddings, similarity_request)
 from .clip import Backbone, Features, merge_requests
 from .files import InputError
@@ -169,7 +169,7 @@ class CamParts:
     @cached_property
     def relation(self) -> Tensor:
         "Mean relation W between patches over the chosen blocks, (B, N, N), rows sum to at most 1; row = query."
-        return relations(self.features, affinity_source(self.backbone, self.settings), self.settings.layers).mean(1).float()
+        return mean_relation(self.features, affinity_source(self.backbone, self.settings), self.settings.layers).float()
 
     @cached_property
     def smooth(self) -> Tensor:

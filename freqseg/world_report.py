@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .affinity import box_mask, propagate, relations, symmetrise
+from .affinity import box_mask, mean_relation, propagate, relations, symmetrise
 from .cam import grad_cam, normalise_cam
 from .clip import Backbone, Features
 from .files import atomic_write, sha256, shipped
@@ -42,7 +42,7 @@ class Scenes(NamedTuple):
 
 def used_affinities(features: Features) -> dict[str, Tensor]:
     "A_s of every source as `CamSettings` has it, (B, N, N)."
-    return {source: symmetrise(relations(features, source, CamSettings().layers).mean(1)) for source in SOURCES}
+    return {source: symmetrise(mean_relation(features, source, CamSettings().layers)) for source in SOURCES}
 
 def scene_batches(world: World, count: int, backbone: Backbone, batch: int) -> Iterator[Scenes]:
     "The first `count` scenes, each encoded once, with a bar."

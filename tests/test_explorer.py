@@ -287,7 +287,7 @@ def test_the_tower_runs_once_however_many_views_there_are(encoded: list[int]) ->
 
 def test_moving_the_cut_off_makes_no_affinity_and_no_evidence_again(small: Look, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    for name in ("grad_cam_evidence", "relations", "symmetrise", "patch_embeddings"):
+    for name in ("grad_cam_evidence", "mean_relation", "symmetrise", "patch_embeddings"):
         function = getattr(cams_room, name)
         monkeypatch.setattr(cams_room, name, lambda *args, name=name, function=function, **options: calls.append(name) or function(*args, **options))
     small.shown(View(affinity="both")); small.shown(View(maps="transport", affinity="both"))
@@ -296,7 +296,7 @@ def test_moving_the_cut_off_makes_no_affinity_and_no_evidence_again(small: Look,
         for maps in ("gradcam", "transport"): small.shown(View(maps=maps, affinity="both", **changed))
     assert calls == []
     small.shown(View(affinity="both", layers=2))
-    assert calls == ["relations", "symmetrise", "symmetrise"]
+    assert calls == ["mean_relation", "symmetrise", "symmetrise"]
 
 
 # ---- masks and scores -----------------------------------------------------------------------------------------------

@@ -54,10 +54,10 @@ def test_the_tower_runs_once_and_nothing_runs_twice(backbone: Backbone, batch: t
         return wrapper
 
     monkeypatch.setattr(Backbone, "encode", counted("encode", Backbone.encode))
-    for name in ("grad_cam_evidence", "relations", "patch_embeddings", "split_bands", "symmetrise"):
+    for name in ("grad_cam_evidence", "mean_relation", "patch_embeddings", "split_bands", "symmetrise"):
         monkeypatch.setattr(room, name, counted(name, getattr(room, name)))
     frequency_cams(backbone, *batch)
-    assert calls == {"encode": 1, "grad_cam_evidence": 1, "relations": 1, "patch_embeddings": 2, "split_bands": 1, "symmetrise": 2}
+    assert calls == {"encode": 1, "grad_cam_evidence": 1, "mean_relation": 1, "patch_embeddings": 2, "split_bands": 1, "symmetrise": 2}
 
 
 def test_each_map_equals_the_one_of_the_room_that_defines_it(backbone: Backbone, batch: tuple, cams: dict) -> None:
