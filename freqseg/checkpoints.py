@@ -43,7 +43,7 @@ def save_system(
     write_checkpoint(path, Checkpoint(system.trainable_state(), state, system.config, tuple(system.config["classes"])))
     return Path(path)
 
-SHIPPED = ("weclip", "wtclip", "dfa", "ffr", "sptseg")   # systems whose weights ship, trained on the embedded world
+SHIPPED = ("weclip", "wtclip", "dfa", "ffr", "zegclip", "sptseg")   # systems whose weights ship, trained on the embedded world
 
 def checkpoint_path(path: str|Path) -> Path:
     """The file itself; of a run's folder the best checkpoint, else the last; of a system's name in SHIPPED the weights that ship.

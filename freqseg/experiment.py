@@ -103,7 +103,8 @@ PRESETS: dict[str, dict[str, Preset]] = {
 
 # On the embedded world everything is smaller. 400 steps do not teach WeCLIP's decoder an affinity worth selecting by, so it never does (`switch`).
 # SPT-SEG's decoder starts with heads that look everywhere alike; in so few steps only one with a residual learns places, and only at 0.003 does it also
-# learn to tell names apart that it has no masks of: at 0.001 not even four times as many steps do. Learning rates were compared by mIoU of seen classes on val, which asks nothing of unseen ones.
+# learn to tell names apart that it has no masks of: at 0.001 not even four times as many steps do. Its first gradients are so long that, unclipped, they fill
+# Adam's second moment for hundreds of steps. Rates and clipping were compared by mIoU of seen classes on val, which asks nothing of unseen ones.
 _SMALL: dict[str, tuple[float, dict[str, Any]]] = {
     "weclip": (1e-3, dict(dim=64, switch=2., background_power=2.)),
     "wtclip": (1e-3, dict(dim=64, switch=2., background_power=2.)),
@@ -111,10 +112,11 @@ _SMALL: dict[str, tuple[float, dict[str, Any]]] = {
     "ffr": (1e-4, dict(dim=64, hidden=128, maps="smoothed", background_power=2., lambda_seg=1.)),
     "zegclip": (3e-3, dict(filter_size=128, residual=True)),
     "sptseg": (3e-3, dict(filter_size=128, residual=True))}
+_ZERO_SHOT_SMALL = dict(flip=False, average="probabilities"), dict(grad_clip=1.)   # inference and schedule of the last two
 for _name, (_lr, _options) in _SMALL.items():
     for _size, _preset in {"world": WORLD, "smoke": SMOKE}.items():
-        PRESETS[_name][_size] = replace(_preset, settings=replace(_preset.settings, lr=_lr), options=_options,
-                                        **(dict(flip=False, average="probabilities") if _name in ("zegclip", "sptseg") else {}))
+        _inference, _schedule = _ZERO_SHOT_SMALL if _name in ("zegclip", "sptseg") else ({}, {})
+        PRESETS[_name][_size] = replace(_preset, settings=replace(_preset.settings, lr=_lr, **_schedule), options=_options, **_inference)
 
 
 # %% ../nbs/57_experiment.ipynb #35fc21c2

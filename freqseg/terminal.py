@@ -15,7 +15,7 @@ from typing import Any
 from .files import InputError
 
 # %% ../nbs/63_terminal.ipynb #32adb764
-RUN = "a run's folder (its best checkpoint), a checkpoint, or one that ships, trained on the embedded world: weclip, wtclip, dfa, ffr, sptseg"   # for --help
+RUN = "a run's folder (its best checkpoint), a checkpoint, or one that ships, trained on the embedded world: weclip, wtclip, dfa, ffr, zegclip, sptseg"   # for --help
 
 def class_list(text: str) -> list[str]:
     "Names between commas; one comma may end them. Raises `InputError` when there are none, one is empty or comes twice, and for semicolons."

@@ -45,12 +45,16 @@ def picture() -> object:
 # ---- systems that ship ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_shipped_system_is_trained_for_the_worlds_classes_and_finds_what_a_scene_shows(name: str, picture: object) -> None:
+def test_a_shipped_system_is_trained_for_the_worlds_classes_and_finds_what_scenes_show(name: str) -> None:
     system = load_system(name)
     assert system.name == name and set(system.classes) == set(WORLD_CLASSES)
-    scores = explore(picture, model=name).shown(OWN).scores["prediction"]
-    untrained = type(system).build(system.backbone, system.classes, **{} if name == "sptseg" else {"dim": 64}).eval()
-    assert scores["mean"] > explore(picture, model=untrained).shown(OWN).scores["prediction"]["mean"]
+    untrained = type(system).build(system.backbone, system.classes, **{} if name in ("zegclip", "sptseg") else {"dim": 64}).eval()
+
+    def found(model: object) -> float:
+        "Mean of the mIoU over scenes, with all names to choose from."
+        return sum(explore(scene(number), WORLD_CLASSES, model).shown(OWN).scores["prediction"]["mean"] for number in (11, 48)) / 2
+
+    assert found(system) > 2 * found(untrained)
 
 
 # ---- side by side ---------------------------------------------------------------------------------------------------
