@@ -93,7 +93,9 @@ def _relations(features: Features, source: str, layers: int|Sequence[int], heads
     if source not in SOURCES: raise InputError(f"source={source!r}: use one of {', '.join(SOURCES)}.")
     if temperature is not None and not temperature > 0: raise InputError(f"temperature={temperature}: give a positive number.")
     if source == "tokens" and heads is not None: raise InputError("tokens have no heads: leave heads=None.")
-    for block in last_blocks(features.depth, layers):
+    blocks = last_blocks(features.depth, layers)
+    if not blocks: raise InputError(f"layers={layers}: take the relations of at least one block.")
+    for block in blocks:
         if source == "attention": yield _attention_relation(features, block, heads)
         elif source == "tokens": yield _token_relation(features, block, temperature or TOKEN_TEMPERATURE)
         else: yield _like_with_like(features, block, source, heads, temperature or 1.0)

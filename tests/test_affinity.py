@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from skimage.measure import label, regionprops
 
-from freqseg.affinity import (SOURCES, affinity_request, box_mask, inverse_affinity, last_blocks, propagate, relations,
+from freqseg.affinity import (SOURCES, affinity_request, box_mask, inverse_affinity, last_blocks, mean_relation, propagate, relations,
                               selective_mean, smoothed_affinity, symmetrise)
 from freqseg.clip import Backbone, Features, build_clip
 from freqseg.files import InputError
@@ -66,6 +66,16 @@ def test_requests_make_the_encoder_record_what_is_needed():
         found = clip.encode(normal(1, 3, 32, 32), joint=False, **affinity_request(clip.depth, source, layers=2))
         assert smoothed_affinity(found, source, layers=2).shape == (1, 16, 16)
 
+def test_the_mean_relation_is_the_mean_of_all_and_leaves_the_features_as_they_are(features):
+    before = {block: attention.clone() for block, attention in features.attention.items()}
+    for source in SOURCES:
+        for layers in (1, 2, 3, (0, 2)):
+            assert torch.allclose(mean_relation(features, source, layers), relations(features, source, layers).mean(1), atol=1e-6)
+    assert all(torch.equal(features.attention[block], attention) for block, attention in before.items())
+    half = Features(features.grid, features.depth, attention={block: attention.bfloat16() for block, attention in before.items()})
+    found = mean_relation(half)
+    assert found.dtype == torch.float32 and torch.allclose(found, relations(half).float().mean(1), atol=1e-6)
+
 @given(depth=st.integers(1, 24), layers=st.integers(1, 30))
 def test_last_blocks_are_the_last(depth, layers):
     assert last_blocks(depth, layers) == tuple(range(depth))[-layers:]
@@ -78,6 +88,8 @@ def test_affinity_mistakes_are_named(features):
     with pytest.raises(InputError, match="attention, qq"): relations(features, "keys")
     with pytest.raises(InputError, match="attention, qq"): affinity_request(4, "keys")
     with pytest.raises(InputError, match="temperature=0"): relations(features, "kk", temperature=0)
+    with pytest.raises(InputError, match="layers=0: take the relations of at least one"): relations(features, layers=0)
+    with pytest.raises(InputError, match="at least one"): mean_relation(features, layers=())
     with pytest.raises(InputError, match="no heads"): relations(features, "tokens", heads=[0])
     with pytest.raises(InputError, match="per_head=True"):
         relations(Features((4, 5), 4, attention={i: a.mean(1) for i, a in features.attention.items()}), heads=[0])

@@ -70,6 +70,18 @@ def test_doubly_stochastic_rows_and_columns_sum_to_one(n: int, batch: int) -> No
         assert (plan >= 0).all()
 
 
+@pytest.mark.parametrize("columns", [5, room.WIDE - 1, room.WIDE, room.WIDE + 40])
+def test_wide_and_narrow_matrices_are_scaled_alike(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    "With and without a copy of the transpose."
+    kernel, found = torch.randn(2, 60, columns), []
+    col = shares(columns)[None].float() * torch.ones(2, 1)
+    for wide in (1, 10_000):
+        monkeypatch.setattr(room, "WIDE", wide)
+        found.append(sinkhorn(kernel, col=col, tolerance=1e-6, iterations=1000))
+    torch.testing.assert_close(found[0].plan, found[1].plan, atol=1e-9, rtol=1e-4)
+    torch.testing.assert_close(found[0].plan.sum(-2), col, atol=1e-7, rtol=1e-4)
+
+
 def test_a_doubly_stochastic_matrix_is_a_fixed_point() -> None:
     permutations = torch.stack([torch.eye(9, dtype=torch.float64)[torch.randperm(9)] for _ in range(30)])
     matrix = (permutations * shares(30)[:, None, None]).sum(0) * 0.9 + 0.1 / 9
