@@ -102,9 +102,9 @@ PRESETS: dict[str, dict[str, Preset]] = {
     "sptseg": _zero_shot(96_000)}
 
 # On the embedded world everything is smaller. 400 steps do not teach WeCLIP's decoder an affinity worth selecting by, so it never does (`switch`).
-# SPT-SEG's decoder starts with heads that look everywhere alike; in so few steps only one with a residual learns places. Its first gradients are a thousand
-# times longer than its last, and unclipped they fill Adam's second moment for hundreds of steps: then at 0.001 it does not learn to tell names apart that it
-# has no masks of, not even in four times as many steps. Rates and clipping were compared by mIoU of seen classes on val, which asks nothing of unseen ones.
+# SPT-SEG's decoder starts with heads that look everywhere alike; in so few steps only one with a residual learns places, and at 0.001 it does not learn to
+# tell names apart that it has no masks of. Its first gradients are a thousand times longer than its last, and unclipped they fill Adam's second moment for
+# hundreds of steps, some seeds' more than others'. Rates and clipping were compared by mIoU of seen classes on val, which asks nothing of unseen ones.
 _SMALL: dict[str, tuple[float, dict[str, Any]]] = {
     "weclip": (1e-3, dict(dim=64, switch=2., background_power=2.)),
     "wtclip": (1e-3, dict(dim=64, switch=2., background_power=2.)),
