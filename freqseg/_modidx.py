@@ -695,6 +695,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'freqseg.experiment.plan': ('experiment.html#plan', 'freqseg/experiment.py')},
             'freqseg.explorer': { 'freqseg.explorer.Cell': ('explorer.html#cell', 'freqseg/explorer.py'),
                                   'freqseg.explorer.Look': ('explorer.html#look', 'freqseg/explorer.py'),
+                                  'freqseg.explorer.Look._parts': ('explorer.html#look._parts', 'freqseg/explorer.py'),
                                   'freqseg.explorer.Look.blocks': ('explorer.html#look.blocks', 'freqseg/explorer.py'),
                                   'freqseg.explorer.Look.depth': ('explorer.html#look.depth', 'freqseg/explorer.py'),
                                   'freqseg.explorer.Look.grid': ('explorer.html#look.grid', 'freqseg/explorer.py'),

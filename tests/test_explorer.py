@@ -295,8 +295,24 @@ def test_moving_the_cut_off_makes_no_affinity_and_no_evidence_again(small: Look,
     for changed in (dict(mu=.3), dict(shape="disc"), dict(lambda_h=.6), dict(boxes=False), dict(threshold=.2), dict(epsilon=.3), dict(band="stack")):
         for maps in ("gradcam", "transport"): small.shown(View(maps=maps, affinity="both", **changed))
     assert calls == []
+    small.related.clear()
     small.shown(View(affinity="both", layers=2))
     assert calls == ["mean_relation", "symmetrise", "symmetrise"]
+    first = small.shown(View(affinity="both", layers=3))
+    small.shown(View(affinity="both", layers=2))
+    again = small.shown(View(affinity="both", layers=3))
+    assert len(calls) == 6 and torch.equal(first.final, again.final)   # blocks shown before cost nothing
+
+
+def test_a_look_keeps_a_bounded_number_of_affinities(small: Look, monkeypatch: pytest.MonkeyPatch) -> None:
+    import freqseg.explorer as room
+    small.related.clear()
+    size = small.grid[0]*small.grid[1]
+    for kept in (0, 10 * 4 * size**2):
+        monkeypatch.setattr(room, "KEPT", kept)
+        for layers in (1, 2, 3, 4, 5, 6, 1): small.shown(View(affinity="both", layers=layers))
+        held = sum(made.nbytes for parts in small.related.values() for made in parts.values())
+        assert held <= kept and bool(held) == bool(kept)
 
 
 # ---- masks and scores -----------------------------------------------------------------------------------------------
