@@ -44,6 +44,7 @@ def picture() -> object:
 
 # ---- systems that ship ----------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_system_is_trained_for_the_worlds_classes_and_finds_what_scenes_show(name: str) -> None:
     system = load_system(name)
