@@ -28,7 +28,7 @@ app: .venv/.ready ## the explorer as a page without code
 test: .venv/.ready ## everything: notebooks clean, in sync, lessons run, pytest, coverage
 	@bash .ci/test all
 
-fast: .venv/.ready ## the quick part of pytest, two to three minutes on two cores
+fast: .venv/.ready ## the quick part of pytest, about three minutes on two cores
 	@bash .ci/test fast
 
 bench: .venv/.ready ## speed, side by side with other libraries
