@@ -930,7 +930,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'freqseg.plots._fitted': ('plots.html#_fitted', 'freqseg/plots.py'),
                                'freqseg.plots._flow': ('plots.html#_flow', 'freqseg/plots.py'),
                                'freqseg.plots._grid_of': ('plots.html#_grid_of', 'freqseg/plots.py'),
-                               'freqseg.plots._interpolation': ('plots.html#_interpolation', 'freqseg/plots.py'),
                                'freqseg.plots._key_beside': ('plots.html#_key_beside', 'freqseg/plots.py'),
                                'freqseg.plots._lay_out': ('plots.html#_lay_out', 'freqseg/plots.py'),
                                'freqseg.plots._legend': ('plots.html#_legend', 'freqseg/plots.py'),

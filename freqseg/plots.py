@@ -32,6 +32,7 @@ from torch import Tensor
 from .data import IGNORE
 from .data import palette as voc_palette
 from .files import InputError, atomic_write
+from .segment import interpolation_matrix
 
 # %% ../nbs/60_plots.ipynb #e1f77153
 Picturelike = np.ndarray | Image.Image  # uint8 (H, W, 3) or (H, W), or a PIL picture
@@ -110,13 +111,8 @@ def _resized(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if values.shape[-2:] == size: return values
     maps = torch.from_numpy(np.array(values))
     if max(maps.shape[-2:]) > _PATCHES: return F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0].numpy()
-    rows, columns = (_interpolation(old, new) for old, new in zip(maps.shape[-2:], size))
-    return (rows.mT @ maps @ columns).numpy()
-
-@lru_cache(64)
-def _interpolation(old: int, new: int) -> Tensor:
-    "What bilinear resizing does to one axis, (old, new)."
-    return F.interpolate(torch.eye(old, dtype=torch.float32, device="cpu")[None], new, mode="linear", align_corners=False)[0]
+    rows, columns = (interpolation_matrix(new, old, old) for old, new in zip(maps.shape[-2:], size))
+    return (rows @ maps @ columns.mT).numpy()
 
 # %% ../nbs/60_plots.ipynb #37eab0f9
 @lru_cache(64)
