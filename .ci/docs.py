@@ -1,6 +1,6 @@
 """mkdocs hook: the navigation, from the guide's pages and the notebooks themselves, and equations that need no script.
 
-A notebook's number says its floor and its first heading is its title, so a new room is in the navigation by being there.
+A notebook's folder, or at the top its number, says its floor, and its first heading is its title, so a new room is in the navigation by being there.
 A page of the guide is there in the same way; GUIDE says where.
 """
 
@@ -19,11 +19,9 @@ FLOORS = {
     "1": "1 · Inputs",
     "2": "2 · Method parts",
     "3": "2 · Method parts",
-    "4": "3 · Systems",
-    "5": "4 · Work",
-    "6": "5 · Faces",
 }
 FOLDERS = {"explore": "Explore", "train": "Train"}
+ROOMS = {"systems": "3 · Systems", "world": "4 · Embedded models", "work": "5 · Work", "faces": "6 · Faces"}
 GUIDE = ("first_hour", "own_data", "own_classes", "cluster", "crf", "systems")  # the tutorial, what to do when, the explanation
 
 # Equations as nbconvert leaves them: between dollars, or between backslash brackets. Code is matched first, to be kept.
@@ -47,8 +45,8 @@ def title(path: Path) -> str:
 
 
 def section(path: Path) -> str | None:
-    "The heading of the navigation under which a notebook belongs, from its folder or its number."
-    return FOLDERS.get(path.parent.name) or FLOORS.get(path.name[0])
+    "The heading of the navigation under which a notebook belongs, from its folder or, at the top, its number."
+    return (FOLDERS | ROOMS).get(path.parent.name) or FLOORS.get(path.name[0])
 
 
 def guide(docs: Path) -> list[str]:
@@ -59,7 +57,7 @@ def guide(docs: Path) -> list[str]:
 
 def navigation(docs: Path) -> list[dict[str, Any]]:
     "mkdocs' `nav`: home, the guide, the notebooks to explore, those that train, then the rooms floor by floor."
-    sections: dict[str, list[dict[str, str]]] = {name: [] for name in [*FOLDERS.values(), *FLOORS.values()]}
+    sections: dict[str, list[dict[str, str]]] = {name: [] for name in [*FOLDERS.values(), *FLOORS.values(), *ROOMS.values()]}
     for path in sorted(docs.rglob("*.ipynb")):
         name = section(path)
         if name and ".ipynb_checkpoints" not in path.parts:

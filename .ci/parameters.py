@@ -8,8 +8,8 @@ sys.path.insert(0, str(ROOT))
 
 import nbformat  # noqa: E402
 
-from freqseg.checkpoints import SYSTEMS  # noqa: E402
-from freqseg.experiment import parameters_cell  # noqa: E402
+from freqseg.work.checkpoints import SYSTEMS  # noqa: E402
+from freqseg.work.experiments import parameters_cell  # noqa: E402
 
 
 def update(path: Path, source: str) -> bool:

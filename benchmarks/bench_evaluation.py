@@ -17,9 +17,9 @@ import torch
 
 from freqseg.clip import load_clip
 from freqseg.data import SegmentationFolder, open_folder
-from freqseg.segment import evaluate_system
+from freqseg.work.inference import evaluate_system
 from freqseg.systems.weclip import WeCLIP
-from freqseg.world import write_world
+from freqseg.world.scenes import write_world
 
 CORES, SCALES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), (1.0, 1.25, 1.5)
 pytestmark = pytest.mark.benchmark

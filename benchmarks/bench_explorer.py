@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from freqseg.clip import Backbone
-from freqseg.explorer import RANDOM, Look, View, explore, mask_cells, open_model, scene, spectrum_svg, view_cells
+from freqseg.faces.explorer import RANDOM, Look, View, explore, mask_cells, open_model, scene, spectrum_svg, view_cells
 
 pytestmark = pytest.mark.benchmark
 MODELS = {"world": ("star", "wheel", "moon"), f"ViT-B-16{RANDOM}": ("dog", "grass", "car")}   # a model and three names for it

@@ -18,8 +18,8 @@ def steps(threads: int) -> None:
     "Print wall clock, user and system seconds of a step: medians over the later steps of a short training."
     import tempfile, warnings
     import torch
-    import freqseg.train as room
-    from freqseg.experiment import experiment
+    import freqseg.work.train as room
+    from freqseg.work.experiments import experiment
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")   # a few scenes do not show every class
     spent, step = [], room._train_step

@@ -8,7 +8,7 @@ import time
 import numpy as np
 from PIL import Image
 
-from freqseg.world import World, noise_bank
+from freqseg.world.scenes import World, noise_bank
 
 
 def rate(function, count: int = 200) -> float:

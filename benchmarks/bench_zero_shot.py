@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from freqseg.checkpoints import SYSTEMS
+from freqseg.work.checkpoints import SYSTEMS
 from freqseg.clip import Backbone, load_clip
 from freqseg.data import UNLABELLED, VOC_CLASSES, Batch
 from freqseg.systems.segmenter import System

@@ -16,8 +16,8 @@ from torch import Tensor
 from .clip import WECLIP_TEMPLATE, Backbone, WorldTokenizer
 from .data import BACKGROUND_PROMPTS, COCO_PROMPT_ALIASES, VOC_PROMPT_ALIASES, unknown_name
 from .files import InputError
-from .world import WORLD_BACKGROUNDS, WORLD_CLASSES
-from .world_clip import FILLERS
+from .world.scenes import WORLD_BACKGROUNDS, WORLD_CLASSES
+from .world.clip import FILLERS
 
 # %% ../nbs/18_prompts.ipynb #c837189e
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from freqseg.cli import server_command
+from freqseg.faces.cli import server_command
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = Path(os.environ.get("FREQSEG_SCREENSHOTS", ROOT / "htmlcov" / "screenshots"))

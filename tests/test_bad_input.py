@@ -18,11 +18,11 @@ import pytest
 import torch
 from PIL import Image
 
-from freqseg.cli import main
+from freqseg.faces.cli import main
 from freqseg.files import shipped
-from freqseg.world import World, write_world
+from freqseg.world.scenes import World, write_world
 
-COMMAND = [sys.executable, "-c", "import sys; from freqseg.cli import main; sys.exit(main())"]
+COMMAND = [sys.executable, "-c", "import sys; from freqseg.faces.cli import main; sys.exit(main())"]
 FAST = ["--model", "world", "--size", "112", "--device", "cpu"]
 
 

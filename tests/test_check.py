@@ -1,4 +1,4 @@
-"""freqseg.check: what is wrong with a dataset folder, and a list of what is not."""
+"""freqseg.work.check: what is wrong with a dataset folder, and a list of what is not."""
 
 from pathlib import Path
 
@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from freqseg import check, data
-from freqseg.check import check_folder
+from freqseg import data
+from freqseg.work import check
+from freqseg.work.check import check_folder
 from freqseg.data import InputError
 
 

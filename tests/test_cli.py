@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import freqseg
-from freqseg.cli import cam_prompts, fitted_size, main, output_names, picture_files
+from freqseg.faces.cli import cam_prompts, fitted_size, main, output_names, picture_files
 from freqseg.clip import Backbone, load_clip
 from freqseg.data import read_mask
-from freqseg.frequency_cam import METHODS
-from freqseg.terminal import class_list, interruptible
-from freqseg.world import WORLD_CLASSES, World
+from freqseg.maps import METHODS
+from freqseg.faces.terminal import class_list, interruptible
+from freqseg.world.scenes import WORLD_CLASSES, World
 
 FEW = "gradcam,high,inverse,transport"
 WORLD = ["--model", "world", "--device", "cpu"]
@@ -48,7 +48,7 @@ def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_help_names_every_command_and_imports_nothing_heavy() -> None:
-    program = "import sys; from freqseg.cli import main\ntry: main(['--help'])\nfinally: print(sorted({n.split('.')[0] for n in sys.modules}))"
+    program = "import sys; from freqseg.faces.cli import main\ntry: main(['--help'])\nfinally: print(sorted({n.split('.')[0] for n in sys.modules}))"
     done = subprocess.run([sys.executable, "-c", program], text=True, capture_output=True, timeout=120)
     assert done.returncode == 0
     assert all(f"\n    {command} " in done.stdout for command in ("demo", "cam", "seeds", "cost", "check", "world", "run"))
@@ -244,7 +244,7 @@ def test_seeds_of_the_world_draw_their_own_scenes_once(tmp_path: Path, capsys: p
 @pytest.mark.slow
 def test_the_demo_makes_everything_that_it_announces(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("freqseg.cli.DEMO", dict(preset="smoke", scenes=(16, 8, 8), iterations=6))
+    monkeypatch.setattr("freqseg.faces.cli.DEMO", dict(preset="smoke", scenes=(16, 8, 8), iterations=6))
     assert main(["demo", "--scenes", "6"]) == 0
     announced = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  demo/")]
     assert len(announced) >= 5
@@ -252,7 +252,7 @@ def test_the_demo_makes_everything_that_it_announces(tmp_path: Path, capsys: pyt
 
 
 def test_world_measures_instead_of_drawing_when_asked(tmp_path, monkeypatch, capsys):
-    from freqseg import world_report
+    from freqseg.world.scenes import report
     from freqseg.files import shipped
     known = json.loads(shipped("world_report.json").read_text())
     monkeypatch.setattr(world_report, "measure_world", lambda backbone, seed: {**known, "seed": seed})

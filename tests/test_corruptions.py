@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import functional as peer
 
-from freqseg.corruptions import CORRUPTIONS, REFERENCE, SEVERITIES, Corruption, parse_corruptions
+from freqseg.work.corruptions import CORRUPTIONS, REFERENCE, SEVERITIES, Corruption, parse_corruptions
 from freqseg.files import InputError
 from freqseg.spectra import high_frequency_share
-from freqseg.world import World
+from freqseg.world.scenes import World
 
 PUBLISHED = {   # of all five severities (Hendrycks and Dietterich, 2019)
     "blur": (1, 2, 3, 4, 6), "noise": (.08, .12, .18, .26, .38), "jpeg": (25, 18, 15, 10, 7), "contrast": (.4, .3, .2, .1, .05)}

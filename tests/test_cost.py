@@ -11,16 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-import freqseg.cost as room
-from freqseg.checkpoints import SYSTEMS
-from freqseg.cli import main
+import freqseg.work.cost as room
+from freqseg.work.checkpoints import SYSTEMS
+from freqseg.faces.cli import main
 from freqseg.clip import Backbone, build_clip, load_clip, named_config
-from freqseg.cost import FORMULAS, FlopTally, conditions, cost_classes, cost_markdown, measure_cost, measure_costs, parts_markdown, peak_memory, wall_clock
+from freqseg.work.cost import FORMULAS, FlopTally, conditions, cost_classes, cost_markdown, measure_cost, measure_costs, parts_markdown, peak_memory, wall_clock
 from freqseg.data import COCO_CLASSES, VOC_CLASSES, VOC_ZERO_SHOT
 from freqseg.files import InputError
 from freqseg.systems.segmenter import Segmenter, System
 from freqseg.systems.weclip import WeCLIP
-from freqseg.world import WORLD_CLASSES
+from freqseg.world.scenes import WORLD_CLASSES
 
 CPU = torch.device("cpu")
 

@@ -35,9 +35,9 @@ ALL_COMMANDS = [pytest.param(words, id=f"{page.stem}: {' '.join(words)[:60]}") f
 
 @pytest.mark.parametrize("words", [words for words in ALL_COMMANDS if words.values[0] != ["--help"]])
 def test_a_command_of_the_guide_is_one_that_freqseg_takes(words: list[str]) -> None:
-    from freqseg.cli import build_parser
-    from freqseg.experiment import PRESETS, plan
-    from freqseg.training_cli import _axes, given_parameters
+    from freqseg.faces.cli import build_parser
+    from freqseg.work.experiments import PRESETS, plan
+    from freqseg.faces.training_cli import _axes, given_parameters
     numbers = {"$SLURM_NNODES": "2", "$SLURM_NODEID": "0"}
     args = build_parser().parse_args([numbers.get(word, word) for word in words])
     if words[0] in ("train", "sweep"):
@@ -55,7 +55,7 @@ def test_python_in_the_guide_compiles_and_imports_what_there_is(page: Path) -> N
 
 
 def test_options_that_the_page_on_systems_names_are_options() -> None:
-    from freqseg.experiment import known_parameters
+    from freqseg.work.experiments import known_parameters
     known = {name for system in SYSTEMS.split("|") for names in known_parameters(system).values() for name in names}
     named = re.findall(r"`(\w+)=[\w.-]+`", (ROOT / "nbs" / "guide" / "systems.md").read_text(encoding="utf-8"))
     assert len(named) > 10 and not set(named) - known

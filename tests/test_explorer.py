@@ -16,21 +16,21 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-import freqseg.explorer as room
+import freqseg.faces.explorer as room
 import freqseg.files
-import freqseg.frequency_cam as cams_room
+import freqseg.maps as cams_room
 from freqseg.affinity import affinity_request, box_mask, propagate
 from freqseg.cam import normalise_cam
-from freqseg.checkpoints import SYSTEMS, load_system, save_system
+from freqseg.work.checkpoints import SYSTEMS, load_system, save_system
 from freqseg.clip import Backbone, load_clip, merge_requests
 from freqseg.data import COCOSTUFF_CLASSES, IGNORE, write_mask
-from freqseg.explorer import (CELL_SIDE, LONGEST_SIDE, Look, Subject, View, dataset_picture, explore, jpeg, mask_cells, open_model, patch_cells,
+from freqseg.faces.explorer import (CELL_SIDE, LONGEST_SIDE, Look, Subject, View, dataset_picture, explore, jpeg, mask_cells, open_model, patch_cells,
                               photograph, save_view, scene, spectrum_svg, uploaded, usual_side, view_cells, view_code, view_figure)
 from freqseg.files import InputError
-from freqseg.frequency_cam import CamParts, CamSettings, cam_parts, frequency_cams
-from freqseg.plots import cam_panel, overlay, overlays, paint_mask, png_bytes
+from freqseg.maps import CamParts, CamSettings, cam_parts, frequency_cams
+from freqseg.faces.plots import cam_panel, overlay, overlays, paint_mask, png_bytes
 from freqseg.prompts import embed_wording, usual_wording
-from freqseg.world import WORLD_CLASSES, World
+from freqseg.world.scenes import WORLD_CLASSES, World
 
 SMALL = 96   # longest side, pixels, where the size does not matter: 12 x 12 patches of the world's CLIP
 plain = pytest.mark.usefixtures("plain_figures")
@@ -305,7 +305,7 @@ def test_moving_the_cut_off_makes_no_affinity_and_no_evidence_again(small: Look,
 
 
 def test_a_look_keeps_a_bounded_number_of_affinities(small: Look, monkeypatch: pytest.MonkeyPatch) -> None:
-    import freqseg.explorer as room
+    import freqseg.faces.explorer as room
     small.related.clear()
     size = small.grid[0]*small.grid[1]
     for kept in (0, 10 * 4 * size**2):
@@ -828,7 +828,7 @@ def test_the_data_set_of_a_saved_view_is_opened_as_it_was(tmp_path: Path) -> Non
     (root / "classes.txt").rename(root / "names.txt")
     found = dataset_picture(root, "two", dataset="voc")
     made: dict = {}
-    exec(f"from freqseg.explorer import dataset_picture\nfound = {found.code}", made)
+    exec(f"from freqseg.faces.explorer import dataset_picture\nfound = {found.code}", made)
     assert (made["found"].image == found.image).all() and made["found"].known == found.known
 
 

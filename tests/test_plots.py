@@ -1,4 +1,4 @@
-"""freqseg.plots: what is drawn, that no word is cut off, and that drawing touches nothing global."""
+"""freqseg.faces.plots: what is drawn, that no word is cut off, and that drawing touches nothing global."""
 
 import io
 import sys
@@ -15,11 +15,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-import freqseg.plots
+import freqseg.faces.plots
 from freqseg.data import palette
 from freqseg.files import InputError
 from freqseg.metrics import Interval
-from freqseg.plots import (
+from freqseg.faces.plots import (
     affinity_row,
     as_picture,
     band_panel,
@@ -407,6 +407,6 @@ def test_drawing_changes_no_global_settings():
 def test_drawing_does_not_need_pyplot(monkeypatch):
     "With pyplot made impossible to import, everything is drawn all the same."
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    assert "pyplot" not in vars(freqseg.plots)
+    assert "pyplot" not in vars(freqseg.faces.plots)
     for figure in (cam_panel(photo(), {"a": maps()}), curve([0, 1], {"a": [0, 1]}, "x"), gallery([{"a": photo()}])):
         assert png_bytes(figure).startswith(b"\x89PNG")

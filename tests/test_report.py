@@ -18,15 +18,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from test_segment import NAMES, QUIET, SIZES, Toy, write_folder
+from test_inference import NAMES, QUIET, SIZES, Toy, write_folder
 
-import freqseg.report as room
+import freqseg.faces.report as room
 from freqseg.data import COCO_CLASSES, VOC_CLASSES, SegmentationFolder, open_folder, read_mask
 from freqseg.files import InputError
 from freqseg.metrics import Interval
-from freqseg.report import (confusion_svg, evaluate_run, gallery_sheet, html, markdown, percent, provenance, save_report, to_json,
+from freqseg.faces.report import (confusion_svg, evaluate_run, gallery_sheet, html, markdown, percent, provenance, save_report, to_json,
                             trimap_sheet, trimap_svg)
-from freqseg.segment import SystemReport, evaluate_system
+from freqseg.work.inference import SystemReport, evaluate_system
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -21,6 +21,7 @@ import freqseg
 ROOT = Path(__file__).resolve().parent.parent
 LARGEST_NOTEBOOK = 600_000  # bytes
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:root|home/\w+|tmp|work|Users/\w+)/[\w./-]*|[A-Z]:\\\\Users")
+FOLDERS = ["", "systems", "world", "work", "faces"]  # from the ground up; what lies at the top are the parts
 NOT_ON_FLOOR_0 = {"open_clip", "torchvision", "matplotlib", "pywt", "scipy", "skimage", "sklearn", "PIL", "papermill"}
 
 
@@ -52,13 +53,14 @@ def source(cell: dict) -> str:
 
 @cache
 def floors() -> dict[str, int]:
-    "Module name -> floor, from the numbers of the notebooks that export them."
+    "Module name -> floor: a folder is a floor of its own; at the top the notebook's number says it (0 mathematics, 1 inputs, 2 and 3 method parts)."
     found = {}
-    for path in (ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"):
+    for path in (ROOT / "nbs").rglob("[0-9][0-9]_*.ipynb"):
         exported = re.search(r"^#\|\s*default_exp:?\s+([\w.]+)", "\n".join(map(source, cells(path))), re.MULTILINE)
         assert exported, f"{path.name} has a number but exports no module"
-        number = int(path.name[:2])
-        found[f"freqseg.{exported.group(1)}"] = {3: 2}.get(number // 10, number // 10 - (number >= 40))
+        folder = exported.group(1).rpartition(".")[0]
+        assert folder == path.parent.relative_to(ROOT / "nbs").as_posix().strip("."), f"{path.name} lies in another folder than its module"
+        found[f"freqseg.{exported.group(1)}"] = FOLDERS.index(folder) + 2 if folder else min(int(path.name[0]), 2)
     return found
 
 

@@ -7,20 +7,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_segment import QUIET, SIZES, Toy, ZeroShotToy, write_folder
+from test_inference import QUIET, SIZES, Toy, ZeroShotToy, write_folder
 
-from freqseg.cli import main
+from freqseg.faces.cli import main
 from freqseg.clip import load_clip
-from freqseg.corruptions import Corruption
-from freqseg.checkpoints import save_system
+from freqseg.work.corruptions import Corruption
+from freqseg.work.checkpoints import save_system
 from freqseg.data import SegmentationFolder, open_folder, zero_shot_split, zero_shot_view
-from freqseg.evaluate import paired_gain
+from freqseg.work.seeds import paired_gain
 from freqseg.files import InputError
 from freqseg.metrics import ConfusionMeter
-from freqseg.robustness import Robustness, read_robustness, robustness, robustness_markdown, robustness_plot, side_by_side
-from freqseg.segment import evaluate_system
+from freqseg.work.robustness import Robustness, read_robustness, robustness, robustness_markdown, robustness_plot, side_by_side
+from freqseg.work.inference import evaluate_system
 from freqseg.systems.weclip import WeCLIP
-from freqseg.world import WORLD_CLASSES, write_world
+from freqseg.world.scenes import WORLD_CLASSES, write_world
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_a_system_that_looks_at_nothing_loses_nothing(dataset) -> None:
 
 
 def test_a_clean_report_is_not_made_again(dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    import freqseg.robustness as room
+    import freqseg.work.robustness as room
     clean, seen = evaluate_system(Toy().eval(), dataset, **QUIET), []
     monkeypatch.setattr(room, "evaluate_system", lambda *given, corrupt, **options: seen.append(corrupt) or evaluate_system(*given, corrupt=corrupt, **options))
     found = robustness(Toy().eval(), dataset, ("jpeg",), (2,), clean=clean, **QUIET)

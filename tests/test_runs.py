@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from freqseg.files import InputError
-from freqseg.runs import Parameter, RunFailed, check_parameters, notebook_parameters, parse_parameter, run_notebook
+from freqseg.work.runs import Parameter, RunFailed, check_parameters, notebook_parameters, parse_parameter, run_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMETERS = """

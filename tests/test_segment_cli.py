@@ -9,17 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
-import freqseg.checkpoints
-from freqseg.checkpoints import SHIPPED, load_system
-from freqseg.cli import main, output_names
+import freqseg.work.checkpoints
+from freqseg.work.checkpoints import SHIPPED, load_system
+from freqseg.faces.cli import main, output_names
 from freqseg.clip import Backbone, load_clip
 from freqseg.files import InputError
-from freqseg.segment import MOST_NAMES, segment_picture
-from freqseg.segment_cli import ENDINGS, with_names
+from freqseg.work.inference import MOST_NAMES, segment_picture
+from freqseg.faces.segment_cli import ENDINGS, with_names
 from freqseg.systems.sptseg import SPTSEG
 from freqseg.systems.weclip import WeCLIP
-from freqseg.terminal import class_list, require_apart
-from freqseg.world import WORLD_CLASSES, World
+from freqseg.faces.terminal import class_list, require_apart
+from freqseg.world.scenes import WORLD_CLASSES, World
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def folder(scene: Image.Image, tmp_path: Path) -> Path:
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> Callable:
     "Have the command find this system, whatever the checkpoint."
-    def set_system(system) -> None: monkeypatch.setattr(freqseg.checkpoints, "load_system", lambda *_, **__: system)
+    def set_system(system) -> None: monkeypatch.setattr(freqseg.work.checkpoints, "load_system", lambda *_, **__: system)
     return set_system
 
 
@@ -63,7 +63,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Callable:
 def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     "Opening a checkpoint is a failure of the test."
     def load(*_, **__): raise AssertionError("the checkpoint was opened")
-    monkeypatch.setattr(freqseg.checkpoints, "load_system", load)
+    monkeypatch.setattr(freqseg.work.checkpoints, "load_system", load)
 
 
 def words(folder: Path, *more: object, pictures: tuple[str, ...] = ("a.png",), out: str = "out") -> list[str]:

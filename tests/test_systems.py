@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freqseg.checkpoints import SYSTEMS, checkpoint_path, load_system, save_system, system_named
+from freqseg.work.checkpoints import SYSTEMS, checkpoint_path, load_system, save_system, system_named
 from freqseg.clip import Backbone, load_clip
 from freqseg.data import COCO_CLASSES, VOC_CLASSES, Batch
 from freqseg.files import InputError
@@ -18,8 +18,8 @@ from freqseg.systems.ffr import FFR
 from freqseg.systems.segmenter import Segmenter, assign_labels, pack_present, read_options
 from freqseg.systems.weclip import WeCLIP, WeCLIPOptions
 from freqseg.systems.wtclip import WTCLIP, edge_map
-from freqseg.train import Checkpoint, write_checkpoint
-from freqseg.world import WORLD_CLASSES, World
+from freqseg.work.train import Checkpoint, write_checkpoint
+from freqseg.world.scenes import WORLD_CLASSES, World
 
 WEAK = {name: system for name, system in SYSTEMS.items() if system.supervision == "labels"}
 LOSSES = {"weclip": {"seg", "affinity"}, "wtclip": {"seg", "affinity"}, "dfa": {"seg", "alignment", "rectification"},

@@ -28,11 +28,11 @@ from torch import Tensor
 from torch.utils.data import Subset
 from toy_training import Toy
 
-from freqseg import train as room
+from freqseg.work import train as room
 from freqseg.data import TrainTransform, open_folder
 from freqseg.files import InputError
 from freqseg.metrics import ConfusionMeter, iou_scores
-from freqseg.train import (
+from freqseg.work.train import (
     Checkpoint,
     DataPlan,
     OutOfMemory,
@@ -50,7 +50,7 @@ from freqseg.train import (
     segmentation_scores,
     write_checkpoint,
 )
-from freqseg.world import write_world
+from freqseg.world.scenes import write_world
 
 TESTS = Path(__file__).resolve().parent
 SHORT = TrainSettings(iterations=12, batch=4, lr=1e-2, warmup=3, validate_every=6, save_every=4, log_every=1, workers=0)
@@ -694,7 +694,7 @@ def test_a_second_run_on_a_folder_is_refused_and_told_who_holds_it(pictures: obj
     with locked(tmp_path / "run"): pass
 
 
-HOLD = "import sys, time; from freqseg.train import locked\nwith locked(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+HOLD = "import sys, time; from freqseg.work.train import locked\nwith locked(sys.argv[1]): print('held', flush=True); time.sleep(60)"
 
 
 @pytest.mark.slow

@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from freqseg.cli import main
+from freqseg.faces.cli import main
 from freqseg.data import palette
-from freqseg.experiment import draw_scenes, known_parameters, parameter_defaults, parse_parameters, plan
+from freqseg.work.experiments import draw_scenes, known_parameters, parameter_defaults, parse_parameters, plan
 from freqseg.files import InputError
-from freqseg.runs import launch_command
-from freqseg.train import locked, read_checkpoint
+from freqseg.work.runs import launch_command
+from freqseg.work.train import locked, read_checkpoint
 
 FEW = ["-p", "iterations=4", "-p", "workers=0"]
 SYSTEMS = ("weclip", "wtclip", "dfa", "ffr", "zegclip", "sptseg")
@@ -147,7 +147,7 @@ def test_data_that_are_not_there_are_no_matter_for_a_kernel(words: list[str], tm
 
 
 def test_a_folder_in_use_is_refused_and_its_record_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("freqseg.runs.run_notebook", lambda *_, **__: pytest.fail("a notebook was run"))
+    monkeypatch.setattr("freqseg.work.runs.run_notebook", lambda *_, **__: pytest.fail("a notebook was run"))
     with locked(tmp_path / "run"):
         said = says(capsys, ["train", "dfa", "-p", "scenes=1,1,1", "--out", str(tmp_path / "run")], 2)
     assert re.search(r"run is in use by process \d+ on .*choose another", said)
@@ -162,7 +162,7 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path: Path, caps
 @pytest.mark.slow
 def test_two_processes_train_and_one_shows_it(tmp_path: Path) -> None:
     words = ["train", "weclip", "--device", "cpu", "--devices", "2", "--out", str(tmp_path / "run"), *FEW, "-p", "batch=1"]
-    done = subprocess.run([sys.executable, "-c", "from freqseg.cli import main; raise SystemExit(main())", *words], text=True, capture_output=True, timeout=600)
+    done = subprocess.run([sys.executable, "-c", "from freqseg.faces.cli import main; raise SystemExit(main())", *words], text=True, capture_output=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "  seg       network output" in done.stdout
     described = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -242,9 +242,9 @@ def test_a_zero_shot_training_reports_seen_and_unseen_and_is_evaluated_on_other_
 
 def test_a_protocol_is_where_the_options_of_inference_start_from() -> None:
     from dataclasses import replace
-    from freqseg.cli import build_parser
-    from freqseg.segment import INFERENCE
-    from freqseg.training_cli import _inference_asked
+    from freqseg.faces.cli import build_parser
+    from freqseg.work.inference import INFERENCE
+    from freqseg.faces.training_cli import _inference_asked
     args = build_parser().parse_args(["evaluate", "run", "--protocol", "zegclip", "--flip", "--batch", "2"])
     assert replace(INFERENCE[args.protocol], **_inference_asked(args)) == replace(INFERENCE["zegclip"], flip=True, batch=2)
     with pytest.raises(SystemExit): build_parser().parse_args(["evaluate", "run", "--protocol", "zegklip"])

@@ -11,13 +11,13 @@ import pywt
 import torch
 from PIL import Image
 
-from freqseg.checkpoints import SHIPPED, load_system
-from freqseg.explorer import (View, chart_svg, compare_cells, explore, history_svg, learned_taps, open_history, prompt_cells, prompt_tower, scene,
+from freqseg.work.checkpoints import SHIPPED, load_system
+from freqseg.faces.explorer import (View, chart_svg, compare_cells, explore, history_svg, learned_taps, open_history, prompt_cells, prompt_tower, scene,
                               snapshot_cells, wavelet_cells)
 from freqseg.files import InputError
 from freqseg.spectral_prompts import filter_magnitude
-from freqseg.widgets import CompareExplorer, PromptExplorer, RunExplorer, WaveletExplorer
-from freqseg.world import WORLD_CLASSES
+from freqseg.faces.widgets import CompareExplorer, PromptExplorer, RunExplorer, WaveletExplorer
+from freqseg.world.scenes import WORLD_CLASSES
 
 OWN = View(maps="trained", affinity="none")
 

@@ -21,15 +21,15 @@ import torch
 from ipywidgets.widgets.widget import _instances as open_widgets
 from PIL import Image
 
-import freqseg.explorer
-import freqseg.widgets as room
-from freqseg.checkpoints import SYSTEMS, save_system
+import freqseg.faces.explorer
+import freqseg.faces.widgets as room
+from freqseg.work.checkpoints import SYSTEMS, save_system
 from freqseg.clip import Backbone, build_world_clip, load_clip, read_metadata, save_clip
 from freqseg.data import write_labels, write_mask
-from freqseg.explorer import AFFINITIES, Look, View, explore, patch_cells, spectrum_svg, view_cells
+from freqseg.faces.explorer import AFFINITIES, Look, View, explore, patch_cells, spectrum_svg, view_cells
 from freqseg.files import InputError, shipped
-from freqseg.widgets import CHOICES, FrequencyExplorer, PictureGrid, PicturePicker, bar_colours, close_tree, found_runs, option_control
-from freqseg.world import WORLD_CLASSES, World
+from freqseg.faces.widgets import CHOICES, FrequencyExplorer, PictureGrid, PicturePicker, bar_colours, close_tree, found_runs, option_control
+from freqseg.world.scenes import WORLD_CLASSES, World
 
 SMALL = 96   # longest side that the tower sees in these tests: 12 x 12 patches
 DEPTH = 6    # blocks of the world's CLIP
@@ -50,7 +50,7 @@ def the_world() -> Backbone: return load_clip("world")
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     "Small looks, small pictures, one load of the world's CLIP, and no notebook around."
-    monkeypatch.setattr(freqseg.explorer, "CELL_SIDE", 64)
+    monkeypatch.setattr(freqseg.faces.explorer, "CELL_SIDE", 64)
     opened = room.open_model
     world = the_world()
     monkeypatch.setattr(room, "explore", lambda subject, names, model: explore(subject, names, model, SMALL))

@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 
 from freqseg.data import open_folder
 from freqseg.files import InputError
-from freqseg.world import (DIFFICULTIES, KINDS, SPLITS, WORLD_BACKGROUNDS, WORLD_CLASSES, World, noise_bank, paint, plural, write_world)
+from freqseg.world.scenes import (DIFFICULTIES, KINDS, SPLITS, WORLD_BACKGROUNDS, WORLD_CLASSES, World, noise_bank, paint, plural, write_world)
 
 indices = st.integers(0, 10**6)
 
@@ -27,7 +27,7 @@ def test_a_scene_depends_on_seed_split_and_index_alone(index, split, difficulty,
 
 
 def test_another_process_draws_the_same_scenes():
-    code = ("import hashlib; from freqseg.world import World\n"
+    code = ("import hashlib; from freqseg.world.scenes import World\n"
             "for i in (0, 7, 123):\n    s = World(0)[i]; print(hashlib.sha256(s.image.tobytes() + s.mask.tobytes() + s.caption.encode()).hexdigest())")
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert printed == [digest(World(0)[index]) for index in (0, 7, 123)]
@@ -91,7 +91,7 @@ def test_the_promised_failures_are_there():
 
 
 def test_a_part_wears_the_class_and_the_rest_is_shared():
-    from freqseg.world import COATS, TEXTURES
+    from freqseg.world.scenes import COATS, TEXTURES
     pairs = [(kind.texture, kind.hue) for kind in KINDS]
     assert len(set(pairs)) == len(KINDS)  # the typical look tells the classes apart
     assert len({kind.hue for kind in KINDS}) < len(KINDS) and len(COATS) < len(KINDS)

@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from freqseg import world_clip
+from freqseg.world.scenes import clip
 from freqseg.clip import load_clip
 from freqseg.files import InputError, sha256, shipped
 from freqseg.metrics import mean_average_precision
-from freqseg.world import WORLD_CLASSES, World
-from freqseg.world_clip import (STAGES, VOCABULARY, WorldTokenizer, caption_loss, content_words, keep_patches, key_imbalance,
+from freqseg.world.scenes import WORLD_CLASSES, World
+from freqseg.world.clip import (STAGES, VOCABULARY, WorldTokenizer, caption_loss, content_words, keep_patches, key_imbalance,
                                 learning_rate, new_world_clip, phrases, scene_cache, ship_world_clip, train_forward, train_world_clip, true_of,
                                 view, world_config)
 

@@ -9,8 +9,8 @@ from sklearn.metrics import roc_auc_score
 from freqseg.clip import Backbone, load_clip
 from freqseg.files import shipped
 from freqseg.metrics import confusion_matrix, mean_iou
-from freqseg.world import World
-from freqseg.world_report import (SOURCES, THRESHOLDS, mean_interval, measure_world, pooled_ceiling, report_table, sampled_auc, seed_figures)
+from freqseg.world.scenes import World
+from freqseg.world.report import (SOURCES, THRESHOLDS, mean_interval, measure_world, pooled_ceiling, report_table, sampled_auc, seed_figures)
 
 
 def test_sampled_auc_over_all_patches_is_sklearns():

@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from freqseg.checkpoints import load_system, save_system
-from freqseg.cli import main
+from freqseg.work.checkpoints import load_system, save_system
+from freqseg.faces.cli import main
 from freqseg.clip import Backbone, load_clip
 from freqseg.data import UNLABELLED, VOC_CLASSES, Batch, SegmentationFolder, list_folder, palette, write_mask, zero_shot_view
 from freqseg.files import InputError
 from freqseg.systems.sptseg import SPTSEG
 from freqseg.systems.zegclip import WORLD_ZERO_SHOT, ZegCLIP, seen_and_unseen
-from freqseg.world import WORLD_CLASSES, World
+from freqseg.world.scenes import WORLD_CLASSES, World
 
 SYSTEMS = {"zegclip": ZegCLIP, "sptseg": SPTSEG}
 SELF = 3*(4*(512*512 + 512) + 2*512)                                     # of three layers: an attention and a norm that no published forward pass runs

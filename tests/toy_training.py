@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from freqseg.data import Batch, TrainTransform, open_folder
-from freqseg.train import TrainSettings, fit, seeded
+from freqseg.work.train import TrainSettings, fit, seeded
 
 
 class Toy(nn.Module):
