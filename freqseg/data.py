@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['IGNORE', 'UNLABELLED', 'VOC_CLASSES', 'COCO_CLASSES', 'COCOSTUFF_CLASSES', 'VOC_PROMPT_ALIASES',
            'COCO_PROMPT_ALIASES', 'BACKGROUND_PROMPTS', 'COCO_BACKGROUND_PROMPTS', 'VOC_ZERO_SHOT',
-           'COCOSTUFF_ZERO_SHOT', 'COCOSTUFF_PUBLISHED', 'unknown_name', 'ZeroShotSplit', 'zero_shot_split', 'palette',
-           'write_mask', 'read_image', 'read_mask', 'LabelTable', 'shipped_ids', 'shipped_labels', 'read_classes',
-           'read_ids', 'read_labels', 'write_labels', 'Listing', 'folder_splits', 'list_folder', 'list_voc',
-           'list_coco', 'list_cocostuff', 'detect_dataset', 'list_dataset', 'dataset_splits', 'Sample',
-           'SegmentationFolder', 'require_same_size', 'zero_shot_view', 'thinned', 'open_voc', 'open_coco',
-           'open_cocostuff', 'open_folder', 'open_dataset', 'labels_from_masks', 'classes_in_mask', 'RandomScale',
-           'to_tensors', 'VariedCrop', 'TrainTransform', 'Batch', 'collate']
+           'COCOSTUFF_ZERO_SHOT', 'COCOSTUFF_PUBLISHED', 'ZeroShotSplit', 'zero_shot_split', 'palette', 'write_mask',
+           'read_image', 'read_mask', 'LabelTable', 'shipped_ids', 'shipped_labels', 'read_classes', 'read_ids',
+           'read_labels', 'write_labels', 'Listing', 'folder_splits', 'list_folder', 'list_voc', 'list_coco',
+           'list_cocostuff', 'detect_dataset', 'list_dataset', 'dataset_splits', 'Sample', 'SegmentationFolder',
+           'require_same_size', 'zero_shot_view', 'thinned', 'open_voc', 'open_coco', 'open_cocostuff', 'open_folder',
+           'open_dataset', 'labels_from_masks', 'classes_in_mask', 'RandomScale', 'to_tensors', 'VariedCrop',
+           'TrainTransform', 'Batch', 'collate']
 
 # %% ../nbs/10_data.ipynb #2b95110a
-import contextlib, csv, difflib, functools, os, struct
+import contextlib, csv, functools, os, struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as joint_ops
 
-from .files import InputError, atomic_write, shipped
+from .files import InputError, atomic_write, shipped, unknown_name
 
 # %% ../nbs/10_data.ipynb #4a53e4eb
 IGNORE = 255  # mask value of pixels that count neither in a loss nor in a score
@@ -75,17 +75,6 @@ COCO_BACKGROUND_PROMPTS: tuple[str, ...] = tuple(  # a keyboard and a (stop) sig
     name for name in BACKGROUND_PROMPTS if name not in ("keyboard", "sign"))
 
 # %% ../nbs/10_data.ipynb #73555d10
-def unknown_name(
-    name: str,                 # what the user wrote
-    known: Iterable[str],      # what would have been right
-    what: str = "class",       # what kind of name it is, for the message
-) -> InputError:
-    "The error for a name that is not among `known`: suggests the nearest one, or lists some. To be raised by the caller."
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=1) or difflib.get_close_matches(name.lower(), known, n=1)
-    listed = ", ".join(known[:12]) + (f", ... ({len(known)} in all)" if len(known) > 12 else "")
-    return InputError(f"unknown {what} {name!r}. " + (f"Did you mean {close[0]!r}?" if close else f"Known: {listed}."))
-
 def _require_names(names: Sequence[str], known: Sequence[str]) -> None:
     for name in names:
         if name not in known: raise unknown_name(name, known)

@@ -252,7 +252,7 @@ def test_the_demo_makes_everything_that_it_announces(tmp_path: Path, capsys: pyt
 
 
 def test_world_measures_instead_of_drawing_when_asked(tmp_path, monkeypatch, capsys):
-    from freqseg.world.scenes import report
+    from freqseg.world import report as world_report
     from freqseg.files import shipped
     known = json.loads(shipped("world_report.json").read_text())
     monkeypatch.setattr(world_report, "measure_world", lambda backbone, seed: {**known, "seed": seed})

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from freqseg.world.scenes import clip
+from freqseg.world import clip as world_clip
 from freqseg.clip import load_clip
 from freqseg.files import InputError, sha256, shipped
 from freqseg.metrics import mean_average_precision
