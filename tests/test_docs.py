@@ -144,7 +144,8 @@ def test_every_link_and_picture_of_the_site_is_there(site: Path) -> None:
 def test_the_navigation_begins_with_home_and_the_guide(site: Path) -> None:
     found = [target for target in links(site / "index.html").targets if target.endswith(".html") and "://" not in target]
     inside = list(dict.fromkeys(found))
-    guide = ["guide/first_hour.html", "guide/own_data.html", "guide/own_classes.html", "guide/cluster.html", "guide/crf.html", "guide/systems.html"]
+    guide = ["guide/first_hour.html", "guide/own_data.html", "guide/own_classes.html", "guide/cluster.html", "guide/crf.html", "guide/systems.html",
+             "guide/glossary.html"]
     assert [page for page in inside if page.startswith("guide/")] == guide
     assert inside.index(guide[-1]) < next(place for place, page in enumerate(inside) if page.startswith("explore/"))
 
