@@ -133,7 +133,7 @@ def transport_plan(
     share = class_marginal(similarity, temperature, floor, present) if share is None else share
     if not eps > 0:
         raise InputError(f"eps={eps}: the entropic regularisation must be positive; 0.1 is the default, 0.01 is sharp")
-    return transport(gained, share, eps=eps, mask=present, iterations=iterations, tolerance=tolerance, gradient=gradient)
+    return transport(gained, share, epsilon=eps, mask=present, iterations=iterations, tolerance=tolerance, gradient=gradient)
 
 # %% ../nbs/24_ot_cam.ipynb #ff3a19dd
 def transport_cam(

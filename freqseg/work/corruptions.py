@@ -41,7 +41,7 @@ def _blurred(image: Image.Image, sigma: float, _: Any) -> Image.Image:
     return _rounded(gaussian_filter(np.asarray(image, np.float64), (across, across, 0), mode="nearest"))
 
 def _noisy(image: Image.Image, deviation: float, seed: np.ndarray) -> Image.Image:
-    "Normal noise on every value. `RandomState` is numpy's generator whose numbers never change from version to version."
+    "Normal noise on every value. The numbers of numpy's `RandomState` never change from version to version."
     values = np.asarray(image, np.float64)
     return _rounded(values + 255*deviation*np.random.RandomState(seed).standard_normal(values.shape))
 
@@ -68,7 +68,7 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Corruption:
-    "One way to make pictures worse. Raises `InputError` for an unknown kind, naming the nearest, and for a strength that there is not."
+    "One way to make pictures worse. Raises `InputError` for an unknown kind, naming the nearest, or another strength."
     kind: str       # a key of CORRUPTIONS
     strength: int   # 1 to 3; 0 leaves pictures as they are
 
@@ -83,7 +83,7 @@ class Corruption:
         image: Image.Image,
         name: str,            # of the picture: what its noise is drawn from
     ) -> Image.Image:         # RGB, of the same size
-        "The picture made worse; the same for the same name, everywhere and always. (JPEG is as constant as the libjpeg behind Pillow.)"
+        "The picture made worse, always the same for the same name (JPEG: with the same libjpeg behind Pillow)."
         return _MAKERS[self.kind](image.convert("RGB"), self.parameter, self._seed(name)) if self.strength else image
 
     @property
@@ -113,7 +113,7 @@ class Corruption:
 def parse_corruptions(
     text: str,   # such as blur,noise, or all
 ) -> tuple[str, ...]:
-    "Kinds of corruption from text. Raises `InputError` for none, an unknown one (naming the nearest), or one that comes twice."
+    "Kinds of corruption from text. Raises `InputError` for none, an unknown one (naming the nearest), or one twice."
     if text.strip() == "all": return tuple(CORRUPTIONS)
     kinds = tuple(part.strip() for part in text.split(",") if part.strip())
     if not kinds: raise InputError(f"no corruption named: use all, or some of {', '.join(CORRUPTIONS)}.")

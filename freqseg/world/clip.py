@@ -40,13 +40,13 @@ def phrases(caption: str) -> list[str]:
     return re.split(r" and | on ", body)
 
 def content_words(texts: Sequence[str]) -> Tensor:
-    "Which content words each text has: (len(texts), len(VOCABULARY)) of 0 and 1, plurals counted as singulars, fillers left out."
+    "Content words of each text, plurals as singulars, without fillers: (len(texts), len(VOCABULARY)) of 0 and 1."
     index = {word: i for i, word in enumerate(VOCABULARY)}
-    found = torch.zeros(len(texts), len(VOCABULARY))
-    for row, text in zip(found, texts):
+    counts = torch.zeros(len(texts), len(VOCABULARY))
+    for row, text in zip(counts, texts):
         for word in text.split():
             if word not in FILLERS: row[index[SINGULAR.get(word, word)]] = 1
-    return found
+    return counts
 
 def true_of(texts: Tensor, captions: Tensor) -> Tensor:
     "Is each text (T, V) true of each picture with this caption (B, V)? Gives (B, T) of 0 and 1."
@@ -75,7 +75,7 @@ def scene_cache(
     count: int,        # scenes 0..count-1 of the world
     workers: int|None = None,
 ) -> SceneCache:
-    "Draw `count` scenes into `folder`, or reuse them when they are there. Captions are written last and mark the cache complete."
+    "Draw `count` scenes into `folder`, or reuse those that are there: captions, written last, mark a complete cache."
     path = Path(folder)/f"{world.split}-{world.seed}-{count}-{world.size}-{_digest(world)}.npy"
     notes = path.with_suffix(".json")
     if not notes.exists():
@@ -135,7 +135,7 @@ def world_config(width: int = 128, layers: int = 6, side: int = 112, head_width:
     return dict(embed_dim=128, vision_cfg=vision, text_cfg=text, init_logit_scale=math.log(10), init_logit_bias=-4.)
 
 def new_world_clip(config: dict, seed: int = 0) -> nn.Module:
-    "A world CLIP to be trained: random, but with every block's key projection a copy of its (orthogonal) query projection."
+    "A world CLIP to be trained: random, but every block's key projection is a copy of its orthogonal query projection."
     model = build_world_clip(config, seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -157,7 +157,7 @@ def keep_patches(tokens: Tensor, share: float) -> Tensor:
 def key_imbalance(
     keys: Tensor,  # (B, heads, 1 + n, d) of one block, CLS first
 ) -> Tensor:
-    "How unequal the keys of a picture's patches are: squared coefficient of variation of |k|^2, averaged over pictures and heads. 0 = all the same length."
+    "Squared coefficient of variation of |k|^2 over a picture's patches, mean over pictures and heads; 0 = all equal."
     energy = keys[:, :, 1:].float().square().sum(-1)
     return (energy/energy.mean(-1, keepdim=True) - 1).square().mean()
 
@@ -185,7 +185,7 @@ def caption_loss(
     truth: Tensor,       # (B, T) of 0 and 1
     scale: Tensor, bias: Tensor,
 ) -> Tensor:
-    "Sigmoid loss of all picture-text pairs, summed over texts, averaged over pictures (SigLIP, with many positives a row)."
+    "Sigmoid loss of all picture-text pairs, summed over texts, averaged over pictures (SigLIP with several positives)."
     logits = scale*F.normalize(embeddings, dim=-1) @ F.normalize(texts, dim=-1).T + bias
     return F.binary_cross_entropy_with_logits(logits, truth, reduction="sum")/len(embeddings)
 
@@ -297,12 +297,8 @@ def _descend(trainer: WorldClipTrainer, loss: Tensor) -> None:
 # %% ../../nbs/world/48_clip.ipynb #9c5bb66a
 def save_state(trainer: WorldClipTrainer, path: Path) -> None:
     "Write everything that a continued run needs, whole or not at all."
-    state = dict(
-        model=trainer.model.state_dict(),
-        optimisers=[o.state_dict() for o in trainer.optimisers],
-        step=trainer.step,
-        steps=trainer.steps,
-    )
+    optimisers = [optimiser.state_dict() for optimiser in trainer.optimisers]
+    state = dict(model=trainer.model.state_dict(), optimisers=optimisers, step=trainer.step, steps=trainer.steps)
     with atomic_write(path) as partial: torch.save(state, partial)
 
 def load_state(trainer: WorldClipTrainer, path: Path) -> None:
@@ -310,7 +306,8 @@ def load_state(trainer: WorldClipTrainer, path: Path) -> None:
     state = torch.load(path, weights_only=True, map_location=trainer.model.logit_scale.device)
     if state["steps"] != trainer.steps:
         raise InputError(
-            f"{path} belongs to a run of {state['steps']} steps, not {trainer.steps}: choose another out folder, or that number"
+            f"{path} belongs to a run of {state['steps']} steps, not {trainer.steps}: "
+            "choose another out folder, or that number"
         )
     trainer.model.load_state_dict(state["model"])
     for optimiser, saved in zip(trainer.optimisers, state["optimisers"]): optimiser.load_state_dict(saved)
