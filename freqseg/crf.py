@@ -25,7 +25,21 @@ __all__ = ['CRF_PRESETS', 'CRFSettings', 'require_densecrf', 'crf_settings', 'cr
 # %% ../nbs/31_crf.ipynb #a8e80be3
 @dataclass(frozen=True)
 class CRFSettings:
-    "Mean-field iterations and the two kernels of a dense CRF (Krähenbühl and Koltun, 2011)."
+    """Mean-field iterations and the two kernels of a dense CRF (Krähenbühl and Koltun, 2011).
+
+    Attributes
+    ----------
+    gaussian_sxy : float
+        smoothness kernel: standard deviation in pixels
+    gaussian_compat : float
+        its weight (Potts)
+    bilateral_sxy : float
+        appearance kernel: standard deviation in pixels
+    bilateral_srgb : float
+        and in grey levels, 0..255
+    bilateral_compat : float
+        its weight (Potts)
+    """
     iterations: int = 10
     gaussian_sxy: float = 3  # smoothness kernel: standard deviation in pixels
     gaussian_compat: float = 3  # its weight (Potts)
@@ -64,7 +78,22 @@ def crf_image(
 ) -> np.ndarray:  # (K, H, W) float32, or (H, W) uint8 with `labels`
     """Dense CRF on one image, unary energy -log p (Krähenbühl and Koltun, 2011).
 
-    Probabilities below 1e-5 count as 1e-5. Raises `InputError` when pydensecrf is missing or for an unknown preset."""
+    Probabilities below 1e-5 count as 1e-5. Raises `InputError` when pydensecrf is missing or for an unknown preset.
+
+    Parameters
+    ----------
+    image : np.ndarray
+        (H, W, 3) uint8 RGB
+    probs : np.ndarray
+        (K, H, W) class probabilities
+    labels : bool
+        return the best class of each pixel instead of probabilities
+
+    Returns
+    -------
+    np.ndarray
+        (K, H, W) float32, or (H, W) uint8 with `labels`
+    """
     settings, (classes, height, width) = crf_settings(preset), probs.shape
     unary = -np.log(np.clip(probs, 1e-5, 1, dtype=np.float32)).reshape(classes, -1)
     field = require_densecrf().DenseCRF2D(width, height, classes)
@@ -239,7 +268,26 @@ def dense_crf(
 
     Reads `images` and `probs` only as far as `2 * workers` ahead. Closing the iterator ends its processes. Raises `InputError`
     at once for an unknown preset, a worker count below 1 or a missing pydensecrf, and while iterating for an image whose
-    probabilities do not fit it; `RuntimeError` when a process dies."""
+    probabilities do not fit it; `RuntimeError` when a process dies.
+
+    Parameters
+    ----------
+    images : Iterable
+        (H, W, 3) uint8 RGB arrays or PIL images, sizes may differ
+    probs : Iterable
+        (K, H, W) probabilities, arrays or tensors, one per image
+    workers : int | None
+        processes, never more than images; None = one per available core, 1 = in this process
+    labels : bool
+        yield the best class of each pixel, (H, W) uint8, instead of probabilities
+    progress : bool
+        progress bar with remaining time
+
+    Returns
+    -------
+    Iterator[np.ndarray]
+        (K, H, W) float32 each, in order
+    """
     settings, workers = crf_settings(preset), _available_cores() if workers is None else workers
     if workers < 1: raise InputError(f"workers must be at least 1, got {workers}")
     require_densecrf()

@@ -104,7 +104,17 @@ def zero_shot_split(
     unseen: Sequence[str],              # names kept for testing
     seen: Sequence[str] | None = None,  # names trained on; None: all others. A class in neither list is left out of both.
 ) -> ZeroShotSplit:
-    "A split by name. Raises `InputError` for an unknown name (with the nearest known one), a doubled one, or an overlap."
+    """A split by name. Raises `InputError` for an unknown name (with the nearest known one), a doubled one, or an overlap.
+
+    Parameters
+    ----------
+    classes : Sequence[str]
+        every class of the dataset, in order
+    unseen : Sequence[str]
+        names kept for testing
+    seen : Sequence[str] | None
+        names trained on; None: all others. A class in neither list is left out of both.
+    """
     seen = [name for name in classes if name not in unseen] if seen is None else list(seen)
     _require_names(unseen, classes); _require_names(seen, classes)
     both = [name for name in unseen if name in seen]
@@ -141,7 +151,15 @@ def write_mask(
     path: str | Path,             # a .png
     mask: np.ndarray | Tensor,    # (H, W) integers 0..255
 ) -> None:
-    "Write a mask as a palette PNG in VOC colours, whole or not at all. Raises `InputError` for another shape or value range."
+    """Write a mask as a palette PNG in VOC colours, whole or not at all. Raises `InputError` for another shape or value range.
+
+    Parameters
+    ----------
+    path : str | Path
+        a .png
+    mask : np.ndarray | Tensor
+        (H, W) integers 0..255
+    """
     values = np.asarray(mask)
     if values.ndim != 2 or values.dtype.kind not in "bui" or not values.size:
         raise InputError(f"a mask is a non-empty (H, W) array of integers, got {values.dtype} {values.shape} for {path}")
@@ -194,7 +212,13 @@ def read_image(
 ) -> Image.Image:
     """The picture as RGB, turned as its EXIF orientation asks: the way a viewer displays it.
 
-    Raises `InputError` when the file is missing, truncated or not a picture."""
+    Raises `InputError` when the file is missing, truncated or not a picture.
+
+    Parameters
+    ----------
+    listed : bool
+        does a data set list it? An error then says how to do without it
+    """
     with _decoded(path, listed) as image: return _rgb(_upright(image))
 
 # %% ../nbs/10_data.ipynb #234ea52c
@@ -246,7 +270,15 @@ def read_mask(
 ) -> np.ndarray:
     """The mask as (H, W) uint8: 0..classes-1, 255 = ignore. Grey, palette (the index counts) and RGB in VOC colours.
 
-    Raises `InputError` for a damaged, lossy or 16-bit file, an unknown colour, or a value out of range with its pixel count."""
+    Raises `InputError` for a damaged, lossy or 16-bit file, an unknown colour, or a value out of range with its pixel count.
+
+    Parameters
+    ----------
+    classes : int | None
+        how many values are allowed, background included; None: no check
+    mapping : dict[int, int] | None
+        file value -> class value, for files numbered otherwise; 255 stays 255
+    """
     with _decoded(path) as image: values = _mask_values(path, image)
     if classes is not None: _require_range(path, values, classes, mapping)
     if mapping is None: return values
@@ -306,7 +338,15 @@ def shipped_ids(
     dataset: str,   # "voc", "coco" or "cocostuff"
     split: str,     # voc: train, train_aug, val, trainval; coco: train, val; cocostuff: val
 ) -> tuple[str, ...]:
-    "The ids of a split, from the lists that ship with the package. Raises `InputError` for an unknown dataset or split."
+    """The ids of a split, from the lists that ship with the package. Raises `InputError` for an unknown dataset or split.
+
+    Parameters
+    ----------
+    dataset : str
+        "voc", "coco" or "cocostuff"
+    split : str
+        voc: train, train_aug, val, trainval; coco: train, val; cocostuff: val
+    """
     lists = {"voc": lambda: _voc_lists()[0], "coco": lambda: _coco_lists()[0], "cocostuff": _cocostuff_lists}
     if dataset not in lists: raise unknown_name(dataset, lists, "dataset")
     splits = lists[dataset]()
@@ -316,7 +356,13 @@ def shipped_ids(
 def shipped_labels(
     dataset: str,   # "voc" (12,031 pictures x 20) or "coco" (122,218 x 80, keyed by the last 12 digits of the id)
 ) -> LabelTable:
-    "The image-level labels that ship with the package. Raises `InputError` for an unknown dataset."
+    """The image-level labels that ship with the package. Raises `InputError` for an unknown dataset.
+
+    Parameters
+    ----------
+    dataset : str
+        "voc" (12,031 pictures x 20) or "coco" (122,218 x 80, keyed by the last 12 digits of the id)
+    """
     tables = {"voc": _voc_lists, "coco": _coco_lists}
     if dataset not in tables: raise unknown_name(dataset, tables, "dataset with a shipped label table")
     return tables[dataset]()[1]
@@ -333,7 +379,13 @@ def read_classes(
 ) -> tuple[str, ...]:
     """Class names, one per line; name `i` is mask value `i + 1`. A first line "background" is dropped: it is implicit.
 
-    Raises `InputError` when there are none, more than 254, a doubled name, or one with a comma (labels.txt needs it)."""
+    Raises `InputError` when there are none, more than 254, a doubled name, or one with a comma (labels.txt needs it).
+
+    Parameters
+    ----------
+    path : str | Path
+        classes.txt
+    """
     names = _lines(Path(path))
     if names and names[0].lower() == "background": names = names[1:]
     if not 1 <= len(names) <= 254: raise InputError(f"{path} names {len(names)} classes; 1 to 254 fit into a mask.")
@@ -375,7 +427,13 @@ def read_labels(
 ) -> LabelTable:
     """Image-level labels written by hand or by `write_labels`. An id with nothing behind it shows background only.
 
-    Raises `InputError` for a class that `classes` lacks (with the nearest one) and for an id that stands there twice."""
+    Raises `InputError` for a class that `classes` lacks (with the nearest one) and for an id that stands there twice.
+
+    Parameters
+    ----------
+    path : str | Path
+        labels.txt: "id class,class"; labels.csv: id,class,class (or one quoted field)
+    """
     index, rows, found = {name: i for i, name in enumerate(classes)}, {}, []
     for name, labels in _label_lines(Path(path)):
         wrong = [label for label in labels if label not in index]
@@ -393,14 +451,44 @@ def write_labels(
     present: np.ndarray,         # (len(ids), K) bool
     classes: Sequence[str],      # K names
 ) -> None:
-    "Write a label table that `read_labels` reads back, whole or not at all."
+    """Write a label table that `read_labels` reads back, whole or not at all.
+
+    Parameters
+    ----------
+    path : str | Path
+        labels.txt
+    present : np.ndarray
+        (len(ids), K) bool
+    classes : Sequence[str]
+        K names
+    """
     lines = [f"{name} {','.join(classes[k] for k in np.flatnonzero(row))}".rstrip() for name, row in zip(ids, present)]
     with atomic_write(path) as partial: partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 # %% ../nbs/10_data.ipynb #f1d3427f
 @dataclass(frozen=True, eq=False)
 class Listing:
-    "The files of one split, before any is opened. `images`, `masks` and `labels` are aligned with `ids`."
+    """The files of one split, before any is opened. `images`, `masks` and `labels` are aligned with `ids`.
+
+    Attributes
+    ----------
+    dataset : str
+        "voc", "coco", "cocostuff" or "folder"
+    classes : tuple[str, ...]
+        K names, without background
+    background : bool
+        is mask value 0 background, and class i value i + 1?
+    images : tuple[str | None, ...]
+        None: no such file
+    labels : np.ndarray | None
+        (n, K) bool; None: no table knows any of the ids
+    labelled : np.ndarray | None
+        (n,) bool: which ids the table knows
+    mapping : dict[int, int] | None
+        file value -> class value of the masks
+    zero_shot : ZeroShotSplit | None
+        which classes are seen, where some are not
+    """
     root: Path
     dataset: str                        # "voc", "coco", "cocostuff" or "folder"
     split: str
@@ -514,7 +602,13 @@ def list_folder(
     split: str = "train",
     ids: Sequence[str] | None = None,   # instead of a list file
 ) -> Listing:
-    "The files of a custom folder in VOC layout with classes.txt. Raises `InputError` when a part of the layout is missing."
+    """The files of a custom folder in VOC layout with classes.txt. Raises `InputError` when a part of the layout is missing.
+
+    Parameters
+    ----------
+    ids : Sequence[str] | None
+        instead of a list file
+    """
     root = Path(root); _require_folder(root)
     if not (root/"classes.txt").is_file():
         raise InputError(f"{root} has no classes.txt; found {_contents(root)}. Write one class name per line into it.")
@@ -608,7 +702,13 @@ def list_dataset(
     dataset: str = "auto",              # "voc", "coco", "cocostuff", "folder", or "auto": `detect_dataset`
     ids: Sequence[str] | None = None,
 ) -> Listing:
-    "The files of a split of any dataset. Raises `InputError` for an unknown dataset or a folder without its layout."
+    """The files of a split of any dataset. Raises `InputError` for an unknown dataset or a folder without its layout.
+
+    Parameters
+    ----------
+    dataset : str
+        "voc", "coco", "cocostuff", "folder", or "auto": `detect_dataset`
+    """
     dataset = detect_dataset(root) if dataset == "auto" else dataset
     if dataset not in _LISTERS: raise unknown_name(dataset, _LISTERS, "dataset")
     return _LISTERS[dataset](root, split, ids)
@@ -632,7 +732,19 @@ def _voc_splits(root: Path) -> list[str]:
 # %% ../nbs/10_data.ipynb #1d682251
 @dataclass(frozen=True, eq=False)
 class Sample:
-    "One picture of a dataset."
+    """One picture of a dataset.
+
+    Attributes
+    ----------
+    image : Image.Image | Tensor
+        RGB picture; after a transform (3, H, W) float32 in [0, 1]
+    mask : np.ndarray | Tensor | None
+        (H, W) uint8, 255 = ignore; after a transform int64; None: not there or not wanted
+    labels : Tensor | None
+        (K,) bool over the foreground classes, of the whole picture; None: no table
+    valid : Tensor | None
+        (H, W) bool after a crop: False where it lies outside the picture; None: all inside
+    """
     id: str
     image: Image.Image | Tensor           # RGB picture; after a transform (3, H, W) float32 in [0, 1]
     mask: np.ndarray | Tensor | None      # (H, W) uint8, 255 = ignore; after a transform int64; None: not there or not wanted
@@ -651,7 +763,13 @@ def _require_whole(listing: Listing, files: Sequence[str | None], what: str) -> 
 class SegmentationFolder(Dataset):
     """The pictures of a listing, with image labels and, where wanted, masks. Picklable, so loader workers can have it.
 
-    Raises `InputError` when a file is missing (here), or damaged or out of range (when it is read)."""
+    Raises `InputError` when a file is missing (here), or damaged or out of range (when it is read).
+
+    Parameters
+    ----------
+    masks : bool | None
+        True: every picture must have one; False: never opened; None: read where there are any
+    """
     def __init__(self,
         listing: Listing,
         transform: Callable[[Sample], Sample] | None = None,
@@ -701,7 +819,17 @@ def require_same_size(
     mask: np.ndarray,              # (H, W)
     size: tuple[int, int],         # (width, height) of the picture as displayed
 ) -> None:
-    "Raises `InputError` when the mask and the picture differ in size."
+    """Raises `InputError` when the mask and the picture differ in size.
+
+    Parameters
+    ----------
+    path : str | Path
+        of the mask, for the message
+    mask : np.ndarray
+        (H, W)
+    size : tuple[int, int]
+        (width, height) of the picture as displayed
+    """
     height, width = mask.shape
     if (width, height) == size: return
     remedy = ("Draw it on the picture as displayed, which an EXIF note turns." if (height, width) == size
@@ -716,7 +844,13 @@ def zero_shot_view(
 ) -> Listing:
     """The files of a listing without background: mask value i is class i. Image labels go when classes are hidden, pictures never.
 
-    Raises `InputError` for a split of other classes."""
+    Raises `InputError` for a split of other classes.
+
+    Parameters
+    ----------
+    unseen : int | None
+        mask value of pixels of unseen classes, such as `UNLABELLED`; None: their class
+    """
     if split.classes != listing.classes: raise InputError(_unlike_split(listing, split))
     values = {value: value for value in range(listing.num_classes)} if listing.mapping is None else listing.mapping
     hidden = {} if unseen is None else dict.fromkeys(split.unseen_index, unseen)
@@ -736,7 +870,15 @@ def thinned(
     share: float,    # of the pictures, above 0 and at most 1
     seed: int = 0,   # which ones
 ) -> Listing:
-    "Part of a split, in its order, at least one picture. Raises `InputError` for another share."
+    """Part of a split, in its order, at least one picture. Raises `InputError` for another share.
+
+    Parameters
+    ----------
+    share : float
+        of the pictures, above 0 and at most 1
+    seed : int
+        which ones
+    """
     if not 0 < share <= 1: raise InputError(f"share={share}: give what is left of the split, above 0 and at most 1.")
     count = len(listing.ids)
     kept = np.sort(np.random.default_rng(seed).permutation(count)[:max(1, round(share * count))])
@@ -780,7 +922,17 @@ def labels_from_masks(
 
     This opens the masks. freqseg never calls it: weakly supervised training takes image labels from a table, and whoever makes
     that table from masks should know it. Returns the path. Raises `InputError` when the table exists already, or when a mask
-    is missing or damaged."""
+    is missing or damaged.
+
+    Parameters
+    ----------
+    folder : str | Path
+        a custom folder with classes.txt and masks
+    splits : Sequence[str] | None
+        None: every list of the folder
+    overwrite : bool
+        replace an existing labels.txt
+    """
     path = Path(folder)/"labels.txt"
     for table in (path, path.with_suffix(".csv")):
         if table.exists() and not overwrite:
@@ -800,7 +952,13 @@ def classes_in_mask(
     mask: np.ndarray,      # (H, W) uint8
     listing: Listing,
 ) -> np.ndarray:
-    "Which foreground classes occur in a mask, (K,) bool."
+    """Which foreground classes occur in a mask, (K,) bool.
+
+    Parameters
+    ----------
+    mask : np.ndarray
+        (H, W) uint8
+    """
     counts = np.array(Image.fromarray(mask).histogram())
     return counts[int(listing.background):listing.num_classes] > 0
 
@@ -863,7 +1021,23 @@ class TrainTransform:
 
     The scale runs on the 8-bit picture, before it becomes float: a 20-megapixel picture doubled still fits into memory.
     The labels stay those of the whole picture, also when the crop misses an object, as all weakly supervised work has it.
-    Random numbers are torch's: seed with `torch.manual_seed`; loader workers get their own streams."""
+    Random numbers are torch's: seed with `torch.manual_seed`; loader workers get their own streams.
+
+    Parameters
+    ----------
+    size : int | tuple[int, int]
+        of the crop, pixels: side or (height, width)
+    scale : tuple[float, float]
+        range of the resize factor
+    flip : float
+        probability of mirroring
+    short : int | None
+        short side at factor 1, pixels; None: the file's
+    largest : float
+        a crop is drawn again while one class fills this share of it
+    colours : bool
+        vary brightness, contrast, saturation and hue
+    """
     def __init__(self,
         size: int | tuple[int, int] = 320,             # of the crop, pixels: side or (height, width)
         scale: tuple[float, float] = (0.5, 2.0),       # range of the resize factor
@@ -889,7 +1063,19 @@ class TrainTransform:
 # %% ../nbs/10_data.ipynb #a67756d0
 @dataclass(frozen=True, eq=False)
 class Batch:
-    "Samples of one size, stacked."
+    """Samples of one size, stacked.
+
+    Attributes
+    ----------
+    images : Tensor
+        (B, 3, H, W) float32 in [0, 1]
+    masks : Tensor | None
+        (B, H, W) int64, 255 = ignore; None: at least one sample has none
+    labels : Tensor | None
+        (B, K) bool; None: no label table
+    valid : Tensor | None
+        (B, H, W) bool: False where a crop lies outside its picture; None: nothing is outside
+    """
     ids: tuple[str, ...]
     images: Tensor            # (B, 3, H, W) float32 in [0, 1]
     masks: Tensor | None      # (B, H, W) int64, 255 = ignore; None: at least one sample has none
@@ -911,7 +1097,13 @@ class Batch:
 def collate(
     samples: Sequence[Sample],   # transformed, all of one size
 ) -> Batch:
-    "Stack samples; the `collate_fn` of a data loader. Raises `InputError` when the sizes differ."
+    """Stack samples; the `collate_fn` of a data loader. Raises `InputError` when the sizes differ.
+
+    Parameters
+    ----------
+    samples : Sequence[Sample]
+        transformed, all of one size
+    """
     sizes = {tuple(sample.image.shape[-2:]) for sample in samples}
     if len(sizes) > 1:
         raise InputError(f"pictures of sizes {sorted(sizes)} do not stack. Crop them (`TrainTransform`) or use batch size 1.")

@@ -43,7 +43,17 @@ class BlockFusion(nn.Module):
     """Token maps of L blocks fused into one (WeCLIP; the gate is WTCLIP's).
 
     `y_l = W2_l relu(W1_l x_l + b1_l) + b2_l` per block, `F = W_f (g concat_l y_l) + b_f` per patch, with
-    `g = sigmoid(w_g concat_l y_l + b_g)` or 1. `W2` and `W_f` are separate parameters, multiplied before they meet the tokens."""
+    `g = sigmoid(w_g concat_l y_l + b_g)` or 1. `W2` and `W_f` are separate parameters, multiplied before they meet the tokens.
+
+    Parameters
+    ----------
+    width : int
+        channels of the tokens
+    blocks : int
+        number L of token maps
+    dim : int
+        channels of each MLP and of the result
+    """
     def __init__(self,
         width: int,  # channels of the tokens
         blocks: int,  # number L of token maps
@@ -102,7 +112,17 @@ class DecoderBlock(nn.Module):
 # %% ../nbs/30_decoders.ipynb #4cd18e5d
 @dataclass
 class Decoded:
-    "What a decoder makes of B pictures on a grid of h x w patches, for C classes with background 0."
+    """What a decoder makes of B pictures on a grid of h x w patches, for C classes with background 0.
+
+    Attributes
+    ----------
+    features : Tensor
+        (B, dim, h, w): F, from which affinities are made
+    logits : Tensor
+        (B, C, h, w)
+    high_logits : Tensor | None
+        (B, C, h, w) of a second head that reads high frequencies
+    """
     features: Tensor                    # (B, dim, h, w): F, from which affinities are made
     logits: Tensor                      # (B, C, h, w)
     high_logits: Tensor | None = None   # (B, C, h, w) of a second head that reads high frequencies
@@ -113,7 +133,29 @@ class TransformerDecoder(nn.Module):
 
     5,985,045 trainable parameters for width 768, 11 blocks and 21 classes: every layer has a bias, every transformer block
     two LayerNorms, and there is no other norm. As in the published code, `Decoded.features` is the fused map after
-    dropout. Raises `InputError` for sizes that cannot be built."""
+    dropout. Raises `InputError` for sizes that cannot be built.
+
+    Parameters
+    ----------
+    width : int
+        channels of the tokens
+    blocks : int
+        number of token maps, see `decoder_blocks`
+    classes : int
+        with background
+    dim : int
+        channels inside
+    layers : int
+        transformer blocks
+    dropout : float
+        chance of a whole channel of the fused map to be dropped
+    gate : bool
+        WTCLIP's gate before the fusion
+    refine : nn.Module | None
+        (B, dim, h, w) -> the same, before the classifier
+    pre_norm : bool
+        of the transformer blocks
+    """
     def __init__(self,
         width: int,  # channels of the tokens
         blocks: int,  # number of token maps, see `decoder_blocks`
@@ -167,7 +209,29 @@ def wtclip_decoder(
     6,074,646 belongs (width 768, 11 blocks, 21 classes). Of these, 8,192 are fixed Haar taps stored once per channel; here
     they are shared and not stored, which leaves 6,066,454, all trainable. With learned filters add
     `decoder.refine.reconstruction_penalty()` to the loss if they are to stay invertible.
-    Raises `InputError` for an unknown wavelet, fewer than one level, and as `TransformerDecoder`."""
+    Raises `InputError` for an unknown wavelet, fewer than one level, and as `TransformerDecoder`.
+
+    Parameters
+    ----------
+    width : int
+        channels of the tokens
+    blocks : int
+        number of token maps
+    classes : int
+        with background
+    levels : int
+        of the wavelet transform: 1 in the published code, 2 in the paper's figure
+    wavelet : str
+        any name that `filter_bank` knows
+    learn_filters : bool
+        False as in the code (fixed filters), True as in the paper's text
+    dim : int
+        channels inside
+    kernel : int
+        side of the depthwise kernels
+    **options : Any
+        of `TransformerDecoder`
+    """
     try: refine = WaveletConv2d(dim, kernel, levels, wavelet, learn_filters)
     except ValueError as error: raise InputError(str(error)) from error
     return TransformerDecoder(width, blocks, classes, dim, gate=gate, refine=refine, **options)
@@ -177,7 +241,20 @@ def token_affinity(
     features: Tensor,  # (B, D, h, w), the decoder's F
     normalise: bool = False,  # compare directions only: F has unit vectors, A lies in [0.27, 0.73]
 ) -> Tensor:  # (B, N, N) symmetric, in [0, 1], at least float32
-    "A_f = sigmoid(F^T F), the affinity that WeCLIP's decoder learns."
+    """A_f = sigmoid(F^T F), the affinity that WeCLIP's decoder learns.
+
+    Parameters
+    ----------
+    features : Tensor
+        (B, D, h, w), the decoder's F
+    normalise : bool
+        compare directions only: F has unit vectors, A lies in [0.27, 0.73]
+
+    Returns
+    -------
+    Tensor
+        (B, N, N) symmetric, in [0, 1], at least float32
+    """
     x = features.flatten(2)
     if normalise: x = F.normalize(x, dim=1)
     product = x.mT @ x
@@ -200,7 +277,19 @@ class DualHead(nn.Module):
 
     Sizes are not printed in the paper; the defaults are those of ToCo's code, with one convolution instead of two and with biases. Nor
     is the start: by default both heads begin as linear classifiers of what they read (`pass_through`), which a short training needs.
-    Raises `InputError` for fewer than one convolution, and an unknown start."""
+    Raises `InputError` for fewer than one convolution, and an unknown start.
+
+    Parameters
+    ----------
+    dim : int
+        channels of the features
+    classes : int
+        with background
+    dilation : int
+        reach of the 3x3 kernels, in patches
+    start : str
+        of the convolutions: near the "identity", or "random" as torch makes them
+    """
     def __init__(self,
         dim: int,  # channels of the features
         classes: int,  # with background
@@ -223,7 +312,20 @@ class DualHead(nn.Module):
         features: Tensor,  # (B, dim, h, w)
         high: Tensor | None = None,  # their high-frequency part, the same shape; None = first head only
     ) -> Decoded:  # features (B, hidden, h, w)
-        "Logits of both heads, the shared convolution run once over both inputs. Raises `InputError` when their shapes differ."
+        """Logits of both heads, the shared convolution run once over both inputs. Raises `InputError` when their shapes differ.
+
+        Parameters
+        ----------
+        features : Tensor
+            (B, dim, h, w)
+        high : Tensor | None
+            their high-frequency part, the same shape; None = first head only
+
+        Returns
+        -------
+        Decoded
+            features (B, hidden, h, w)
+        """
         if high is None:
             shared = self.shared(features)
             return Decoded(shared, self.classifier(shared))
@@ -240,7 +342,13 @@ def truncated_normal_start(module: nn.Module) -> None:
             if layer.bias is not None: nn.init.zeros_(layer.bias)
 
 class RelationshipDescriptor(nn.Module):
-    "Class queries that know the picture: `t^ = W [g * t ; t] + b`, with the class's text t and the picture's CLS embedding g (ZegCLIP)."
+    """Class queries that know the picture: `t^ = W [g * t ; t] + b`, with the class's text t and the picture's CLS embedding g (ZegCLIP).
+
+    Parameters
+    ----------
+    dim : int
+        width E of the joint space
+    """
     def __init__(self,
         dim: int,  # width E of the joint space
     ) -> None:
@@ -252,7 +360,20 @@ class RelationshipDescriptor(nn.Module):
         text: Tensor,  # (C, E), unit norm
         cls: Tensor,  # (B, E), unit norm
     ) -> Tensor:  # (B, C, E)
-        "Raises `InputError` when the widths differ."
+        """Raises `InputError` when the widths differ.
+
+        Parameters
+        ----------
+        text : Tensor
+            (C, E), unit norm
+        cls : Tensor
+            (B, E), unit norm
+
+        Returns
+        -------
+        Tensor
+            (B, C, E)
+        """
         width = self.linear.out_features
         if text.shape[-1] != width or cls.shape[-1] != width:
             raise InputError(f"texts {tuple(text.shape)} and CLS embeddings {tuple(cls.shape)}: this descriptor reads {width} channels of both.")
@@ -267,12 +388,33 @@ def mask_scores(
     queries: Tensor,  # (B, C, D)
     features: Tensor,  # (B, N, D)
 ) -> Tensor:  # (B, C, N), at least float32
-    "How well names and tokens fit, the masks: products that autocast leaves alone, since in bfloat16 one token in sixteen has two best names."
+    """How well names and tokens fit, the masks: products that autocast leaves alone, since in bfloat16 one token in sixteen has two best names.
+
+    Parameters
+    ----------
+    queries : Tensor
+        (B, C, D)
+    features : Tensor
+        (B, N, D)
+
+    Returns
+    -------
+    Tensor
+        (B, C, N), at least float32
+    """
     wide = torch.promote_types(torch.promote_types(queries.dtype, features.dtype), torch.float32)
     with torch.autocast(queries.device.type, enabled=False): return queries.to(wide) @ features.to(wide).mT
 
 class CrossAttention(nn.Module):
-    "Multi-head attention of class queries `(B, C, dim)` over tokens `(B, N, dim)`. No class sees another."
+    """Multi-head attention of class queries `(B, C, dim)` over tokens `(B, N, dim)`. No class sees another.
+
+    Parameters
+    ----------
+    dropout : float
+        chance of an attention weight to be dropped
+    values : bool
+        False: only `scores` are wanted
+    """
     def __init__(self,
         dim: int,
         heads: int,
@@ -309,7 +451,17 @@ class QueryUpdate(nn.Module):
 
 # %% ../nbs/30_decoders.ipynb #90450c1f
 class CrossAttentionLayer(nn.Module):
-    "One post-norm layer of ZegCLIP's decoder: queries `(B, C, dim)` and tokens `(B, N, dim)` -> queries, or their scores `(B, C, N)`."
+    """One post-norm layer of ZegCLIP's decoder: queries `(B, C, dim)` and tokens `(B, N, dim)` -> queries, or their scores `(B, C, N)`.
+
+    Parameters
+    ----------
+    hidden : int | None
+        width of the feed-forward part; None = 4 dim
+    self_attention : bool
+        first among the queries, which mixes classes
+    answers : bool
+        False: only `scores` are wanted, what they do not need is not created
+    """
     def __init__(self,
         dim: int,
         heads: int,
@@ -355,7 +507,21 @@ class CrossAttentionDecoder(nn.Module):
     inherit a self-attention that no forward pass uses. It is not created here; `self_attention=True` creates and uses it,
     and then classes do see each other. Nor is that part of the last layer created which comes after its scores and on which
     no mask depends (2,627,072 parameters that the published code counts and never trains); `whole_last=True` creates it.
-    With both the decoder has the published 12,612,096 parameters. Raises `InputError` for sizes that cannot be built."""
+    With both the decoder has the published 12,612,096 parameters. Raises `InputError` for sizes that cannot be built.
+
+    Parameters
+    ----------
+    dim : int
+        width of queries and patches
+    hidden : int | None
+        width of the feed-forward parts; None = 4 dim
+    dropout : float
+        of attention weights, hidden units and branches
+    self_attention : bool
+        among the class queries
+    whole_last : bool
+        create the untrained rest of the last layer too, as published
+    """
     def __init__(self,
         dim: int = 512,  # width of queries and patches
         layers: int = 3,
@@ -376,7 +542,20 @@ class CrossAttentionDecoder(nn.Module):
         queries: Tensor,  # (B, C, dim), from a `RelationshipDescriptor`
         patches: Tensor,  # (B, dim, h, w), unit norm in ZegCLIP
     ) -> Tensor:  # (B, C, h, w) mask logits
-        "Raises `InputError` for shapes that do not fit."
+        """Raises `InputError` for shapes that do not fit.
+
+        Parameters
+        ----------
+        queries : Tensor
+            (B, C, dim), from a `RelationshipDescriptor`
+        patches : Tensor
+            (B, dim, h, w), unit norm in ZegCLIP
+
+        Returns
+        -------
+        Tensor
+            (B, C, h, w) mask logits
+        """
         _check_question(queries, patches, self.dim)
         tokens = patches.flatten(2).mT
         for layer in self.layers[:-1]: queries = layer(queries, tokens)
@@ -387,7 +566,20 @@ def window_partition(
     x: Tensor,  # (B, h, w, D)
     side: int,  # of the windows, in patches
 ) -> Tensor:  # (B, W, side^2, D)
-    "Cut a grid into W windows that do not overlap, row by row; zeros are appended right and below where they do not fit."
+    """Cut a grid into W windows that do not overlap, row by row; zeros are appended right and below where they do not fit.
+
+    Parameters
+    ----------
+    x : Tensor
+        (B, h, w, D)
+    side : int
+        of the windows, in patches
+
+    Returns
+    -------
+    Tensor
+        (B, W, side^2, D)
+    """
     height, width = x.shape[1:3]
     x = F.pad(x, (0, 0, 0, -width % side, 0, -height % side))
     return x.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
@@ -397,13 +589,34 @@ def window_merge(
     side: int,
     grid: Sequence[int],  # (h, w), without the padding
 ) -> Tensor:  # (B, h, w, D)
-    "Put the windows of `window_partition` together again."
+    """Put the windows of `window_partition` together again.
+
+    Parameters
+    ----------
+    windows : Tensor
+        (B, W, side^2, D)
+    grid : Sequence[int]
+        (h, w), without the padding
+
+    Returns
+    -------
+    Tensor
+        (B, h, w, D)
+    """
     x = windows.unflatten(1, (-(-grid[0] // side), -1)).unflatten(3, (side, side)).transpose(2, 3)
     return x.flatten(3, 4).flatten(1, 2)[:, :grid[0], :grid[1]]
 
 # %% ../nbs/30_decoders.ipynb #e45fdc26
 class WindowAttention(nn.Module):
-    "High frequencies: self-attention of the patches within windows, `(B, dim, h, w)` -> `(B, N, width)` (LITv2's Hi-Fi)."
+    """High frequencies: self-attention of the patches within windows, `(B, dim, h, w)` -> `(B, N, width)` (LITv2's Hi-Fi).
+
+    Parameters
+    ----------
+    width : int
+        channels of the answer, a multiple of the heads
+    mask_padding : bool
+        False: padding takes part as zero keys and values
+    """
     def __init__(self,
         dim: int,
         heads: int,
@@ -429,7 +642,15 @@ class WindowAttention(nn.Module):
         return self.out(window_merge(answer.unflatten(0, (len(patches), -1)), self.window, patches.shape[2:])).flatten(1, 2)
 
 class PooledAttention(nn.Module):
-    "Low frequencies: every patch asks the means of all windows, `(B, dim, h, w)` -> `(B, N, width)` (LITv2's Lo-Fi)."
+    """Low frequencies: every patch asks the means of all windows, `(B, dim, h, w)` -> `(B, N, width)` (LITv2's Lo-Fi).
+
+    Parameters
+    ----------
+    width : int
+        channels of the answer, a multiple of the heads
+    mask_padding : bool
+        False: windows at the edge are divided by window^2 all the same
+    """
     def __init__(self,
         dim: int,
         heads: int,
@@ -465,7 +686,29 @@ class SpectralGuidedLayer(nn.Module):
     as in the code: plain products, one head, no scale. There the output projection of the high heads is never applied; here it is,
     as the paper says. Its equations have no `residual` around the branches. But attention starts out even, so z starts as means over windows and over the whole
     picture, and a short training never finds its way back to places; the blocks that the branches come from (HiLo attention, Pan et al., 2022)
-    do have one. Raises `InputError` for options that make no sense."""
+    do have one. Raises `InputError` for options that make no sense.
+
+    Parameters
+    ----------
+    dim : int
+        width of queries and patches
+    high_heads : int
+        of them; 0 or all leaves one branch
+    window : int
+        side in patches
+    mask_padding : bool
+        False: where grids are padded to whole windows the zeros count, as in the authors' code
+    similarity : str
+        or "clamp"
+    hidden : int | None
+        width of the feed-forward part; None = 4 dim
+    dropout : float
+        of the queries' attention weights, hidden units and branches
+    answers : bool
+        False: `ask` is not wanted, what only it needs is not created
+    residual : bool
+        z = [high ; low] + patches
+    """
     def __init__(self,
         dim: int = 512,  # width of queries and patches
         heads: int = 8,
@@ -513,7 +756,27 @@ class SpectralGuidedDecoder(nn.Module):
 
     Every class gets its mask alone, as in `CrossAttentionDecoder`. The product has no scale: with patches of unit norm the masks
     start near 0. The paper does not say what layers after the first one filter: the "tower"'s patches afresh, as in the
-    authors' code, or the "previous" layer's z^. Raises `InputError` for options that make no sense."""
+    authors' code, or the "previous" layer's z^. Raises `InputError` for options that make no sense.
+
+    Parameters
+    ----------
+    dim : int
+        width of queries and patches
+    high_heads : int
+        of them; 0 or all leaves one branch
+    window : int
+        side in patches
+    mask_padding : bool
+        False: the zeros of a padded grid count, as in the authors' code
+    similarity : str
+        or "clamp", see `SpectralGuidedLayer`
+    hidden : int | None
+        width of the feed-forward parts; None = 4 dim
+    reads : str
+        what layers filter: patches of the "tower", or the "previous" layer's features
+    residual : bool
+        around the branches, see `SpectralGuidedLayer`
+    """
     def __init__(self,
         dim: int = 512,  # width of queries and patches
         layers: int = 3,
@@ -538,7 +801,20 @@ class SpectralGuidedDecoder(nn.Module):
         queries: Tensor,  # (B, C, dim), from a `RelationshipDescriptor`
         patches: Tensor,  # (B, dim, h, w), unit norm in ZegCLIP
     ) -> Tensor:  # (B, C, h, w) mask logits
-        "Raises `InputError` for shapes that do not fit."
+        """Raises `InputError` for shapes that do not fit.
+
+        Parameters
+        ----------
+        queries : Tensor
+            (B, C, dim), from a `RelationshipDescriptor`
+        patches : Tensor
+            (B, dim, h, w), unit norm in ZegCLIP
+
+        Returns
+        -------
+        Tensor
+            (B, C, h, w) mask logits
+        """
         _check_question(queries, patches, self.dim)
         features = patches
         for layer in self.layers:

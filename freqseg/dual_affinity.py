@@ -51,7 +51,26 @@ def smoothed_stack(
 ) -> Tensor:                          # (B, L, N, N) or (B, L * heads, N, N), layer by layer; non-negative, row = query
     """The maps W that the smoothed path reads (DFA).
 
-    Raises `InputError` for an unknown source, for heads of a source that has none, and saying what to encode."""
+    Raises `InputError` for an unknown source, for heads of a source that has none, and saying what to encode.
+
+    Parameters
+    ----------
+    features : Features
+        encoded with `affinity_request`
+    source : str
+        "attention", "qq", "kk", "vv" or "tokens"
+    layers : int|Sequence[int]
+        the last so many blocks, or block indices
+    per_head : bool
+        one map for each head of each layer instead of their mean
+    temperature : float|None
+        of the softmax for all but attention; None = 1, for tokens 0.1
+
+    Returns
+    -------
+    Tensor
+        (B, L, N, N) or (B, L * heads, N, N), layer by layer; non-negative, row = query
+    """
     if not per_head: return relations(features, source, layers, temperature=temperature)
     _choose("source", source, SOURCES)
     heads = range(_head_count(features, source, last_blocks(features.depth, layers)[-1]))
@@ -64,7 +83,22 @@ def invert_stack(
     grid: tuple[int, int],            # (h, w) with h * w = N
     transfer: Transfer|None = None,   # gain by radial frequency in cycles per token; None = all-pass, I - W
 ) -> Tensor:                          # (B, L, N, N), rows sum to 0
-    "F^-1(I - F(W)) of every map (DFA), its rows scaled to 1 first: attention without its CLS column sums to less."
+    """F^-1(I - F(W)) of every map (DFA), its rows scaled to 1 first: attention without its CLS column sums to less.
+
+    Parameters
+    ----------
+    stack : Tensor
+        (B, L, N, N) non-negative
+    grid : tuple[int, int]
+        (h, w) with h * w = N
+    transfer : Transfer|None
+        gain by radial frequency in cycles per token; None = all-pass, I - W
+
+    Returns
+    -------
+    Tensor
+        (B, L, N, N), rows sum to 0
+    """
     stack = _in_full(stack)
     rows = stack / stack.sum(-1, keepdim=True).clamp(min=torch.finfo(stack.dtype).tiny)
     return invert_attention(rows, grid, transfer)
@@ -78,7 +112,20 @@ def encode_entries(
 ) -> Tensor:                   # (B, L, n, N) fp32
     """What the network reads: entries in units of the uniform attention 1/N, hence of the same size on every grid.
 
-    Raises `InputError` for an unknown encoding."""
+    Raises `InputError` for an unknown encoding.
+
+    Parameters
+    ----------
+    stack : Tensor
+        (B, L, n, N): all or some rows of the maps, N keys
+    encoding : str
+        "asinh" (a logarithm with a sign, linear near 0) or "linear"
+
+    Returns
+    -------
+    Tensor
+        (B, L, n, N) fp32
+    """
     _choose("encoding", encoding, ENCODINGS)
     share = stack.shape[-1] * _in_full(stack)
     return share.asinh() if encoding == "asinh" else share
@@ -100,7 +147,22 @@ def prior_score(
 
     "magnitude": softplus(score) = N mean_l |W_l|, for W itself the mean of the layers. "signed": score = sharpness mean_l W_l,
     for W_inv the affinity of `inverse_affinity`. "random": nothing, the network starts alone as the paper's text can be
-    read. Raises `InputError` for an unknown `init`."""
+    read. Raises `InputError` for an unknown `init`.
+
+    Parameters
+    ----------
+    stack : Tensor
+        (B, L, N, N)
+    init : str
+        "magnitude", "signed" or "random"
+    sharpness : float
+        factor on the entries, for "signed"
+
+    Returns
+    -------
+    Tensor
+        (B, N, N) fp32
+    """
     _choose("init", init, INITS)
     stack = _in_full(stack)
     if init == "random": return torch.zeros_like(stack[:, 0])
@@ -109,7 +171,17 @@ def prior_score(
 
 # %% ../nbs/21_dual_affinity.ipynb #6f0a7df2
 class PathOutput(NamedTuple):
-    "What an `AffinityPath` returns, all fp32."
+    """What an `AffinityPath` returns, all fp32.
+
+    Attributes
+    ----------
+    score : Tensor
+        (B, N, N) any real number
+    positive : Tensor
+        (B, N, N) softplus(score) + 1e-6
+    affinity : Tensor
+        (B, N, N) symmetric; rows and columns sum to 1 with the default normalisation
+    """
     score: Tensor      # (B, N, N) any real number
     positive: Tensor   # (B, N, N) softplus(score) + 1e-6
     affinity: Tensor   # (B, N, N) symmetric; rows and columns sum to 1 with the default normalisation
@@ -127,7 +199,33 @@ class AffinityPath(nn.Module):
     """A learned affinity: per-entry MLP over a stack of maps, softplus + 1e-6, Sinkhorn symmetrisation (DFA).
 
     The MLP corrects `prior_score`; its last layer starts at 0 (except for init="random"), so that the untrained affinity is
-    where training begins. Takes grids of any size. Raises `InputError` for options that do not exist."""
+    where training begins. Takes grids of any size. Raises `InputError` for options that do not exist.
+
+    Parameters
+    ----------
+    entries : int
+        maps in a stack: layers, or layers x heads
+    hidden : int
+        width of the MLP; memory for training grows with it
+    init : str
+        where to begin: "magnitude", "signed" or "random", see `prior_score`
+    learn : bool
+        False: no MLP, the untrained affinity for good
+    sharpness : float
+        of init="signed"
+    encoding : str
+        of the MLP's input, see `encode_entries`
+    normalise : str
+        "sinkhorn" to a tolerance, "weclip" three rounds and squared, "average" no scaling
+    tolerance : float
+        of row and column sums
+    iterations : int
+        most rounds of Sinkhorn
+    gradient : str
+        through Sinkhorn: "implicit" at its solution, or "unroll" its rounds
+    chunk : int|None
+        rows of the maps at a time, recomputed for the gradient; None = all at once
+    """
     def __init__(self,
         entries: int,                     # maps in a stack: layers, or layers x heads
         hidden: int = 16,                 # width of the MLP; memory for training grows with it
@@ -183,7 +281,19 @@ class AffinityPath(nn.Module):
 NORMALISATIONS = (None, "features", "bands")
 
 class FrequencyRelations(NamedTuple):
-    "What `frequency_relations` returns, all fp32."
+    """What `frequency_relations` returns, all fp32.
+
+    Attributes
+    ----------
+    low : Tensor
+        S_l (B, N, N) in (0, 1)
+    high : Tensor
+        S_h (B, N, N) in (0, 1)
+    low_features : Tensor
+        F_ld (B, D, h, w)
+    high_features : Tensor
+        F_hd (B, D, h, w)
+    """
     low: Tensor             # S_l (B, N, N) in (0, 1)
     high: Tensor            # S_h (B, N, N) in (0, 1)
     low_features: Tensor    # F_ld (B, D, h, w)
@@ -203,7 +313,19 @@ def frequency_relations(
     """S_l = sigmoid(F_ld^T F_ld) and S_h = sigmoid(F_hd^T F_hd) with F_ld the low-pass of F_d and F_hd = F_d - F_ld (DFA).
 
     Products of long vectors saturate the sigmoid at 1; of unit vectors they stay within 0.27 and 0.73. Raises `ValueError`
-    for a negative `mu`, an unknown `shape` or `normalise`."""
+    for a negative `mu`, an unknown `shape` or `normalise`.
+
+    Parameters
+    ----------
+    features : Tensor
+        F_d (B, D, h, w) of the decoder
+    mu : float
+        cut-off, cycles per token
+    shape : str
+        of the low band: "square" or "disc"
+    normalise : str|bool|None
+        None or False as printed; "features" or True L2-normalises F_d over channels, "bands" its bands
+    """
     normalise = {False: None, True: "features"}.get(normalise, normalise)
     _choose("normalise", normalise, NORMALISATIONS)
     with torch.autocast(features.device.type, enabled=False):
@@ -224,7 +346,13 @@ class QualityThreshold(nn.Module):
     """Alpha, the running quality of the decoder's relations: EMA of mean|S_l - A_s| (DFA).
 
     Begins at its first value (a start at 0 would trust every relation just when they are worst). Changes only in training
-    mode, is the same on all processes of a distributed run, saved with the weights, and skips values that are not finite."""
+    mode, is the same on all processes of a distributed run, saved with the weights, and skips values that are not finite.
+
+    Parameters
+    ----------
+    momentum : float
+        share of the old value that stays
+    """
     def __init__(self,
         momentum: float = 0.99,   # share of the old value that stays
     ):
@@ -239,7 +367,20 @@ class QualityThreshold(nn.Module):
         relation: Tensor,   # S_l (B, N, N)
         affinity: Tensor,   # A_s (B, N, N)
     ) -> Tensor:            # () no gradient
-        "Alpha after this batch. In evaluation mode the stored one, or that of the batch if nothing was ever stored."
+        """Alpha after this batch. In evaluation mode the stored one, or that of the batch if nothing was ever stored.
+
+        Parameters
+        ----------
+        relation : Tensor
+            S_l (B, N, N)
+        affinity : Tensor
+            A_s (B, N, N)
+
+        Returns
+        -------
+        Tensor
+            () no gradient
+        """
         found = (_in_full(relation) - _in_full(affinity)).abs().mean().to(self.alpha)
         if self.training: found = _mean_over_processes(found)
         seen, usable = self.updates > 0, found.isfinite()
@@ -253,7 +394,20 @@ def selective_mask(
     relation: Tensor,        # S_l (B, N, N)
     alpha: Tensor|float,     # () quality
 ) -> Tensor:                 # (B, N, N) bool
-    "M_d = 1[S_l > alpha]: the relations that are trusted enough to teach (DFA)."
+    """M_d = 1[S_l > alpha]: the relations that are trusted enough to teach (DFA).
+
+    Parameters
+    ----------
+    relation : Tensor
+        S_l (B, N, N)
+    alpha : Tensor|float
+        () quality
+
+    Returns
+    -------
+    Tensor
+        (B, N, N) bool
+    """
     return relation > alpha
 
 # %% ../nbs/21_dual_affinity.ipynb #819f7a50
@@ -275,7 +429,26 @@ def alignment_loss(
     As printed the sum runs over a part of each row, so it is no divergence: it can be negative, and goes on rewarding mass
     on selected pairs after S~ = A~, where it is 0. With "mask" both are distributions over the selected pairs, and the
     loss is never negative. The mean over pairs shrinks with 1/N, and gradients come near the 1e-8 that Adam adds to its
-    denominator; "rows" keeps one size on every grid. Raises `InputError` for an unknown `within` or `reduction`."""
+    denominator; "rows" keeps one size on every grid. Raises `InputError` for an unknown `within` or `reduction`.
+
+    Parameters
+    ----------
+    relation : Tensor
+        S_l (B, N, N), the teacher: gets no gradient
+    affinity : Tensor
+        A (B, N, N)
+    mask : Tensor
+        M_d (B, N, N) bool
+    within : str
+        softmax over the whole "row" as printed, or over the row's selected pairs ("mask")
+    reduction : str
+        mean over selected "pairs" as printed, or of the sums of "rows" with any
+
+    Returns
+    -------
+    Tensor
+        ()
+    """
     _choose("within", within, ("row", "mask"))
     _choose("reduction", reduction, ("pairs", "rows"))
     with torch.autocast(affinity.device.type, enabled=False):
@@ -286,7 +459,15 @@ def alignment_loss(
 
 # %% ../nbs/21_dual_affinity.ipynb #18adb805
 class RelationMasks(NamedTuple):
-    "What `rectification_masks` returns."
+    """What `rectification_masks` returns.
+
+    Attributes
+    ----------
+    positive : Tensor
+        M+ (B, N, N) bool
+    negative : Tensor
+        M- (B, N, N) bool, never true where M+ is
+    """
     positive: Tensor   # M+ (B, N, N) bool
     negative: Tensor   # M- (B, N, N) bool, never true where M+ is
 
@@ -312,7 +493,22 @@ def window_count(
 
     Both patches move together, so this is a box filter along the diagonal of (B, h, w, h, w): first over rows, then over columns,
     2 x window additions of matrices; nothing of size N x N x window^2 is built. Pairs beyond the grid count 0. Raises
-    `InputError` for an even window or a grid that does not fit."""
+    `InputError` for an even window or a grid that does not fit.
+
+    Parameters
+    ----------
+    pairs : Tensor
+        (B, N, N) bool
+    grid : tuple[int, int]
+        (h, w) with h * w = N, row-major
+    window : int
+        side of the window, odd
+
+    Returns
+    -------
+    Tensor
+        (B, N, N) int16
+    """
     if window < 1 or window % 2 == 0: raise InputError(f"window={window}: give an odd number of patches; DFA uses 9.")
     h, w = grid
     if pairs.shape[-1] != h * w or pairs.shape[-2] != h * w:
@@ -340,7 +536,27 @@ def rectification_masks(
     A pair in neither is ambiguous. It joins M+ when most of the pairs (i + delta, j + delta) around it are in M+ before any
     promotion. The paper leaves open whether a pair with different labels can be promoted: by default it cannot, since L_r
     would pull it to 1 against the pseudo-label; `agreement=False` lets it.
-    Raises `InputError` for shapes that do not fit, an even window or an unknown border."""
+    Raises `InputError` for shapes that do not fit, an even window or an unknown border.
+
+    Parameters
+    ----------
+    relation : Tensor
+        S_h (B, N, N)
+    labels : Tensor
+        Y (B, N) patch labels, integer
+    grid : tuple[int, int]
+        (h, w) with h * w = N
+    window : int|None
+        side of the voting window in patches; None = no vote
+    majority : float
+        share of positive neighbours that a promotion needs to exceed
+    border : str
+        share of the known pairs within the grid, or of the whole window ("zero")
+    agreement : bool
+        only pairs with the same label are promoted
+    ignore : int
+        label of patches that take part in nothing
+    """
     _choose("border", border, BORDERS)
     if labels.shape != relation.shape[:-1]:
         raise InputError(f"labels {tuple(labels.shape)}: expected one per patch, {tuple(relation.shape[:-1])}; "
@@ -364,7 +580,20 @@ def scaled_relation(
     """An affinity as a degree of belonging together, 1 = fully.
 
     "score": sigmoid of the score before softplus; "max": affinity over its row's maximum; "sinkhorn": as it is, entries of the
-    size of 1/N (DFA as printed). Raises `InputError` for an unknown scale."""
+    size of 1/N (DFA as printed). Raises `InputError` for an unknown scale.
+
+    Parameters
+    ----------
+    values : Tensor
+        (B, N, N) score for "score", else affinity
+    scale : str
+        "score", "max" or "sinkhorn"
+
+    Returns
+    -------
+    Tensor
+        (B, N, N) in [0, 1]
+    """
     _choose("scale", scale, SCALES)
     values = _in_full(values)
     if scale == "score": return values.sigmoid()
@@ -379,7 +608,24 @@ def relation_loss(
 ) -> Tensor:                 # () in [0, 2]
     """L_r = sum M+ (1 - A) / sum M+ + sum M- A / sum M- (DFA), mean over images; an empty mask contributes 0.
 
-    Raises `InputError` for an unknown scale."""
+    Raises `InputError` for an unknown scale.
+
+    Parameters
+    ----------
+    values : Tensor
+        (B, N, N) score of the inverse path for "score", else its affinity
+    positive : Tensor
+        M+ (B, N, N) bool
+    negative : Tensor
+        M- (B, N, N) bool
+    scale : str
+        "score", "max" or "sinkhorn", see `scaled_relation`
+
+    Returns
+    -------
+    Tensor
+        () in [0, 2]
+    """
     with torch.autocast(values.device.type, enabled=False):
         degree = scaled_relation(values, scale)
         return _mean_over_images(1 - degree, positive) + _mean_over_images(degree, negative)
@@ -389,7 +635,75 @@ INVERSIONS = ("all-pass", "gaussian", "butterworth")
 
 @dataclass(frozen=True)
 class DualAffinitySettings:
-    "Options of `DualAffinity`, all of which JSON can hold. Raises `InputError` naming the option and the value that cannot be."
+    """Options of `DualAffinity`, all of which JSON can hold. Raises `InputError` naming the option and the value that cannot be.
+
+    Attributes
+    ----------
+    source : str|None
+        of W, see `affinity.SOURCES`; None = what suits the backbone
+    layers : int|tuple[int, ...]
+        the last so many blocks, or block indices
+    per_head : bool
+        heads as maps of their own
+    temperature : float|None
+        of the softmax for all sources but attention
+    inversion : str
+        "all-pass" is I - W; "gaussian", "butterworth" keep of it what lies above `cutoff`
+    cutoff : float
+        cycles per token
+    align : bool
+        learn A_la (else A_s)
+    inverse : bool
+        have a second affinity at all
+    rectify : bool
+        learn A_ha (else A_inv)
+    low_init : str
+        where the smoothed path begins, see `prior_score`
+    high_init : str
+        where the inverse path begins
+    sharpness : float
+        of "signed"
+    hidden : int
+        width of each MLP
+    encoding : str
+        of its input, see `encode_entries`
+    chunk : int|None
+        rows at a time, recomputed for the gradient
+    normalise : str
+        of `symmetrise`
+    tolerance : float
+        of row and column sums
+    iterations : int
+        most rounds of Sinkhorn
+    gradient : str
+        through Sinkhorn: "implicit" or "unroll"
+    mu : float
+        cut-off between F_ld and F_hd, cycles per token
+    shape : str
+        of the low band
+    normalise_features : str|None
+        None, "features" or "bands", see `frequency_relations`
+    momentum : float
+        of the quality alpha
+    align_scale : str
+        of the affinity in L_a, see `scaled_relation`
+    align_within : str
+        softmax in L_a over the "row" or its selected pairs ("mask")
+    align_reduction : str
+        mean of L_a over "pairs" or "rows"
+    window : int|None
+        side of the voting window; None = no vote
+    majority : float
+        that a promotion needs to exceed
+    border : str
+        of the vote
+    agreement : bool
+        promoted pairs have the same label
+    relation_scale : str
+        of the affinity in L_r
+    ignore : int
+        label of patches without one
+    """
     source: str|None = None                # of W, see `affinity.SOURCES`; None = what suits the backbone
     layers: int|tuple[int, ...] = 8        # the last so many blocks, or block indices
     per_head: bool = False                 # heads as maps of their own
@@ -471,7 +785,26 @@ def combine_affinities(
 ) -> Tensor:                    # (B, N, N)
     """One affinity from two, for refining maps without transport (the element-wise rows of DFA's ablation).
 
-    DFA does not say how; the default is the mean. Raises `InputError` for an unknown `how`."""
+    DFA does not say how; the default is the mean. Raises `InputError` for an unknown `how`.
+
+    Parameters
+    ----------
+    low : Tensor
+        (B, N, N)
+    high : Tensor|None
+        (B, N, N), or None
+    how : str
+        "sum" weighted mean, "product" element-wise, rows scaled back to 1
+    lambda_l : float
+        weight of the low-frequency affinity in the sum
+    lambda_h : float
+        weight of the high-frequency affinity in the sum
+
+    Returns
+    -------
+    Tensor
+        (B, N, N)
+    """
     _choose("how", how, ("sum", "product"))
     if high is None: return low
     if how == "sum": return (lambda_l * low + lambda_h * high) / (lambda_l + lambda_h)
@@ -481,7 +814,19 @@ def combine_affinities(
 # %% ../nbs/21_dual_affinity.ipynb #461e2900
 @dataclass(eq=False)
 class DualAffinityOutput:
-    "What `DualAffinity` returns."
+    """What `DualAffinity` returns.
+
+    Attributes
+    ----------
+    low : Tensor
+        A_la, or A_s when it is not learned: (B, N, N) fp32
+    high : Tensor|None
+        A_ha, or A_inv when it is not learned; None without an inverse path
+    losses : dict[str, Tensor]
+        "alignment" L_a and "rectification" L_r as far as they apply, unweighted
+    statistics : dict[str, Tensor]
+        () no gradient: "alpha", and the shares of pairs "selected", "positive" and "negative"
+    """
     low: Tensor                      # A_la, or A_s when it is not learned: (B, N, N) fp32
     high: Tensor|None                # A_ha, or A_inv when it is not learned; None without an inverse path
     losses: dict[str, Tensor]        # "alignment" L_a and "rectification" L_r as far as they apply, unweighted
@@ -510,7 +855,13 @@ class DualAffinity(nn.Module):
     """Both affinities of DFA with what trains them: smoothed path and L_a, inverse path and L_r.
 
     Gradients reach only the two paths: the tower is frozen, decoder features and pseudo-labels teach and are not taught.
-    Raises `InputError` for options that do not exist."""
+    Raises `InputError` for options that do not exist.
+
+    Parameters
+    ----------
+    entries : int
+        maps per stack: layers, or layers x heads
+    """
     def __init__(self,
         entries: int,                                                # maps per stack: layers, or layers x heads
         settings: DualAffinitySettings = DualAffinitySettings(),
@@ -548,7 +899,17 @@ class DualAffinity(nn.Module):
     ) -> DualAffinityOutput:
         """Affinities, and as many losses as there is teaching for.
 
-        Raises `InputError` saying what to encode, and for decoder features or labels that do not fit the grid."""
+        Raises `InputError` saying what to encode, and for decoder features or labels that do not fit the grid.
+
+        Parameters
+        ----------
+        features : Features
+            encoded with `request`
+        decoded : Tensor|None
+            F_d (B, D, h, w); None = no losses
+        labels : Tensor|None
+            Y (B, N) patch labels, see `nearest_labels`; None = no L_r
+        """
         paths = self.paths(features)
         return self.output(paths) if decoded is None else self.losses(paths, features.grid, decoded, labels)
 
@@ -563,7 +924,19 @@ class DualAffinity(nn.Module):
         decoded: Tensor,                             # F_d (B, D, h, w)
         labels: Tensor|None,                         # Y (B, N) patch labels; None = no L_r
     ) -> DualAffinityOutput:
-        "Affinities and their losses. Raises `InputError` for decoder features that do not fit."
+        """Affinities and their losses. Raises `InputError` for decoder features that do not fit.
+
+        Parameters
+        ----------
+        paths : tuple[PathOutput, PathOutput|None]
+            of `paths`: pseudo-labels are made from them before they are taught
+        grid : tuple[int, int]
+            (h, w)
+        decoded : Tensor
+            F_d (B, D, h, w)
+        labels : Tensor|None
+            Y (B, N) patch labels; None = no L_r
+        """
         result = self.output(paths)
         if tuple(decoded.shape[-2:]) != tuple(grid) or len(decoded) != len(result.low):
             raise InputError(f"decoder features {tuple(decoded.shape)} do not fit affinities of {len(result.low)} images on a {grid} grid.")

@@ -20,7 +20,17 @@ def unknown_name(
     known: Iterable[str],      # what would have been right
     what: str = "class",       # what kind of name it is, for the message
 ) -> InputError:
-    "The error for a name that is not among `known`: suggests the nearest one, or lists some. To be raised by the caller."
+    """The error for a name that is not among `known`: suggests the nearest one, or lists some. To be raised by the caller.
+
+    Parameters
+    ----------
+    name : str
+        what the user wrote
+    known : Iterable[str]
+        what would have been right
+    what : str
+        what kind of name it is, for the message
+    """
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1) or difflib.get_close_matches(name.lower(), known, n=1)
     listed = ", ".join(known[:12]) + (f", ... ({len(known)} in all)" if len(known) > 12 else "")

@@ -29,7 +29,29 @@ def option(
     least: int = 0,                   # fewest members, where several values make the option
     step: float | None = None,        # from one mark of a slider to the next
 ) -> Any:
-    "A field of a dataclass of `Options`: its default, what it means, and the values that it may have."
+    """A field of a dataclass of `Options`: its default, what it means, and the values that it may have.
+
+    Parameters
+    ----------
+    default : Any
+        without one the option has to be given
+    help : str
+        what it means, with its unit; begins in lower case
+    low : float | None
+        least value, of a number or of each of several
+    high : float | None
+        largest value
+    above : float | None
+        a bound that the value has to exceed
+    below : float | None
+        a bound that it must not reach
+    choices : Sequence[Any] | Mapping[Any, str] | None
+        the only values; a mapping explains each
+    least : int
+        fewest members, where several values make the option
+    step : float | None
+        from one mark of a slider to the next
+    """
     about = dict(help=help, low=low, high=high, above=above, below=below, choices=choices, least=least, step=step)
     return field(default=default, metadata={name: value for name, value in about.items() if value is not None})
 
@@ -66,7 +88,15 @@ def allowed(
     hint: Any,                    # annotation of the option
     about: Mapping[str, Any],     # what `option` was told
 ) -> str:
-    "In words, what an option may be."
+    """In words, what an option may be.
+
+    Parameters
+    ----------
+    hint : Any
+        annotation of the option
+    about : Mapping[str, Any]
+        what `option` was told
+    """
     if "choices" in about: return f"one of {', '.join('none' if one is None else str(one) for one in about['choices'])}"
     return " or ".join(_kind_words(kind, about) for kind in kinds(hint))
 
@@ -113,7 +143,17 @@ def checked(
     hint: Any,                    # its annotation
     about: Mapping[str, Any],     # what `option` was told
 ) -> Any:
-    "The value, lists as tuples. Raises `InputError` with name, value and what is allowed."
+    """The value, lists as tuples. Raises `InputError` with name, value and what is allowed.
+
+    Parameters
+    ----------
+    name : str
+        of the option, for the message
+    hint : Any
+        its annotation
+    about : Mapping[str, Any]
+        what `option` was told
+    """
     choices = about.get("choices")
     if choices is not None and isinstance(value, str) and value not in choices:
         words = [one for one in choices if isinstance(one, str)]
@@ -161,7 +201,13 @@ class Options:
         cls: type["_Kind"],
         given: Mapping[str, Any],   # name -> value
     ) -> "_Kind":
-        "The options from a mapping, under today's names or older ones. Raises `InputError` for an unknown name, naming the nearest, and for a value that cannot be."
+        """The options from a mapping, under today's names or older ones. Raises `InputError` for an unknown name, naming the nearest, and for a value that cannot be.
+
+        Parameters
+        ----------
+        given : Mapping[str, Any]
+            name -> value
+        """
         current = {cls.renamed.get(name, name): value for name, value in given.items()}
         known = [one.name for one in fields(cls)]   # type: ignore[arg-type]
         for name in current:
@@ -195,7 +241,19 @@ def parsed(
     hint: Any,                    # its annotation
     about: Mapping[str, Any],     # what `option` was told
 ) -> Any:
-    "The value that a text means for an option. Raises `InputError` for one that means none."
+    """The value that a text means for an option. Raises `InputError` for one that means none.
+
+    Parameters
+    ----------
+    name : str
+        of the option, for the message
+    text : str
+        as it was typed
+    hint : Any
+        its annotation
+    about : Mapping[str, Any]
+        what `option` was told
+    """
     text, alternatives = text.strip(), kinds(hint)
     if text.lower() == "none" and types.NoneType in alternatives: return None
     several = [kind for kind in alternatives if get_origin(kind) is tuple]
@@ -211,6 +269,12 @@ def parsed(
 def declared(
     kind: type,   # a dataclass
 ) -> dict[str, tuple[Any, Field]]:
-    "Name -> (annotation, field) of every option of a dataclass, in order."
+    """Name -> (annotation, field) of every option of a dataclass, in order.
+
+    Parameters
+    ----------
+    kind : type
+        a dataclass
+    """
     if not is_dataclass(kind): raise TypeError(f"{kind.__name__} is no dataclass")
     return {one.name: (_hints(kind)[one.name], one) for one in fields(kind)}

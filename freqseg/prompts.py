@@ -22,7 +22,15 @@ from .world.clip import FILLERS
 # %% ../nbs/18_prompts.ipynb #c837189e
 @dataclass(frozen=True)
 class Wording:
-    "Class names, the background they compete with, and how both are put to a text encoder."
+    """Class names, the background they compete with, and how both are put to a text encoder.
+
+    Attributes
+    ----------
+    templates : tuple[str, ...]
+        of a class; several are averaged
+    aliases : Mapping[str, str]
+        what is said instead of a class name
+    """
     classes: tuple[str, ...]
     background: tuple[str, ...] = ()
     templates: tuple[str, ...] = (WECLIP_TEMPLATE,)             # of a class; several are averaged
@@ -34,7 +42,13 @@ def rivals(
     names: Sequence[str],     # that may be background
     classes: Sequence[str],
 ) -> tuple[str, ...]:
-    "The names that share no word with any class."
+    """The names that share no word with any class.
+
+    Parameters
+    ----------
+    names : Sequence[str]
+        that may be background
+    """
     words = {word for name in classes for word in [name, *name.replace("-", " ").split()]}
     return tuple(name for name in names if name not in words)
 
@@ -68,7 +82,13 @@ def usual_wording(
 ) -> Wording:
     """How a backbone is asked for these classes: WeCLIP's wording for a CLIP, captions' for the world's. A class is never its own rival.
 
-    Raises `InputError` for a bare text in place of a list, and for a word that the world's CLIP never saw."""
+    Raises `InputError` for a bare text in place of a list, and for a word that the world's CLIP never saw.
+
+    Parameters
+    ----------
+    background : Sequence[str]|None
+        competing names; None = the usual ones, () = none
+    """
     if isinstance(background, str): raise InputError(f"background={background!r}: give a list of names, () for no background, or None for the usual one.")
     wanted = usual_background(backbone) if background is None else background
     require_words(backbone, [*classes, *wanted])
@@ -93,7 +113,13 @@ def plain_wording(
 ) -> Wording:
     """How any class names are put to a backbone, with nothing else beside them.
 
-    Raises `InputError` for unknown templates, a name that is empty or comes twice, and for a word that the world's CLIP never saw."""
+    Raises `InputError` for unknown templates, a name that is empty or comes twice, and for a word that the world's CLIP never saw.
+
+    Parameters
+    ----------
+    templates : str
+        "single", one sentence (ZegCLIP on VOC); "scene", fifteen (on COCO-Stuff). The world's CLIP has its own
+    """
     if templates not in TEMPLATES: raise unknown_name(templates, TEMPLATES, "set of templates")
     if isinstance(classes, str): raise InputError(f"classes={classes!r}: give a list of names.")
     for place, name in enumerate(classes):
@@ -105,7 +131,15 @@ def plain_wording(
 
 # %% ../nbs/18_prompts.ipynb #0bdc4abf
 class Prompts(NamedTuple):
-    "Embedded prompts, unit norm."
+    """Embedded prompts, unit norm.
+
+    Attributes
+    ----------
+    text : Tensor
+        (K, E), one row per class
+    background : Tensor|None
+        (Kb, E); None without background names
+    """
     text: Tensor             # (K, E), one row per class
     background: Tensor|None  # (Kb, E); None without background names
 

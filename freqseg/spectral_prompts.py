@@ -29,7 +29,15 @@ def prompt_blocks(
 ) -> tuple[int, ...]:
     """Indices 0..depth-1, rising, of blocks that a paper numbers 1..depth: "1-2" is (0, 1), where SPT-SEG puts its spectral prompts.
 
-    Raises `InputError` for blocks that the tower does not have, ranges that run backwards, and anything else."""
+    Raises `InputError` for blocks that the tower does not have, ranges that run backwards, and anything else.
+
+    Parameters
+    ----------
+    text : str|Sequence[int]
+        "1-2", "3" or "all", counted from 1 as papers do; or indices, counted from 0
+    depth : int
+        blocks of the tower
+    """
     if text == "all": return tuple(range(depth))
     ends = re.fullmatch(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", text.strip()) if isinstance(text, str) else None
     first, last = (int(ends[1]), int(ends[2] or ends[1])) if ends else (0, 0)
@@ -48,7 +56,19 @@ class DeepPrompts(nn.Module):
     """M learned tokens for each block of a frozen tower, behind one linear layer that they share (visual prompt tuning, Jia et al. 2022; ZegCLIP).
 
     Tokens start uniform in +-sqrt(6 / (3 patch^2 + width)), the linear layer kaiming-normal over its fan-out with a bias of 0.
-    Raises `InputError` for a negative number of tokens; with 0 there is nothing that learns."""
+    Raises `InputError` for a negative number of tokens; with 0 there is nothing that learns.
+
+    Parameters
+    ----------
+    width : int
+        channels of the tower
+    patch : int
+        side of a patch in pixels
+    blocks : int
+        blocks of the tower
+    tokens : int
+        M: ZegCLIP takes 10 on VOC, 100 on COCO-Stuff
+    """
 
     def __init__(self,
         width: int,            # channels of the tower
@@ -112,7 +132,22 @@ def spectral_prompt(
 ) -> Tensor:          # (B, D, h, w), dtype of the tokens
     """S = F^-1(F(H * g) w_f), what a spectral prompt adds to the tokens (SPT-SEG, Eq. 1): orthonormal real FFT over the grid, in fp32.
 
-    Raises `InputError` when the gain is of another grid or another number of channels."""
+    Raises `InputError` when the gain is of another grid or another number of channels.
+
+    Parameters
+    ----------
+    tokens : Tensor
+        (B, D, h, w) patch tokens H that enter a block, of any dtype
+    cls : Tensor
+        (B, D) CLS token g at the same depth
+    gain : Tensor
+        (h, w // 2 + 1, D) complex w_f, as `SpectralFilter.response` gives it
+
+    Returns
+    -------
+    Tensor
+        (B, D, h, w), dtype of the tokens
+    """
     h, w = tokens.shape[2:]
     if gain.shape != (h, w // 2 + 1, tokens.shape[1]):
         raise InputError(f"gain {tuple(gain.shape)} does not fit {tokens.shape[1]} channels on a {h} x {w} grid: expected "
@@ -125,7 +160,23 @@ class SpectralPrompts(nn.Module):
     """Learned filters that add a spectral prompt to the patch tokens entering some blocks of a frozen tower (SPT-SEG).
 
     "normal" draws real and imaginary part from `std` N(0, 1), as in the authors' code; with "zero" nothing is added at first.
-    Raises `InputError` for another start, and for blocks that are no indices or none at all."""
+    Raises `InputError` for another start, and for blocks that are no indices or none at all.
+
+    Parameters
+    ----------
+    width : int
+        channels of the tower
+    grid : tuple[int, int]
+        patches (h, w) that the filters are made for
+    blocks : Sequence[int]
+        blocks whose input is prompted, 0 is the first
+    shared : bool
+        one filter for all blocks, or one each
+    init : str
+        "normal", "zero" or "identity" (a gain of 1)
+    std : float
+        of each part with "normal"
+    """
 
     def __init__(self,
         width: int,                        # channels of the tower
@@ -151,7 +202,22 @@ class SpectralPrompts(nn.Module):
         cls: Tensor,              # (B, D) its CLS token
         grid: tuple[int, int],    # (h, w), N = h * w row-major
     ) -> Tensor:                  # (B, N, D)
-        "The tokens with their spectral prompt, or as they are where the block has none. Raises `InputError` for another grid than theirs."
+        """The tokens with their spectral prompt, or as they are where the block has none. Raises `InputError` for another grid than theirs.
+
+        Parameters
+        ----------
+        tokens : Tensor
+            (B, N, D) patch tokens that enter it
+        cls : Tensor
+            (B, D) its CLS token
+        grid : tuple[int, int]
+            (h, w), N = h * w row-major
+
+        Returns
+        -------
+        Tensor
+            (B, N, D)
+        """
         if block not in self.blocks: return tokens
         if grid[0] * grid[1] != tokens.shape[1]:
             raise InputError(f"{tokens.shape[1]} patch tokens are no {grid[0]} x {grid[1]} grid: leave the CLS out.")
@@ -168,7 +234,20 @@ def filter_magnitude(
     gain: Tensor,             # (h, w // 2 + 1, D) complex
     grid: tuple[int, int],    # (h, w)
 ) -> Tensor:                  # (h, w)
-    "Magnitude of a gain over the whole plane, averaged over channels, the constant at (h // 2, w // 2). Raises `InputError` for another grid."
+    """Magnitude of a gain over the whole plane, averaged over channels, the constant at (h // 2, w // 2). Raises `InputError` for another grid.
+
+    Parameters
+    ----------
+    gain : Tensor
+        (h, w // 2 + 1, D) complex
+    grid : tuple[int, int]
+        (h, w)
+
+    Returns
+    -------
+    Tensor
+        (h, w)
+    """
     return torch.fft.fftshift(_full_gain(gain, grid).abs().mean(-1))
 
 def radial_gain(
@@ -178,7 +257,22 @@ def radial_gain(
 ) -> tuple[Tensor, Tensor]:   # (bins,) cycles per token; (groups, bins)
     """Mean magnitude of a gain in rings of equal radial frequency, one cycle per longest side apart.
 
-    Raises `InputError` for another grid, and for groups of unequal size."""
+    Raises `InputError` for another grid, and for groups of unequal size.
+
+    Parameters
+    ----------
+    gain : Tensor
+        (h, w // 2 + 1, D) complex
+    grid : tuple[int, int]
+        (h, w)
+    groups : int
+        channels are cut into that many groups of neighbours
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        (bins,) cycles per token; (groups, bins)
+    """
     magnitude = _full_gain(gain, grid).abs()
     if groups < 1 or magnitude.shape[-1] % groups:
         raise InputError(f"groups={groups}: {magnitude.shape[-1]} channels cannot be cut into that many equal groups.")
@@ -191,7 +285,15 @@ def radial_gain(
 # %% ../nbs/28_spectral_prompts.ipynb #d4e3d179
 @dataclass(frozen=True, eq=False)
 class Prompted:
-    "What a prompted tower gives: joint embeddings of length 1."
+    """What a prompted tower gives: joint embeddings of length 1.
+
+    Attributes
+    ----------
+    patches : Tensor
+        (B, E, h, w)
+    cls : Tensor
+        (B, E)
+    """
     patches: Tensor   # (B, E, h, w)
     cls: Tensor       # (B, E)
 
@@ -200,7 +302,25 @@ class PromptedTower(nn.Module):
     """What learns in a frozen image tower: prompts in every block, spectral prompts in some, a LayerNorm on the last output (SPT-SEG on ZegCLIP).
 
     The backbone is used, not kept. Raises `InputError` for blocks that it does not have, a negative number of tokens, an unknown start of
-    the filters, and a `drop_path` outside [0, 1)."""
+    the filters, and a `drop_path` outside [0, 1).
+
+    Parameters
+    ----------
+    tokens : int
+        M prompts per block, 0 for none
+    spectral : str|Sequence[int]
+        blocks with spectral prompts: indices, or as `prompt_blocks` reads; () for none
+    shared : bool
+        one filter for all of them
+    init : str
+        start of the filters: "normal" or "zero"
+    dropout : float
+        on the prompts
+    drop_path : float
+        stochastic depth of the last block
+    grid : tuple[int, int]|None
+        patches that the filters are made for, best those of training; None = the native grid
+    """
 
     def __init__(self,
         backbone: Backbone,
@@ -237,7 +357,15 @@ class PromptedTower(nn.Module):
         backbone: Backbone,    # the one it was made for, or one like it
         images: Tensor,        # (B, 3, H, W) normalised, any whole number of patches
     ) -> Prompted:
-        "Joint embeddings under the prompts, in fp32. Raises `InputError` for a tower of another size and images that are not whole patches."
+        """Joint embeddings under the prompts, in fp32. Raises `InputError` for a tower of another size and images that are not whole patches.
+
+        Parameters
+        ----------
+        backbone : Backbone
+            the one it was made for, or one like it
+        images : Tensor
+            (B, 3, H, W) normalised, any whole number of patches
+        """
         grid, (depth, _, width) = backbone.grid_of(images), self.prompts.tokens.shape
         if (depth, width) != (backbone.depth, backbone.width):
             raise InputError(f"these prompts are for {depth} blocks of width {width}, {backbone.name} has {backbone.depth} of {backbone.width}.")

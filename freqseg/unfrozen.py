@@ -55,7 +55,19 @@ class TrainableBackbone(Backbone):
 
     The text tower and all other parameters stay frozen, and the backbone given is left alone. Activation maps taken from it carry
     a graph where features do: detach what serves as a label. Raises `InputError` for blocks that do not exist and when nothing is
-    left to learn."""
+    left to learn.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        is copied
+    blocks : Sequence[int]|str
+        block indices, negatives counting from the last, or "all"
+    embedding : bool|None
+        patch embedding, CLS, positions, ln_pre; None = when blocks is "all"
+    projection : bool
+        ln_post and the projection into joint space
+    """
 
     def __init__(self,
         backbone: Backbone,                    # is copied
@@ -104,5 +116,17 @@ def unfreeze(
 ) -> TrainableBackbone:
     """A copy of `backbone` whose given blocks learn (option of FFR).
 
-    Raises `InputError` for blocks that do not exist and when nothing is left to learn."""
+    Raises `InputError` for blocks that do not exist and when nothing is left to learn.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        is copied and stays frozen itself
+    blocks : Sequence[int]|str
+        block indices, negatives counting from the last, or "all"
+    embedding : bool|None
+        patch embedding, CLS, positions, ln_pre; None = when blocks is "all"
+    projection : bool
+        ln_post and the projection into joint space
+    """
     return TrainableBackbone(backbone, blocks, embedding, projection)

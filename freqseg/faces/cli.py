@@ -35,7 +35,22 @@ def fitted_size(
     longest: int,               # longer side wanted, pixels
     patch: int,                 # side of a patch, pixels
 ) -> tuple[int, int]:           # height, width: whole patches
-    "The size nearest to the picture's shape with a longer side of about `longest`. Raises `InputError` when it has too many patches."
+    """The size nearest to the picture's shape with a longer side of about `longest`. Raises `InputError` when it has too many patches.
+
+    Parameters
+    ----------
+    picture : tuple[int, int]
+        width, height in pixels, as PIL says it
+    longest : int
+        longer side wanted, pixels
+    patch : int
+        side of a patch, pixels
+
+    Returns
+    -------
+    tuple[int, int]
+        height, width: whole patches
+    """
     if longest < patch: raise InputError(f"--size {longest} is smaller than one patch of {patch} pixels: take at least {2 * patch}.")
     scale = longest / max(picture)
     width, height = (max(1, round(side * scale / patch)) for side in picture)
@@ -70,7 +85,15 @@ def cam_prompts(backbone: "Backbone", classes: Sequence[str], background: str|No
 
 # %% ../../nbs/faces/84_cli.ipynb #4400eb3e
 class Opened(NamedTuple):
-    "A picture that is to be explained, and the name of what is made of it."
+    """A picture that is to be explained, and the name of what is made of it.
+
+    Attributes
+    ----------
+    image : Image.Image
+        RGB
+    size : tuple[int, int]
+        height, width for the tower
+    """
     name: str
     image: "Image.Image"   # RGB
     size: tuple[int, int]  # height, width for the tower
@@ -278,7 +301,17 @@ def scenes_on_disk(
     splits: Sequence[str],   # which splits are needed
     count: int,              # scenes in each
 ) -> Path:
-    "A world with so many scenes; one that is there already, whole and large enough, is used again. Raises `InputError` for another folder."
+    """A world with so many scenes; one that is there already, whole and large enough, is used again. Raises `InputError` for another folder.
+
+    Parameters
+    ----------
+    folder : Path
+        written when missing
+    splits : Sequence[str]
+        which splits are needed
+    count : int
+        scenes in each
+    """
     from freqseg.data import read_ids
     from freqseg.world.scenes import SPLITS
     lists = [folder/"ImageSets"/"Segmentation"/f"{split}.txt" for split in splits]

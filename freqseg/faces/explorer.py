@@ -58,7 +58,25 @@ LONGEST_SIDE = 1024   # pixels; a larger picture is made smaller: towers see 448
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    "A picture, the names that may be looked for in it, and its mask where one is known."
+    """A picture, the names that may be looked for in it, and its mask where one is known.
+
+    Attributes
+    ----------
+    image : np.ndarray
+        uint8 (H, W, 3)
+    title : str
+        in words
+    code : str
+        Python that makes it again
+    names : tuple[str, ...]
+        of classes that are there, as far as known
+    mask : np.ndarray|None
+        (H, W) uint8: 0 background, k + 1 for known[k], 255 not counted
+    known : tuple[str, ...]
+        names of the mask's values 1, 2, ...
+    notes : tuple[str, ...]
+        what happened to it on the way
+    """
     image: np.ndarray                       # uint8 (H, W, 3)
     title: str                              # in words
     code: str                               # Python that makes it again
@@ -103,7 +121,17 @@ def dataset_picture(
     split: str = "val",
     dataset: str = "auto", # "voc", "coco", "cocostuff", "folder"; auto looks
 ) -> Subject:
-    "A picture of a data set on disk, with its mask where there is one. Raises `InputError` for an unknown id, and files that cannot be read."
+    """A picture of a data set on disk, with its mask where there is one. Raises `InputError` for an unknown id, and files that cannot be read.
+
+    Parameters
+    ----------
+    root : str|Path
+        folder of a data set
+    name : str
+        id of the picture
+    dataset : str
+        "voc", "coco", "cocostuff", "folder"; auto looks
+    """
     listing = list_dataset(root, split, dataset)
     if name not in listing.ids: raise unknown_name(name, listing.ids, f"picture in {split} of {listing.root}")
     sample = SegmentationFolder(list_dataset(root, split, dataset, ids=[name]))[0]   # the others need not be whole
@@ -171,7 +199,47 @@ def option(default: Any, help: str, **about: Any) -> Any:
 
 @dataclass(frozen=True)
 class View:
-    "What is shown of a look. Raises `InputError` naming the option and the value that cannot be."
+    """What is shown of a look. Raises `InputError` naming the option and the value that cannot be.
+
+    Attributes
+    ----------
+    maps : str
+        where the map comes from
+    layers : int
+        affinities are a mean over so many of the last blocks; more than there are means all
+    skip : int
+        leaves out so many blocks at the end: skip 2 and last 3 of 6 blocks are blocks 2 to 4
+    mu : float
+        cut-off between low and high, in cycles per token
+    shape : str
+        form of the low band in the spectrum
+    band : str
+        which frequencies go on to the affinity and the labels: both bands (which are the whole map), one of
+        them, or the whole beside several bands
+    bands : int
+        how many bands the stack has
+    affinity : str
+        which relations between patches carry the map on: none, those of attention (smoothed), those that
+        attention took away (inverse), or both
+    lambda_l : float
+        weight of the smoothed affinity where the map travels over both
+    lambda_h : float
+        weight of the inverse affinity where the map travels over both; untrained, its rows are nearly even, so
+        it shows only where λ low is near 0
+    boxes : bool
+        maps travel only inside boxes around their strong regions (WeCLIP)
+    epsilon : float
+        temperature of transport: small is sharp
+    threshold : float
+        the background's score: a pixel needs more to belong to a class
+    scale : str
+        what 1 on the colour bar means: every map's own maximum, or one for the map and its bands, so that a
+        weak band looks weak
+    opacity : float
+        weight of the heat map over the picture
+    cmap : str
+        colours of the heat map
+    """
     maps: str = option("gradcam", "where the map comes from", choices=MAPS)
     layers: int = option(8, "affinities are a mean over so many of the last blocks; more than there are means all", low=1, high=64, step=1)
     skip: int = option(0, "leaves out so many blocks at the end: skip 2 and last 3 of 6 blocks are blocks 2 to 4", low=0, high=63, step=1)
@@ -204,7 +272,25 @@ def _check_option(name: str, value: Any, about: Mapping[str, Any]) -> None:
 # %% ../../nbs/faces/76_explorer.ipynb #0202c4ca
 @dataclass(frozen=True, eq=False)
 class Shown:
-    "What a view shows of a look: K classes, patch grid (h, w), picture (H, W)."
+    """What a view shows of a look: K classes, patch grid (h, w), picture (H, W).
+
+    Attributes
+    ----------
+    columns : dict[str, Tensor]
+        title -> maps (K, h, w) in [0, 1]
+    final : Tensor
+        (K, h, w) in [0, 1], what the labels are made of
+    labels : np.ndarray
+        (H, W) uint8: 0 background, k + 1 for the k-th class
+    prediction : np.ndarray|None
+        (H, W), what a trained system says
+    scores : dict[str, dict[str, float]]
+        "pseudo-label", "prediction" -> IoU by name and "mean"; empty without a mask
+    spectra : dict[str, Tensor]
+        title -> radial energy (bins,), mean over classes, a share of the whole
+    frequencies : Tensor
+        (bins,) of these, cycles per token
+    """
     columns: dict[str, Tensor]              # title -> maps (K, h, w) in [0, 1]
     final: Tensor                           # (K, h, w) in [0, 1], what the labels are made of
     labels: np.ndarray                      # (H, W) uint8: 0 background, k + 1 for the k-th class
@@ -217,7 +303,25 @@ KEPT = 2**26   # bytes of affinities that a look keeps for later: those of thirt
 
 @dataclass(eq=False)
 class Look:
-    "One pass of a model over one picture for some class names. Made by `explore`."
+    """One pass of a model over one picture for some class names. Made by `explore`.
+
+    Attributes
+    ----------
+    model : str
+        how it was named
+    own : Tensor|None
+        (1, K, h, w) the trained system's maps
+    predicted : Tensor|None
+        (1, C, h, w) its logits
+    longest : int
+        longest side that the tower saw, pixels
+    images : Tensor
+        (1, 3, H, W) normalised, what the tower saw
+    related : dict[int|tuple[int, ...], dict[str, Tensor]]
+        blocks -> the affinities made of them
+    drawn : dict[str, tuple[Any, np.ndarray, list[bytes]]]
+        what was drawn last, by title: how, of what, and the files
+    """
     subject: Subject
     names: tuple[str, ...]
     model: str                              # how it was named
@@ -403,7 +507,19 @@ def explore(
     model: str|Path|Backbone|System = "world",    # see `open_model`
     longest: int|None = None,                     # longest side that the tower sees, pixels; None = `usual_side`
 ) -> Look:
-    "Look at a picture once. Raises `InputError` as `open_model` does, for no names, and for names that the model cannot know."
+    """Look at a picture once. Raises `InputError` as `open_model` does, for no names, and for names that the model cannot know.
+
+    Parameters
+    ----------
+    subject : Subject
+        of `photograph`, `scene` or `dataset_picture`
+    names : Sequence[str]|None
+        classes to look for; None = those that it is known to show
+    model : str|Path|Backbone|System
+        see `open_model`
+    longest : int|None
+        longest side that the tower sees, pixels; None = `usual_side`
+    """
     opened = model if isinstance(model, (Backbone, System)) else open_model(model)
     backbone, system = (opened.backbone, opened) if isinstance(opened, System) else (opened, None)
     chosen = _names_for(subject, names, system)
@@ -433,7 +549,21 @@ CELL_SIDE = 192   # pixels of the longest side of a map on the screen
 
 @dataclass(frozen=True)
 class Cell:
-    "One picture of a view on the screen."
+    """One picture of a view on the screen.
+
+    Attributes
+    ----------
+    title : str
+        what is shown
+    name : str
+        of which class; empty = of all
+    picture : bytes
+        JPEG
+    alt : str
+        for who cannot see it
+    colour : str
+        of the class in masks, #rrggbb
+    """
     title: str       # what is shown
     name: str        # of which class; empty = of all
     picture: bytes   # JPEG
@@ -477,7 +607,13 @@ def view_cells(
     view: View,
     rows: slice = slice(None),   # of the classes
 ) -> list[list[Cell]]:
-    "The maps of a view: a row per class, a column per map."
+    """The maps of a view: a row per class, a column per map.
+
+    Parameters
+    ----------
+    rows : slice
+        of the classes
+    """
     columns = {title: _drawn(look, title, maps[rows], (view.opacity, view.cmap), lambda part: overlays(look.small, part, view.opacity, view.cmap))
                for title, maps in shown.columns.items()}
     return [[Cell(title, name, files[place], f"{title} of {name} over {look.subject.title}", class_colour(look.names.index(name) + 1)) for title, files in columns.items()]
@@ -501,7 +637,13 @@ def patch_cells(
 ) -> list[Cell]:
     """What one patch is related to: its row of the smoothed affinity, strongest = 1, and of the inverse affinity around its median; the patch itself is left out.
 
-    Raises `InputError` for a patch outside the grid."""
+    Raises `InputError` for a patch outside the grid.
+
+    Parameters
+    ----------
+    patch : tuple[int, int]
+        row and column
+    """
     row, column = patch
     if not (0 <= row < look.grid[0] and 0 <= column < look.grid[1]): raise InputError(f"patch {patch} lies outside the grid of {look.grid[0]} x {look.grid[1]}.")
     asked, cells, alpha = row*look.grid[1] + column, [], max(view.opacity, .6)
@@ -523,7 +665,21 @@ def chart_svg(
     mark: tuple[float, str]|None = None,                  # a vertical line at x, and what it is
     width: int = 260,
 ) -> Drawing:
-    "Lines over one axis, small, in the page's own colours."
+    """Lines over one axis, small, in the page's own colours.
+
+    Parameters
+    ----------
+    lines : Mapping[str, Sequence[tuple[float, float]]]
+        title -> points (x, y), y a share of the height in 0..1
+    across : Sequence[tuple[float, str]]
+        ticks along x: where, and what is written there; the first and last are the ends
+    up : Sequence[tuple[float, str]]
+        ticks along y, as shares of the height
+    title : str
+        what x measures
+    mark : tuple[float, str]|None
+        a vertical line at x, and what it is
+    """
     left, top, height, ends = 46, 26, 130, (across[0][0], across[-1][0])
     x = lambda value: left + width*(value - ends[0])/((ends[1] - ends[0]) or 1)
     y = lambda share: top + height*(1 - min(max(share, 0), 1))
@@ -544,7 +700,13 @@ def spectrum_svg(
     shown: Shown,
     cutoff: float|None = None,   # cycles per token, drawn in
 ) -> Drawing:
-    "Share of the energy by radial frequency, of the map and of what came out of the affinity, on a logarithmic scale; the constant is left out."
+    """Share of the energy by radial frequency, of the map and of what came out of the affinity, on a logarithmic scale; the constant is left out.
+
+    Parameters
+    ----------
+    cutoff : float|None
+        cycles per token, drawn in
+    """
     level = lambda share: 1 + math.log10(max(share, 1e-4))/4
     lines = {title: [(f, level(e)) for f, e in zip(shown.frequencies.tolist(), energy.tolist())] for title, energy in shown.spectra.items()}
     return chart_svg(lines, [(0, "0"), (.2, "0.2"), (.4, "0.4"), (.6, "0.6"), (.5**.5, "")], [(level(10.**p), f"{100*10.**p:g}%") for p in range(-4, 1)],
@@ -563,7 +725,13 @@ def view_code(
     view: View = View(),
     stem: str = "",       # of the files of a saved view
 ) -> str:
-    "Python that makes this view again, with a stem as a PNG beside the program. What was opened by hand and not by name has to be put in its place."
+    """Python that makes this view again, with a stem as a PNG beside the program. What was opened by hand and not by name has to be put in its place.
+
+    Parameters
+    ----------
+    stem : str
+        of the files of a saved view
+    """
     usual = replace(View(), layers=min(View().layers, look.depth))
     seen = {name: round(value, 6) if isinstance(value, float) else value for name, value in asdict(replace(view, layers=min(view.layers, look.depth))).items()}
     options = ", ".join(f"{name}={value!r}" for name, value in seen.items() if value != getattr(usual, name))
@@ -579,7 +747,13 @@ def save_view(
 ) -> dict[str, Path]:
     """Save a view under a new number: a PNG, an NPZ with maps, labels and options, and the Python that makes it again. Returns the paths by suffix.
 
-    A picture that has no file of its own is saved beside them. Raises `InputError` for a folder that cannot be written."""
+    A picture that has no file of its own is saved beside them. Raises `InputError` for a folder that cannot be written.
+
+    Parameters
+    ----------
+    folder : str|Path
+        made where it is missing
+    """
     folder, shown = Path(folder).absolute(), look.shown(view)
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as error: raise InputError(f"cannot make the folder {folder}: {error.strerror}.") from error
@@ -613,7 +787,13 @@ def compare_cells(
     views: tuple[View, View],
     rows: slice = slice(None),   # of the classes
 ) -> tuple[list[list[Cell]], list[Cell]]:
-    "Two final maps and their difference, a row per class; and masks. Raises `InputError` for looks at different pictures or names."
+    """Two final maps and their difference, a row per class; and masks. Raises `InputError` for looks at different pictures or names.
+
+    Parameters
+    ----------
+    rows : slice
+        of the classes
+    """
     if left.names != right.names or not np.array_equal(left.subject.image, right.subject.image): raise InputError("two looks are compared at the same picture, for the same names.")
     shown, small = [look.shown(view) for look, view in zip((left, right), views)], left.small
     titles = [f"{side}: {look.model}, {_title(view)}" for side, look, view in zip("AB", (left, right), views)]
@@ -628,7 +808,15 @@ def compare_cells(
 # %% ../../nbs/faces/76_explorer.ipynb #2aaa8117
 @dataclass(frozen=True, eq=False)
 class RunHistory:
-    "What a run wrote down while it trained."
+    """What a run wrote down while it trained.
+
+    Attributes
+    ----------
+    steps : tuple[int, ...]
+        that have a snapshot
+    rows : list[dict[str, Any]]
+        of metrics.jsonl
+    """
     folder: Path
     steps: tuple[int, ...]          # that have a snapshot
     rows: list[dict[str, Any]]      # of metrics.jsonl
@@ -700,7 +888,17 @@ def wavelet_cells(
     wavelet: str|Tensor = "haar",    # a name, or taps (4, L)
     cmap: str = "inferno",
 ) -> tuple[list[list[Cell]], list[Cell]]:
-    "The map and its four sub-bands, absolute values to the map's own maximum; and the taps, one picture each. Raises `InputError` for an unknown block or channel."
+    """The map and its four sub-bands, absolute values to the map's own maximum; and the taps, one picture each. Raises `InputError` for an unknown block or channel.
+
+    Parameters
+    ----------
+    block : int
+        index, 0 is the first
+    channel : int|None
+        None = the root of the mean square over all channels
+    wavelet : str|Tensor
+        a name, or taps (4, L)
+    """
     if block not in look.tokens: raise InputError(f"block {block}: the tower has blocks 0 to {look.depth - 1}.")
     tokens = look.tokens[block]
     if channel is not None and not 0 <= channel < len(tokens): raise InputError(f"channel {channel}: block {block} has channels 0 to {len(tokens) - 1}.")

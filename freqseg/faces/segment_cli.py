@@ -57,7 +57,13 @@ def _floor(args: argparse.Namespace, system: "System") -> float|None:
 ENDINGS = ("", "_over")   # of what is made of a picture: the mask, and the picture under it
 
 class Asked(NamedTuple):
-    "What is the same for all pictures of one `freqseg segment`."
+    """What is the same for all pictures of one `freqseg segment`.
+
+    Attributes
+    ----------
+    classes : Sequence[str]
+        that may answer
+    """
     system: "System"
     classes: Sequence[str]          # that may answer
     inference: "Inference"

@@ -26,7 +26,71 @@ from .segmenter import Segmenter, SegmenterOptions, Seen, enlarged, require_labe
 # %% ../../nbs/systems/43_dfa.ipynb #4ccfa123
 @dataclass(frozen=True)
 class DFAOptions(SegmenterOptions):
-    "Options of `DFA`. Those that concern the affinities have the names they have in `DualAffinitySettings`, but for the first two."
+    """Options of `DFA`. Those that concern the affinities have the names they have in `DualAffinitySettings`, but for the first two.
+
+    Attributes
+    ----------
+    blocks : int
+        how many of the last blocks the affinities read
+    relate : bool
+        learn the inverse affinity (A_ha; else A_inv)
+    align : bool
+        learn the smoothed affinity (A_la; else A_s)
+    inverse : bool
+        have a second affinity at all
+    per_head : bool
+        heads as maps of their own
+    inversion : str
+        "all-pass" is I - W; "gaussian" or "butterworth" keep less of it
+    hidden : int
+        width of the two networks
+    normalise : str
+        "sinkhorn" to a tolerance, "weclip" three rounds and squared
+    mu : float
+        cut-off between the decoder's low and high features
+    shape : str
+        of the low band: "square" or "disc"
+    normalise_features : str|None
+        "features" or "bands": unit length before products
+    momentum : float
+        of the quality alpha
+    align_scale : str
+        what L_a compares: "sinkhorn", "max" or "score"
+    align_reduction : str
+        L_a over all selected "pairs" as printed, or mean of "rows" (larger gradients)
+    relation_scale : str
+        what L_r pulls: "score", "max" or "sinkhorn"
+    window : int|None
+        side of the window that votes on ambiguous pairs; None = no vote
+    lambda_align : float
+        weight of L_a
+    lambda_relation : float
+        weight of L_r
+    maps : str
+        "transport" (DFA), or "propagate": GradCAM walked over both affinities
+    similarity : str
+        rows of S: "value" (MaskCLIP), "intra" (intra-correlation) or "gradcam"
+    contrast : str
+        background of S: the "rest" of the classes' maps, or a softmax against the background "prompts"
+    lambda_l : float
+        weight of the smoothed affinity in the score of transport
+    lambda_h : float
+        weight of the inverse affinity
+    score : str
+        "class", or "literal" as printed (in which the inverse affinity cannot matter)
+    eps : float
+        entropy of the transport
+    temperature : float|None
+        of the class shares; None = the number of patches
+    nothing : str
+        background of pseudo-labels: "max" is 1 - max, "prompts" the background's own column of the transport
+    combine : str
+        of the affinities, for maps that "propagate": "sum" or "product"
+    walks : int
+        steps of maps that "propagate"
+    box : float|None
+        boxes from which maps "propagate", as in WeCLIP; None = from everywhere
+    """
     blocks: int = 8                        # how many of the last blocks the affinities read
     relate: bool = True                    # learn the inverse affinity (A_ha; else A_inv)
     align: bool = True                     # learn the smoothed affinity (A_la; else A_s)

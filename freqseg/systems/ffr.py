@@ -29,7 +29,50 @@ from ..unfrozen import unfreeze
 # %% ../../nbs/systems/44_ffr.ipynb #58515e9c
 @dataclass(frozen=True)
 class FFROptions(SegmenterOptions):
-    "Options of `FFR`."
+    """Options of `FFR`.
+
+    Attributes
+    ----------
+    mu : float
+        half-width of the low band (FFR's table: .4 is best of .1 .2 .3 .4)
+    shape : str
+        of the low band: "square" or "disc"
+    threshold : float
+        of the map, for tokens that make up a class prototype
+    lambda_h : float
+        weight of the high-frequency head within the segmentation loss
+    lambda_1 : float
+        weight of the rectification
+    lambda_seg : float
+        weight of both segmentation losses
+    lambda_energy : float
+        weight of the dense energy loss, a mean in [0, 1] (ToCo's 0.05 is for a sum)
+    middle : int
+        block whose tokens the intermediate classifier reads
+    pool : str
+        of both classifiers: "max" or "mean"
+    order : str
+        they pool the "tokens" and classify the result (ToCo, on which FFR builds), or pool the "scores" of all
+        tokens
+    maps : str
+        pseudo-labels from CLIP's "gradcam", from it "smoothed" as WeCLIP does, or from the "classifier" (the
+        paper, without CLIP)
+    box : float|None
+        of smoothed maps: only what lies in boxes around at least this share of the maximum travels; None = all
+    rectified : str|None
+        "tokens" of the tower's last block, or features of the "decoder"; None = tokens when they can learn
+    unfreeze : tuple[int, ...]|str|None
+        blocks of the tower that learn, "all", or None = frozen
+    head_scale : float
+        learning rate of everything new, relative to what a tower learns with; the frozen tower's heads have it,
+        too
+    hidden : int
+        channels of the convolution that both heads share
+    dilation : int
+        of it, in patches
+    start : str
+        of it: near the "identity", or "random"
+    """
     mu: float = .4                        # half-width of the low band (FFR's table: .4 is best of .1 .2 .3 .4)
     shape: str = "square"                 # of the low band: "square" or "disc"
     threshold: float = .7                 # of the map, for tokens that make up a class prototype

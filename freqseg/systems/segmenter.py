@@ -29,7 +29,41 @@ from ..refine import PAR
 # %% ../../nbs/systems/40_segmenter.ipynb #07499eb1
 @dataclass(frozen=True)
 class SegmenterOptions:
-    "What every system here can be told. Each adds its own."
+    """What every system here can be told. Each adds its own.
+
+    Attributes
+    ----------
+    decoder : str
+        "transformer" (WeCLIP) or "wavelet" (WTCLIP)
+    dim : int
+        channels of the decoder
+    decoder_layers : int
+        transformer blocks of the decoder
+    dropout : float
+        of whole channels of the fused tokens
+    gate : bool
+        of the wavelet decoder: weigh places before fusing the blocks
+    levels : int
+        of its wavelet transform: 1 in the code of WTCLIP, 2 in its figure
+    wavelet : str
+        any orthogonal or biorthogonal wavelet
+    learn_filters : bool
+        learn the taps of the wavelet (WTCLIP's text) or keep them (its code)
+    reconstruction : float
+        weight of the perfect-reconstruction penalty on learned taps
+    rectify : float|None
+        cut-off mu of FFR's rectification of the decoder's features; None = without
+    rectify_weight : float
+        FFR: lambda_1
+    background : tuple[str, ...]|None
+        prompts that compete with the classes; None = the usual ones
+    source : str|None
+        where the affinity comes from; None = what suits the backbone
+    background_power : float
+        of the background's score (1 - max)^power in pseudo-labels; above 1 it claims less
+    par_iterations : int
+        of pixel-adaptive refinement; 0 = without
+    """
     decoder: str = "transformer"          # "transformer" (WeCLIP) or "wavelet" (WTCLIP)
     dim: int = 256                        # channels of the decoder
     decoder_layers: int = 3               # transformer blocks of the decoder
@@ -104,7 +138,15 @@ def pack_present(
     cam: Tensor,      # (B, K, h, w)
     present: Tensor,  # (B, K) bool
 ) -> tuple[Tensor, Tensor]:
-    "Maps of the present classes (B, k, h, w) and their class indices (B, k); k is the most any picture shows, zero maps fill up."
+    """Maps of the present classes (B, k, h, w) and their class indices (B, k); k is the most any picture shows, zero maps fill up.
+
+    Parameters
+    ----------
+    cam : Tensor
+        (B, K, h, w)
+    present : Tensor
+        (B, K) bool
+    """
     most = max(1, int(present.sum(1).max()))
     classes = present.int().argsort(dim=1, descending=True, stable=True)[:, :most]
     kept = present.gather(1, classes)[..., None, None]
@@ -119,7 +161,30 @@ def assign_labels(
     nothing: Tensor|None = None,  # (B, 1, h, w) score of the background; None = (1 - max)^power
     power: float = 1.,            # of the background's score: above 1 it claims less
 ) -> Tensor:                      # (B, H, W) int64: 0 background, k + 1 for class k, 255 outside the picture
-    "Pseudo-labels: enlarge, add the background score, refine on the picture, take the best (WeCLIP)."
+    """Pseudo-labels: enlarge, add the background score, refine on the picture, take the best (WeCLIP).
+
+    Parameters
+    ----------
+    cam : Tensor
+        (B, K, h, w) in [0, 1]
+    present : Tensor
+        (B, K) bool
+    images : Tensor
+        (B, 3, H, W) in [0, 1]
+    refine : nn.Module|None
+        PAR: (images, scores) -> scores; None = without
+    valid : Tensor|None
+        (B, H, W) bool: False where a crop lies outside its picture
+    nothing : Tensor|None
+        (B, 1, h, w) score of the background; None = (1 - max)^power
+    power : float
+        of the background's score: above 1 it claims less
+
+    Returns
+    -------
+    Tensor
+        (B, H, W) int64: 0 background, k + 1 for class k, 255 outside the picture
+    """
     packed, classes = pack_present(cam.float(), present)
     if nothing is not None: packed = torch.cat([nothing.float(), packed], 1)
     scores = F.interpolate(packed, images.shape[-2:], mode="bilinear", align_corners=False)
@@ -144,7 +209,15 @@ def build_decoder(width: int, blocks: int, classes: int, options: SegmenterOptio
 # %% ../../nbs/systems/40_segmenter.ipynb #bd73f724
 @dataclass(frozen=True, eq=False)
 class Seen:
-    "A batch as a system sees it: pictures, one look of the frozen tower, and what the decoder makes of it."
+    """A batch as a system sees it: pictures, one look of the frozen tower, and what the decoder makes of it.
+
+    Attributes
+    ----------
+    images : Tensor
+        (B, 3, H, W) normalised
+    present : Tensor
+        (B, K) bool
+    """
     images: Tensor      # (B, 3, H, W) normalised
     present: Tensor     # (B, K) bool
     features: Features

@@ -14,7 +14,19 @@ from .zegclip import ZegCLIP, ZegCLIPOptions
 # %% ../../nbs/systems/46_sptseg.ipynb #d97836b0
 @dataclass(frozen=True)
 class SPTSEGOptions(ZegCLIPOptions):
-    "Options of `SPTSEG`; the defaults are those of VOC."
+    """Options of `SPTSEG`; the defaults are those of VOC.
+
+    Attributes
+    ----------
+    spectral : str|None
+        blocks with spectral prompts; None = without
+    decoder : str
+        "spectral", guided by frequencies, or "cross" attention (ZegCLIP)
+    dice : float
+        weight of the dice loss (ZegCLIP: 1)
+    ssim : float
+        weight of the structural similarity loss
+    """
     spectral: str|None = "1-2"            # blocks with spectral prompts; None = without
     decoder: str = "spectral"             # "spectral", guided by frequencies, or "cross" attention (ZegCLIP)
     dice: float = 0.                      # weight of the dice loss (ZegCLIP: 1)

@@ -24,7 +24,27 @@ from .segmenter import Segmenter, SegmenterOptions, Seen, enlarged, require_labe
 # %% ../../nbs/systems/41_weclip.ipynb #37255bcc
 @dataclass(frozen=True)
 class WeCLIPOptions(SegmenterOptions):
-    "Options of `WeCLIP`; the defaults are those of VOC."
+    """Options of `WeCLIP`; the defaults are those of VOC.
+
+    Attributes
+    ----------
+    switch : float
+        share of the training after which the decoder selects attention maps
+    early_layers : int
+        blocks averaged before that
+    late_layers : int
+        blocks selected from after it (COCO: 10)
+    box : float|None
+        only what lies in boxes around at least this share of a map's maximum travels (COCO: 0.7); None = all
+    normalise : str
+        of the affinity: "weclip" three rounds and squared, "sinkhorn" to a tolerance
+    walks : int
+        steps over the normalised affinity
+    affinity_weight : float
+        of the affinity loss
+    radius : int
+        of the pairs it sees, in patches
+    """
     switch: float = .5             # share of the training after which the decoder selects attention maps
     early_layers: int = 8          # blocks averaged before that
     late_layers: int = 6           # blocks selected from after it (COCO: 10)

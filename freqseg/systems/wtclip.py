@@ -22,7 +22,17 @@ from ..wavelet import wavedec2
 # %% ../../nbs/systems/42_wtclip.ipynb #dc27ad36
 @dataclass(frozen=True)
 class WTCLIPOptions(WeCLIPOptions):
-    "Options of `WTCLIP`."
+    """Options of `WTCLIP`.
+
+    Attributes
+    ----------
+    edge : str
+        "none" as the code runs, "image" as the figure draws
+    edge_levels : int
+        wavelet levels of the picture whose details count as edges
+    edge_floor : float
+        what is left of a map where there is no edge at all
+    """
     decoder: str = "wavelet"
     edge: str = "none"         # "none" as the code runs, "image" as the figure draws
     edge_levels: int = 3       # wavelet levels of the picture whose details count as edges
@@ -40,7 +50,20 @@ def edge_map(
     levels: int = 3,
     wavelet: str = "haar",
 ) -> Tensor:                   # (B, 1, h, w) in [0, 1]
-    "Where the picture has edges: mean over levels of the magnitude of its wavelet details (our reading of WTCLIP's figure)."
+    """Where the picture has edges: mean over levels of the magnitude of its wavelet details (our reading of WTCLIP's figure).
+
+    Parameters
+    ----------
+    images : Tensor
+        (B, 3, H, W) in any linear colour range
+    grid : tuple[int, int]
+        (h, w) of the result
+
+    Returns
+    -------
+    Tensor
+        (B, 1, h, w) in [0, 1]
+    """
     details = wavedec2(images.float().mean(1, keepdim=True), wavelet, levels)[1:]
     strength = [F.interpolate(band.square().sum(2).sqrt(), grid, mode="area") for band in details]
     return torch.stack([normalise_cam(x) for x in strength]).mean(0)

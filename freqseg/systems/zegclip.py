@@ -29,7 +29,76 @@ from ..world.scenes import WORLD_CLASSES
 # %% ../../nbs/systems/45_zegclip.ipynb #1135fe2a
 @dataclass(frozen=True)
 class ZegCLIPOptions:
-    "Options of `ZegCLIP`; the defaults are those of VOC."
+    """Options of `ZegCLIP`; the defaults are those of VOC.
+
+    Attributes
+    ----------
+    unseen : tuple[str, ...]|None
+        classes without masks in training; None = those of the published split of VOC, COCO-Stuff or the world
+    seen : tuple[str, ...]|None
+        classes with masks; None = all others
+    wording : str
+        of a class name: "single", one sentence, or "scene", the mean of fifteen (COCO-Stuff)
+    prompts : int
+        learnable tokens in every block (COCO-Stuff: 100)
+    prompt_dropout : float
+        of them
+    drop_path : float
+        chance of the last block's branches to be left out in training, less before. ZegCLIP sets 0.1, but its
+        blocks never use it
+    spectral : str|None
+        blocks with spectral prompts, "1-2" in SPT-SEG; None = without
+    shared_filter : bool
+        one spectral filter for all of them (SPT-SEG's code) or one each
+    filter_init : str
+        of the filters: "normal", or "zero" as if they were not there
+    filter_size : int|None
+        side of the pictures that filters are made for, pixels, best that of training crops; None = the model's
+        own
+    decoder : str
+        "cross" attention (ZegCLIP) or "spectral", guided by frequencies (SPT-SEG)
+    decoder_layers : int
+        of either
+    heads : int
+        of their attention
+    decoder_dropout : float
+        of their branches
+    self_attention : bool
+        between class names in "cross"; published weights hold it, published code never runs it
+    whole_last : bool
+        all of the last layer of "cross"; only its scores are used, the rest is there for the published weights;
+        several devices then need the strategy "ddp_find_unused_parameters_true"
+    high_heads : int
+        of "spectral": heads that look within windows; SPT-SEG's code has 1, its text a share alpha
+    window : int
+        of "spectral", in patches
+    mask_padding : bool
+        of "spectral": pads of the last windows are not looked at; False as in SPT-SEG's code
+    reads : str
+        of "spectral": what layers after the first one filter, patches of the "tower" as in SPT-SEG's code, or
+        the "previous" layer's
+    residual : bool
+        of "spectral": patches are added to what both kinds of heads see; the paper has it without, short
+        trainings need it
+    similarity : str
+        of "spectral": (1 + cos)/2, or "clamp" as in SPT-SEG's code, which can die
+    focal : float
+        weight of the focal loss
+    dice : float
+        weight of the dice loss
+    ssim : float
+        weight of the structural similarity loss (SPT-SEG: 1)
+    ssim_over : str
+        masks it looks at: of classes that are "present", or "all", most of them empty, as in SPT-SEG's code
+    ignored_as_negative : bool
+        pixels without a label are negatives of every class, as in the published code
+    transductive : bool
+        learn unseen names, too, from the system's own answers on pixels without labels
+    self_from : float
+        share of the training after which it does
+    bias : float|None
+        taken off the scores of seen classes; None = 0.1, or 0 when transductive
+    """
     unseen: tuple[str, ...]|None = None   # classes without masks in training; None = those of the published split of VOC, COCO-Stuff or the world
     seen: tuple[str, ...]|None = None     # classes with masks; None = all others
     wording: str = "single"               # of a class name: "single", one sentence, or "scene", the mean of fifteen (COCO-Stuff)
@@ -82,7 +151,15 @@ def seen_and_unseen(
     unseen: str|Sequence[str]|None = None,   # None: the published split of these classes
     seen: str|Sequence[str]|None = None,     # None: all others
 ) -> ZeroShotSplit:
-    "The split of a data set's classes. Raises `InputError` when nothing says which are unseen, and for names that do not fit."
+    """The split of a data set's classes. Raises `InputError` when nothing says which are unseen, and for names that do not fit.
+
+    Parameters
+    ----------
+    unseen : str|Sequence[str]|None
+        None: the published split of these classes
+    seen : str|Sequence[str]|None
+        None: all others
+    """
     published = next((split for split in PUBLISHED_SPLITS if split.classes == tuple(classes)), None)
     if unseen is None and published is None:
         raise InputError(f"no published split of these {len(classes)} classes ({', '.join(classes[:3])} ...): say which have no masks in training, "

@@ -29,7 +29,15 @@ WARNINGS: tuple[str, ...] = ("label without mask", "mask without label", "listed
 
 @dataclass(frozen=True)
 class Finding:
-    "One thing that is wrong with one picture."
+    """One thing that is wrong with one picture.
+
+    Attributes
+    ----------
+    kind : str
+        one of ERRORS or WARNINGS
+    detail : str
+        the file, the value, the count
+    """
     id: str
     kind: str       # one of ERRORS or WARNINGS
     detail: str     # the file, the value, the count
@@ -42,7 +50,19 @@ class Finding:
 # %% ../../nbs/work/50_check.ipynb #70842aa3
 @dataclass(frozen=True)
 class Report:
-    "The outcome of `check_folder`."
+    """The outcome of `check_folder`.
+
+    Attributes
+    ----------
+    dataset : str
+        "voc", "coco", "cocostuff" or "folder"
+    splits : dict[str, tuple[str, ...]]
+        ids of every split that was checked
+    pictures : int
+        different pictures checked
+    masks : int
+        how many of them have a mask file
+    """
     root: Path
     dataset: str                          # "voc", "coco", "cocostuff" or "folder"
     splits: dict[str, tuple[str, ...]]    # ids of every split that was checked
@@ -190,7 +210,21 @@ def check_folder(
     """Open and fully decode every picture and mask of a dataset folder, and report all that is wrong.
 
     From 256 pictures on several processes share the work; outside Linux a script that calls this has to guard its main part.
-    Raises `InputError` when the folder has no such layout, or its lists or label table cannot be read."""
+    Raises `InputError` when the folder has no such layout, or its lists or label table cannot be read.
+
+    Parameters
+    ----------
+    split : str | None
+        None: every split of the folder
+    dataset : str
+        "voc", "coco", "cocostuff", "folder", or "auto": by the shape of the folder
+    masks : bool | None
+        True: every picture needs one; False: not looked at; None: all of a split or none
+    workers : int | None
+        processes; None: one for each processor
+    progress : bool
+        a bar with the time to go, on stderr
+    """
     dataset = detect_dataset(path) if dataset == "auto" else dataset
     listings = [list_dataset(path, name, dataset) for name in ([split] if split else dataset_splits(path, dataset))]
     if not listings: raise InputError(f"{path} has no lists. Write one id per line into ImageSets/Segmentation/train.txt there.")

@@ -64,7 +64,15 @@ _WORDS = {"blur": "sigma {:g} px of "+str(REFERENCE), "noise": "deviation {:g}",
 
 @dataclass(frozen=True)
 class Corruption:
-    "One way to make pictures worse. Raises `InputError` for an unknown kind, naming the nearest, and for a strength that there is not."
+    """One way to make pictures worse. Raises `InputError` for an unknown kind, naming the nearest, and for a strength that there is not.
+
+    Attributes
+    ----------
+    kind : str
+        a key of CORRUPTIONS
+    strength : int
+        1 to 3; 0 leaves pictures as they are
+    """
     kind: str       # a key of CORRUPTIONS
     strength: int   # 1 to 3; 0 leaves pictures as they are
 
@@ -77,7 +85,18 @@ class Corruption:
         image: Image.Image,
         name: str,            # of the picture: what its noise is drawn from
     ) -> Image.Image:         # RGB, of the same size
-        "The picture made worse; the same for the same name, everywhere and always. (JPEG is as constant as the libjpeg behind Pillow.)"
+        """The picture made worse; the same for the same name, everywhere and always. (JPEG is as constant as the libjpeg behind Pillow.)
+
+        Parameters
+        ----------
+        name : str
+            of the picture: what its noise is drawn from
+
+        Returns
+        -------
+        Image.Image
+            RGB, of the same size
+        """
         return _MAKERS[self.kind](image.convert("RGB"), self.parameter, self._seed(name)) if self.strength else image
 
     @property
@@ -107,7 +126,13 @@ class Corruption:
 def parse_corruptions(
     text: str,   # such as blur,noise, or all
 ) -> tuple[str, ...]:
-    "Kinds of corruption from text. Raises `InputError` for none, an unknown one (naming the nearest), or one that comes twice."
+    """Kinds of corruption from text. Raises `InputError` for none, an unknown one (naming the nearest), or one that comes twice.
+
+    Parameters
+    ----------
+    text : str
+        such as blur,noise, or all
+    """
     if text.strip() == "all": return tuple(CORRUPTIONS)
     kinds = tuple(part.strip() for part in text.split(",") if part.strip())
     if not kinds: raise InputError(f"no corruption named: use all, or some of {', '.join(CORRUPTIONS)}.")

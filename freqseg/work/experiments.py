@@ -37,7 +37,55 @@ from ..world.scenes import SPLITS, write_world
 # %% ../../nbs/work/60_experiments.ipynb #5161bf43
 @dataclass(frozen=True)
 class Preset:
-    "Everything an experiment needs to know that is not the system's own. Raises `InputError` for a value that cannot be meant."
+    """Everything an experiment needs to know that is not the system's own. Raises `InputError` for a value that cannot be meant.
+
+    Attributes
+    ----------
+    data : str
+        folder of the data set, or world for scenes drawn into the run's folder
+    model : str
+        an open_clip ViT, world, or a saved model
+    pretrained : str
+        published weights, a weights file, or none for random ones
+    colours : str
+        mean and deviation of the pictures: the model's own, or "imagenet" as WeCLIP feeds them
+    train_split : str
+        what is learned from
+    val_split : str
+        what chooses the best checkpoint and the seeds' threshold
+    test_split : str
+        what is reported
+    share : float
+        of the training pictures that is used
+    scenes : tuple[int, int, int]
+        of the embedded world: train, val, test
+    crop : int
+        pixels
+    scale : tuple[float, float]
+        of the random resize
+    largest : float
+        a crop is drawn again while one class fills this share of it; needs masks
+    vary_colours : bool
+        brightness, contrast, saturation and hue of crops
+    short : int|None
+        short side at scale 1, in training and evaluation; None = as in the files
+    side : int|None
+        or long side at scale 1 when evaluating
+    slide : int|None
+        side of a sliding window when evaluating, pixels; None = whole pictures
+    slide_step : int|None
+        from window to window; None = two thirds of it
+    average : str
+        over scales, mirror images and windows: "logits" or "probabilities"
+    scales : tuple[float, ...]
+        of the picture when evaluating, logits averaged
+    flip : bool
+        evaluate mirror images, too
+    crf : str|None
+        dense CRF after the network: "weclip", "toco", "clip_es"; None = without
+    options : Mapping[str, Any]
+        of the system
+    """
     data: str                                        # folder of the data set, or world for scenes drawn into the run's folder
     model: str = "ViT-B-16"                          # an open_clip ViT, world, or a saved model
     pretrained: str = "openai"                       # published weights, a weights file, or none for random ones
@@ -122,7 +170,17 @@ for _name, (_lr, _options) in _SMALL.items():
 # %% ../../nbs/work/60_experiments.ipynb #35fc21c2
 @dataclass(frozen=True)
 class Plan:
-    "A preset with everything overridden that was asked for, and what is the run's own."
+    """A preset with everything overridden that was asked for, and what is the run's own.
+
+    Attributes
+    ----------
+    options : dict[str, Any]
+        of the system
+    limit : int|None
+        report only the first so many pictures
+    given : Mapping[str, Any]
+        what was asked for, beyond the preset
+    """
     system: str
     preset: str
     chosen: Preset
@@ -184,7 +242,13 @@ def plan(
     system: str,
     parameters: Mapping[str, Any],   # flat; None = what the preset says, "none" = no value at all
 ) -> Plan:
-    "Resolve parameters. Raises `InputError` for an unknown system, preset or parameter, naming the nearest, and for values that cannot be."
+    """Resolve parameters. Raises `InputError` for an unknown system, preset or parameter, naming the nearest, and for values that cannot be.
+
+    Parameters
+    ----------
+    parameters : Mapping[str, Any]
+        flat; None = what the preset says, "none" = no value at all
+    """
     known = known_parameters(system)
     given = {name: value for name, value in parameters.items() if value is not None}
     for name in given:
@@ -220,7 +284,13 @@ def parse_parameters(
     system: str,
     pairs: Sequence[str],   # NAME=VALUE
 ) -> dict[str, Any]:
-    "Values of parameters given as text. Raises `InputError` for an unknown name, naming the nearest, and for a text that means no value."
+    """Values of parameters given as text. Raises `InputError` for an unknown name, naming the nearest, and for a text that means no value.
+
+    Parameters
+    ----------
+    pairs : Sequence[str]
+        NAME=VALUE
+    """
     known, hints, values = parameter_defaults(system), _hints(system), {}
     for pair in pairs:
         name, found, text = (part.strip() for part in pair.partition("="))
@@ -260,7 +330,13 @@ def draw_scenes(
     folder: str|Path,
     scenes: tuple[int, int, int],   # train, val, test
 ) -> Path:
-    "A folder with so many scenes of the embedded world; kept when it is there. Raises `InputError` when it holds other numbers."
+    """A folder with so many scenes of the embedded world; kept when it is there. Raises `InputError` when it holds other numbers.
+
+    Parameters
+    ----------
+    scenes : tuple[int, int, int]
+        train, val, test
+    """
     folder, counts = Path(folder), dict(zip(SPLITS, scenes))
     if folder.exists():
         there = {split: len(read_ids(path)) if (path := folder/"ImageSets"/"Segmentation"/f"{split}.txt").exists() else 0 for split in SPLITS}
@@ -277,7 +353,13 @@ def first_readable(
     pictures: SegmentationFolder,
     count: int,                     # at most so many
 ) -> list[Sample]:
-    "The first pictures that can be read: whoever only looks does not stop at a damaged one. Raises `InputError` when none can be."
+    """The first pictures that can be read: whoever only looks does not stop at a damaged one. Raises `InputError` when none can be.
+
+    Parameters
+    ----------
+    count : int
+        at most so many
+    """
     found, faults = [], []
     for index in range(len(pictures)):
         if len(found) == count: break
@@ -346,7 +428,13 @@ class Experiment:
         unseen: int|None = None,   # mask value of unseen classes in zero-shot segmentation; None = their own
         share: float = 1.,
     ) -> SegmentationFolder:
-        "One split of the data, or a share of it; for a zero-shot system without background."
+        """One split of the data, or a share of it; for a zero-shot system without background.
+
+        Parameters
+        ----------
+        unseen : int|None
+            mask value of unseen classes in zero-shot segmentation; None = their own
+        """
         found = thinned(list_dataset(self.folder, self._split_name(name)), share)
         return SegmentationFolder(found if self.zero_shot is None else zero_shot_view(found, self.zero_shot, unseen), transform, masks)
 

@@ -47,7 +47,13 @@ from ..spectra import split_bands
 
 # %% ../../nbs/work/52_inference.ipynb #e4790dea
 class Tower(Protocol):
-    "What has to be known of a system's backbone."
+    """What has to be known of a system's backbone.
+
+    Attributes
+    ----------
+    patch_size : int
+        pixels
+    """
     patch_size: int              # pixels
     device: torch.device
 
@@ -55,7 +61,15 @@ class Tower(Protocol):
         "Pixels (B, 3, H, W) in [0, 1] as the system wants them."
 
 class Segmenter(Protocol):
-    "What this room needs of a system."
+    """What this room needs of a system.
+
+    Attributes
+    ----------
+    classes : tuple[str, ...]
+        foreground names, K
+    num_classes : int
+        C, background included where there is one
+    """
     classes: tuple[str, ...]     # foreground names, K
     num_classes: int             # C, background included where there is one
     backbone: Tower
@@ -89,7 +103,29 @@ def _check_inference(given: "Inference") -> None:
 # %% ../../nbs/work/52_inference.ipynb #99f467d9
 @dataclass(frozen=True)
 class Inference:
-    "How a picture is shown to a system, and how the answers become one. Raises `InputError` for values that cannot be."
+    """How a picture is shown to a system, and how the answers become one. Raises `InputError` for values that cannot be.
+
+    Attributes
+    ----------
+    scales : tuple[float, ...]
+        of the picture, each an answer of its own
+    flip : bool
+        show every scale mirrored, too
+    side : int | None
+        long side at scale 1, pixels; None = the picture's own
+    short : int | None
+        or the short side, as ZegCLIP has it; the long one becomes at most four times as long (2048 at 512)
+    average : str
+        what is averaged over the answers: "logits" or "probabilities"
+    window : int | None
+        side of a sliding window, pixels; None = the whole picture at once
+    stride : int | None
+        pixels from window to window; None = two thirds of the window
+    batch : int
+        most images in one forward pass; mirrored ones and windows count
+    precision : str | None
+        of the network, "fp32" or "bf16"; None = bf16 on CUDA, else fp32
+    """
     scales: tuple[float, ...] = (1.0,)   # of the picture, each an answer of its own
     flip: bool = True                    # show every scale mirrored, too
     side: int | None = None              # long side at scale 1, pixels; None = the picture's own
@@ -123,7 +159,21 @@ INFERENCE: dict[str, Inference] = {
 # %% ../../nbs/work/52_inference.ipynb #f0c4d787
 @dataclass(frozen=True, eq=False)
 class Picture:
-    "One picture as it was read."
+    """One picture as it was read.
+
+    Attributes
+    ----------
+    index : int
+        in the data set
+    image : np.ndarray
+        (H, W, 3) uint8
+    scaled : dict[float, Tensor]
+        scale -> (3, h, w) uint8
+    labels : Tensor | None
+        (K,) bool of the label table
+    mask : np.ndarray | None
+        (H, W) uint8 ground truth, for scoring; None where it was not asked for
+    """
     index: int                      # in the data set
     id: str
     image: np.ndarray               # (H, W, 3) uint8
@@ -147,7 +197,20 @@ def scaled_pixels(
     scales: Iterable[float],
     inference: Inference | None = None,   # says how large scale 1 is; None = as the picture is
 ) -> dict[float, Tensor]:        # scale -> (3, h, w) uint8
-    "The picture at every scale, each resized from the original (bicubic, antialiased)."
+    """The picture at every scale, each resized from the original (bicubic, antialiased).
+
+    Parameters
+    ----------
+    image : Image.Image
+        RGB
+    inference : Inference | None
+        says how large scale 1 is; None = as the picture is
+
+    Returns
+    -------
+    dict[float, Tensor]
+        scale -> (3, h, w) uint8
+    """
     height, width = image.size[::-1] if inference is None else inference.fitted(image.size[::-1])
     found = {}
     for scale in scales:
@@ -162,7 +225,18 @@ def read_truth(
     index: int,
     size: tuple[int, int],       # (height, width) of the picture
 ) -> np.ndarray:                 # (H, W) uint8, 255 = ignored
-    "The ground truth of one picture. Raises `InputError` when it is missing, damaged, out of range or of another size."
+    """The ground truth of one picture. Raises `InputError` when it is missing, damaged, out of range or of another size.
+
+    Parameters
+    ----------
+    size : tuple[int, int]
+        (height, width) of the picture
+
+    Returns
+    -------
+    np.ndarray
+        (H, W) uint8, 255 = ignored
+    """
     path = listing.masks[index]
     if path is None: raise InputError(f"picture {listing.ids[index]} has no mask to score against: choose a split with masks, or complete them.")
     mask = read_mask(path, listing.num_classes, listing.mapping)
@@ -200,7 +274,17 @@ def grouped(
     size: int,                     # most items in a group
     window: int,                   # how many items may overtake a waiting one
 ) -> Iterator[list[tuple[int, Item]]]:
-    "Groups of (position, item) with equal keys; an item leaves at the latest when `window` others have come after it."
+    """Groups of (position, item) with equal keys; an item leaves at the latest when `window` others have come after it.
+
+    Parameters
+    ----------
+    key : Callable[[Item], Any]
+        items of equal key share a group
+    size : int
+        most items in a group
+    window : int
+        how many items may overtake a waiting one
+    """
     waiting: dict[Any, list[tuple[int, Item]]] = {}
     for position, item in enumerate(items):
         group = waiting.setdefault(key(item), [])
@@ -214,7 +298,13 @@ def grouped(
 def in_sequence(
     numbered: Iterable[tuple[int, Item]],   # positions 0, 1, 2, ... in any order
 ) -> Iterator[Item]:
-    "The items by position, each as soon as all before it have come."
+    """The items by position, each as soon as all before it have come.
+
+    Parameters
+    ----------
+    numbered : Iterable[tuple[int, Item]]
+        positions 0, 1, 2, ... in any order
+    """
     early, due = {}, 0
     for position, item in numbered:
         early[position] = item
@@ -232,7 +322,17 @@ def window_boxes(
     window: int | None,        # side, pixels; None = one box, the whole picture
     stride: int | None = None, # pixels from window to window
 ) -> list[tuple[int, int, int, int]]:
-    "Boxes (top, left, bottom, right) in pixels, all of one size, that together cover the picture."
+    """Boxes (top, left, bottom, right) in pixels, all of one size, that together cover the picture.
+
+    Parameters
+    ----------
+    size : tuple[int, int]
+        (height, width) in pixels
+    window : int | None
+        side, pixels; None = one box, the whole picture
+    stride : int | None
+        pixels from window to window
+    """
     if window is None: return [(0, 0, *size)]
     height, width = (min(window, side) for side in size)
     rows, columns = (dict.fromkeys(_starts(side, window, stride or window)) for side in size)
@@ -241,7 +341,21 @@ def window_boxes(
 # %% ../../nbs/work/52_inference.ipynb #d1d48a50
 @dataclass(frozen=True, eq=False)
 class View:
-    "Maps of one box of a picture, as it was shown once."
+    """Maps of one box of a picture, as it was shown once.
+
+    Attributes
+    ----------
+    maps : Tensor
+        (C, h, w) float32 on the box's tokens
+    covered : tuple[float, float]
+        tokens that the box fills, in rows and columns; the rest is padding
+    rows : tuple[float, float]
+        where the box begins and ends, as shares of the showing's height
+    columns : tuple[float, float]
+        the same for its width
+    showing : tuple[int, bool]
+        number of the scale, mirrored?
+    """
     maps: Tensor                         # (C, h, w) float32 on the box's tokens
     covered: tuple[float, float]         # tokens that the box fills, in rows and columns; the rest is padding
     rows: tuple[float, float]            # where the box begins and ends, as shares of the showing's height
@@ -257,7 +371,26 @@ def interpolation_matrix(
     flipped: bool = False,                    # was the picture shown mirrored along this side?
     device: torch.device | str | None = None,
 ) -> Tensor:                                  # (length, tokens)
-    "Weights of bilinear interpolation at pixel centres; rows of pixels outside the box are 0."
+    """Weights of bilinear interpolation at pixel centres; rows of pixels outside the box are 0.
+
+    Parameters
+    ----------
+    length : int
+        pixels along one side of the picture
+    tokens : int
+        tokens of the box along that side, padding included
+    covered : float
+        how many of them the box fills
+    box : tuple[float, float]
+        where the box begins and ends, as shares of the side
+    flipped : bool
+        was the picture shown mirrored along this side?
+
+    Returns
+    -------
+    Tensor
+        (length, tokens)
+    """
     place = (torch.arange(length, dtype=torch.float64, device=device) + 0.5) / length
     token = ((place - box[0]) / (box[1] - box[0]) * covered - 0.5).clamp(0, tokens - 1)
     weight = (1 - (token[:, None] - torch.arange(tokens, device=device)).abs()).clamp(min=0)
@@ -267,7 +400,17 @@ def interpolation_matrix(
 # %% ../../nbs/work/52_inference.ipynb #7bd31c83
 @dataclass(frozen=True, eq=False)
 class Scoring:
-    "How logits become scores, when answers are averaged, and what every class has to make up for."
+    """How logits become scores, when answers are averaged, and what every class has to make up for.
+
+    Attributes
+    ----------
+    average : str
+        "logits" or "probabilities"
+    activation : str
+        classes compete; "sigmoid": each stands by itself
+    handicap : Tensor | None
+        (C,) taken off the scores before the best class wins
+    """
     average: str = "logits"              # "logits" or "probabilities"
     activation: str = "softmax"          # classes compete; "sigmoid": each stands by itself
     handicap: Tensor | None = None       # (C,) taken off the scores before the best class wins
@@ -304,7 +447,20 @@ def merge_views(
     scoring: Scoring = Scoring(),
     strip: slice = slice(None),      # only these rows
 ) -> Tensor:                         # (C, H, W) float32; with `strip`, only its rows
-    "The mean over all showings of a picture, at any size. Scales and mirror images count alike, however many boxes they have."
+    """The mean over all showings of a picture, at any size. Scales and mirror images count alike, however many boxes they have.
+
+    Parameters
+    ----------
+    size : tuple[int, int]
+        (H, W) of the result
+    strip : slice
+        only these rows
+
+    Returns
+    -------
+    Tensor
+        (C, H, W) float32; with `strip`, only its rows
+    """
     showings = {view.showing: [v for v in views if v.showing == view.showing] for view in views}
     return sum(_showing(boxes, size, strip, scoring) for boxes in showings.values()) / len(showings)
 
@@ -349,7 +505,13 @@ def show(
     answer: Answer,
     inference: Inference,
 ) -> list[list[View]]:
-    "The views of every picture. Raises `InputError` when memory runs out."
+    """The views of every picture. Raises `InputError` when memory runs out.
+
+    Parameters
+    ----------
+    pictures : Sequence[Picture]
+        of one size
+    """
     found: list[list[View]] = [[] for _ in pictures]
     for number, scale in enumerate(inference.scales):
         pixels = torch.stack([picture.scaled[scale] for picture in pictures]).to(tower.device, non_blocking=True)
@@ -388,7 +550,15 @@ def _checked(maps: Tensor, number: int, channels: int, what: str) -> Tensor:
 # %% ../../nbs/work/52_inference.ipynb #5a7e31a0
 @dataclass(frozen=True)
 class Bands:
-    "Frozen tokens as they are, with low frequencies only (FFR's square region of ratio mu), and with the others only."
+    """Frozen tokens as they are, with low frequencies only (FFR's square region of ratio mu), and with the others only.
+
+    Attributes
+    ----------
+    mu : float
+        cut-off in cycles per token
+    shape : str
+        or "disc"
+    """
     mu: float = 0.4       # cut-off in cycles per token
     shape: str = "square" # or "disc"
 
@@ -414,7 +584,29 @@ FIGURES: dict[str, str] = {
 
 @dataclass(eq=False)
 class Job:
-    "What is the same for all pictures of a run."
+    """What is the same for all pictures of a run.
+
+    Attributes
+    ----------
+    inference : Inference
+        of the network's answer
+    figures : tuple[str, ...]
+        of "seed", "mask" and "seg"
+    cams : Inference
+        of activation maps
+    bands : Bands | None
+        adds "seg_low" and "seg_high"
+    background : bool
+        is mask value 0 background?
+    zero_shot : ZeroShotSplit | None
+        adds its figures
+    corrupt : Corruption | None
+        makes every picture worse before it is shown
+    workers : int
+        processes that read pictures
+    skipped : list[str]
+        why pictures were left out
+    """
     system: Segmenter
     inference: Inference                                           # of the network's answer
     figures: tuple[str, ...] = ("seg",)                            # of "seed", "mask" and "seg"
@@ -461,7 +653,17 @@ class Job:
 # %% ../../nbs/work/52_inference.ipynb #c5f4da71
 @dataclass(frozen=True, eq=False)
 class Found:
-    "What a system says about one picture, before anything is at the size of the mask."
+    """What a system says about one picture, before anything is at the size of the mask.
+
+    Attributes
+    ----------
+    views : dict[str, list[View]]
+        "seg", "seg_low", "seg_high"
+    cams : SeedMaps | None
+        activation maps of the classes of its label
+    pseudo : np.ndarray | None
+        (H, W) uint8 pseudo-label at the size of the mask
+    """
     picture: Picture
     views: dict[str, list[View]]     # "seg", "seg_low", "seg_high"
     cams: SeedMaps | None            # activation maps of the classes of its label
@@ -566,7 +768,15 @@ def stream(
 ) -> Iterator[Found]:
     """What the system finds in every picture, in their order.
 
-    A bounded number of pictures is in memory. Raises `InputError` for a damaged file, unless bad ones are skipped."""
+    A bounded number of pictures is in memory. Raises `InputError` for a damaged file, unless bad ones are skipped.
+
+    Parameters
+    ----------
+    indices : Sequence[int]
+        which pictures
+    masks : bool
+        read the ground truth, too
+    """
     reader = DataLoader(_Reader(dataset.listing, indices, job.scales, job.inference, masks, job.corrupt), batch_size=None, num_workers=job.workers,
                         worker_init_fn=leave_with_parent)
     with evaluating(job.system), tqdm(total=len(indices), desc=f"{dataset.listing.split}", unit="picture", delay=2, disable=not job.progress) as bar:
@@ -580,7 +790,19 @@ def stream(
 # %% ../../nbs/work/52_inference.ipynb #ce11cfe0
 @dataclass(eq=False)
 class Labelled:
-    "A picture with its labels by figure."
+    """A picture with its labels by figure.
+
+    Attributes
+    ----------
+    labels : dict[str, np.ndarray]
+        figure -> (H, W) uint8
+    scores : dict[str, Tensor]
+        figure -> (K,) how sure the network is that a class occurs
+    unary : dict[str, tuple[np.ndarray, np.ndarray]]
+        what a CRF shall refine: class of each channel (n,), probabilities (n, H, W)
+    biases : Tensor | None
+        (n, C, C) counts at every bias of BIASES, with a zero-shot split
+    """
     picture: Picture
     labels: dict[str, np.ndarray]                           # figure -> (H, W) uint8
     cams: SeedMaps | None
@@ -640,7 +862,15 @@ def refined(
     crf: CRFSettings | str | None,       # None passes everything on as it is
     workers: int | None = None,          # processes; None = one per core, 1 = in this process
 ) -> Iterator[Labelled]:
-    "The same items with the labels of `mask_crf` and `seg_crf`, refined in other processes. Errors as in `dense_crf`."
+    """The same items with the labels of `mask_crf` and `seg_crf`, refined in other processes. Errors as in `dense_crf`.
+
+    Parameters
+    ----------
+    crf : CRFSettings | str | None
+        None passes everything on as it is
+    workers : int | None
+        processes; None = one per core, 1 = in this process
+    """
     if crf is None: yield from items; return
     waiting: deque[tuple[Labelled, dict[str, np.ndarray]]] = deque()
     def tasks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -679,7 +909,23 @@ def segment(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (id, labels (H, W) uint8) of every picture in order: the network's answer, after the CRF if there is one.
 
-    Masks are not opened. Raises `InputError` for a system with other classes, an empty split, a damaged picture, or no memory."""
+    Masks are not opened. Raises `InputError` for a system with other classes, an empty split, a damaged picture, or no memory.
+
+    Parameters
+    ----------
+    inference : Inference | str
+        or a name of INFERENCE
+    crf : str | CRFSettings | None
+        "weclip", "toco", "clip_es", settings, or no CRF
+    crf_workers : int | None
+        processes; None = one per core
+    indices : Sequence[int] | None
+        which pictures; None = all
+    workers : int
+        processes that read pictures; 0 = this one
+    skipped : list[str] | None
+        a list takes the complaints about damaged pictures; None = raise the first
+    """
     check_system(system, dataset)
     job = Job(system, named_inference(inference), crf=None if crf is None else crf_settings(crf), workers=workers, progress=progress,
               background=dataset.listing.background, skip_bad=skipped is not None, skipped=[] if skipped is None else skipped)
@@ -723,7 +969,19 @@ def segment_picture(
 ) -> np.ndarray:
     """Best class of every pixel, (H, W) uint8, counted from 1 where the system has a background, which always may answer; 255 where the score is below `floor`.
 
-    Raises `InputError` for classes that the system lacks, more than 254, damaged weights, and when memory runs out."""
+    Raises `InputError` for classes that the system lacks, more than 254, damaged weights, and when memory runs out.
+
+    Parameters
+    ----------
+    image : Image.Image
+        RGB
+    inference : Inference | str | None
+        None = `usual_inference`
+    floor : float | None
+        least score, 0 to 1, of the best class; the handicap is not taken off it
+    classes : Sequence[str] | None
+        those of the system's classes that may answer, in the order of the labels; None = all
+    """
     answering = _answering(system, classes)
     inference = usual_inference(system) if inference is None else named_inference(inference)
     job = Job(system, inference, progress=False)
@@ -749,7 +1007,19 @@ def write_masks(
 ) -> int:
     """Write the labels of every picture to `folder`/ID.png, in VOC's colours, each whole or not at all. Returns how many were written.
 
-    Raises `InputError` as `segment` does, and for a folder that cannot be written."""
+    Raises `InputError` as `segment` does, and for a folder that cannot be written.
+
+    Parameters
+    ----------
+    folder : str | Path
+        made when missing
+    skip_existing : bool
+        leave out pictures whose mask is there already
+    limit : int | None
+        only the first so many pictures
+    **options : Any
+        of `segment`
+    """
     chosen = [index for index in picture_indices(dataset, limit) if not (skip_existing and mask_path(folder, dataset.ids[index]).exists())]
     written = 0
     for name, labels in segment(system, dataset, inference, indices=chosen, **options):
@@ -787,7 +1057,31 @@ class Counts:
 # %% ../../nbs/work/52_inference.ipynb #88397f59
 @dataclass(frozen=True, eq=False)
 class FigureScores:
-    "One figure of a system. Fractions in 0..1; intervals are bootstrapped over pictures."
+    """One figure of a system. Fractions in 0..1; intervals are bootstrapped over pictures.
+
+    Attributes
+    ----------
+    name : str
+        a key of FIGURES
+    boundary : Interval
+        boundary IoU (Cheng et al.)
+    scores : Scores
+        per class, pixel accuracy
+    trimap : tuple[float, ...]
+        mIoU within 1..20 pixels of a true boundary
+    trimap_ends : dict[int, Interval]
+        the same at a few widths, with intervals
+    confusion : Tensor
+        (C, C) int64, rows = truth
+    counts : ConfusionMeter
+        per picture: what `bootstrap_interval` takes
+    threshold : float | None
+        background score or power of a seed
+    tuned_miou : float | None
+        the best of the sweep, on the split that the threshold was chosen on
+    class_map : Interval | None
+        multi-label mAP of the network's class scores against the image labels
+    """
     name: str                             # a key of FIGURES
     miou: Interval
     boundary: Interval                    # boundary IoU (Cheng et al.)
@@ -826,7 +1120,21 @@ def figure_scores(name: str, counts: Counts, truth: Tensor | None, samples: int,
 # %% ../../nbs/work/52_inference.ipynb #84d1e869
 @dataclass(frozen=True, eq=False)
 class ZeroShotScores:
-    "Seen and unseen classes told apart. Fractions in 0..1; intervals are bootstrapped over pictures."
+    """Seen and unseen classes told apart. Fractions in 0..1; intervals are bootstrapped over pictures.
+
+    Attributes
+    ----------
+    pixel_accuracy : Interval
+        pAcc
+    hiou : Interval
+        harmonic mean of the two
+    handicap : float
+        of seen classes, the system's own
+    curve : tuple[tuple[float, float, float, float], ...]
+        (bias beyond it, mIoU seen, mIoU unseen, hIoU)
+    confused : Tensor
+        (2, 3): of true pixels seen, unseen, the share that is right, another seen, another unseen class
+    """
     split: ZeroShotSplit
     pixel_accuracy: Interval                          # pAcc
     miou_seen: Interval
@@ -862,7 +1170,21 @@ def zero_shot_scores(counts: Counts, biases: Tensor, split: ZeroShotSplit, handi
 # %% ../../nbs/work/52_inference.ipynb #012474b6
 @dataclass(frozen=True, eq=False)
 class Example:
-    "A picture for the gallery, its long side at most `GALLERY_SIDE` pixels."
+    """A picture for the gallery, its long side at most `GALLERY_SIDE` pixels.
+
+    Attributes
+    ----------
+    miou : float
+        of this picture alone
+    image : np.ndarray
+        (h, w, 3) uint8
+    truth : np.ndarray
+        (h, w) uint8
+    labels : np.ndarray
+        (h, w) uint8
+    cam : np.ndarray | None
+        (h', w') float32, the strongest class of its label
+    """
     id: str
     miou: float                      # of this picture alone
     image: np.ndarray                # (h, w, 3) uint8
@@ -921,7 +1243,37 @@ def software() -> dict[str, str]:
 # %% ../../nbs/work/52_inference.ipynb #f630eb7c
 @dataclass(frozen=True, eq=False)
 class SystemReport:
-    "What `evaluate_system` found, and under which conditions."
+    """What `evaluate_system` found, and under which conditions.
+
+    Attributes
+    ----------
+    figures : dict[str, FigureScores]
+        by name, in the order of FIGURES
+    threshold_split : str
+        where the seed's threshold was chosen; the split itself by convention
+    names : tuple[str, ...]
+        of the mask values, C
+    world : bool
+        pictures of the embedded world?
+    images : int
+        pictures scored
+    skipped : tuple[str, ...]
+        complaints about pictures that were left out
+    settings : dict[str, Any]
+        inference, CRF, thresholds, bands
+    config : dict[str, Any]
+        of the system
+    seconds : dict[str, float]
+        by part, and "in all"
+    weights : str
+        where the weights come from, in words
+    training : str
+        how far the system was trained, in words
+    command : str
+        how to make the report again
+    level : float
+        of the intervals
+    """
     figures: dict[str, FigureScores]       # by name, in the order of FIGURES
     system: str
     dataset: str
@@ -1107,7 +1459,55 @@ def evaluate_system(
 
     Masks are read for scoring alone; which classes a picture has comes from its image label. Memory does not grow with the data
     set but for some hundred bytes of counts per picture and figure. Raises `InputError` for a system with other classes, a split
-    that is empty or lacks masks or labels, damaged pictures (unless skipped), answers of a wrong shape, and when memory runs out."""
+    that is empty or lacks masks or labels, damaged pictures (unless skipped), answers of a wrong shape, and when memory runs out.
+
+    Parameters
+    ----------
+    side : int | None
+        long side at scale 1, pixels; None = as in the files
+    inference : Inference | str | None
+        all of the way a picture is shown, instead of scales, flip, side, batch, precision
+    crf : str | CRFSettings | None
+        adds figures after a CRF: "weclip", "toco", "clip_es" or settings
+    crf_workers : int | None
+        processes; None = one per core
+    bands : float | None
+        adds the bands: cut-off mu in cycles per token
+    cam_scales : Sequence[float]
+        activation maps are averaged over these
+    thresholds : Sequence[float] | None
+        of the seeds, to sweep; None = `evaluate.THRESHOLDS` or POWERS
+    variant : str
+        background score: "threshold" t, or "power" (1 - max)^p
+    threshold_split : SegmentationFolder | str | None
+        choose it there; None = on the evaluated split (the convention)
+    corrupt : Corruption | None
+        makes every picture worse before it is shown; masks stay
+    limit : int | None
+        only the first so many pictures
+    save_masks : str | Path | None
+        folder for the main figure's labels, in VOC's colours
+    batch : int
+        images in one forward pass
+    workers : int
+        processes that read pictures
+    precision : str | None
+        "fp32" or "bf16"; None = bf16 on CUDA
+    skip_bad : bool
+        leave out pictures that cannot be read, and say which
+    examples : int
+        best and worst pictures each
+    samples : int
+        of the bootstrap
+    seed : int
+        of the bootstrap
+    weights : str
+        for the report
+    training : str
+        for the report
+    command : str
+        for the report
+    """
     keep_memory()
     begin, levels = time.perf_counter(), sweep_levels(thresholds, variant)
     inference = Inference(tuple(scales), flip, side, batch=batch, precision=precision) if inference is None else named_inference(inference)

@@ -18,7 +18,15 @@ from ..files import InputError
 # %% ../../nbs/work/58_runs.ipynb #c9b87a88
 @dataclass(frozen=True)
 class Parameter:
-    "One assignment of a notebook's `parameters` cell."
+    """One assignment of a notebook's `parameters` cell.
+
+    Attributes
+    ----------
+    default : Any
+        its type is the parameter's type; None takes anything
+    help : str
+        the comment behind it
+    """
     name: str
     default: Any       # its type is the parameter's type; None takes anything
     help: str = ""     # the comment behind it
@@ -95,7 +103,15 @@ def check_parameters(
     known: Mapping[str, Parameter],   # of `notebook_parameters`
     given: Mapping[str, Any],         # name -> value
 ) -> dict[str, Any]:
-    "The given values, paths as text and tuples as lists. Raises `InputError` for an unknown name (naming the nearest) or a value of another type."
+    """The given values, paths as text and tuples as lists. Raises `InputError` for an unknown name (naming the nearest) or a value of another type.
+
+    Parameters
+    ----------
+    known : Mapping[str, Parameter]
+        of `notebook_parameters`
+    given : Mapping[str, Any]
+        name -> value
+    """
     values = {name: _plain(value) for name, value in given.items()}
     for name, value in values.items():
         if name not in known: raise _unknown_parameter(name, known)
@@ -179,7 +195,26 @@ def run_notebook(
 
     The record of an earlier run is replaced when this one has come to its end; until then, and if it fails, it is NAME.again.ipynb.
     Raises `InputError` for a notebook without a parameters cell, an unknown or misspelled parameter, a value of another type
-    and a place that cannot be written, all before anything runs; `RunFailed` when a cell fails or the kernel dies."""
+    and a place that cannot be written, all before anything runs; `RunFailed` when a cell fails or the kernel dies.
+
+    Parameters
+    ----------
+    notebook : str|Path
+        with one cell tagged `parameters`
+    out : str|Path
+        the .ipynb to write, or a folder for it
+    parameters : Mapping[str, Any]|None
+        name -> value; the rest keep their defaults
+    progress : bool
+        a bar over the cells, on stderr
+    live : TextIO|None
+        gets what the cells write to stderr while they run: bars, warnings
+
+    Returns
+    -------
+    Path
+        of the executed notebook
+    """
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
     values = check_parameters(notebook_parameters(notebook), parameters or {})
@@ -211,7 +246,21 @@ def launch_command(
     node_rank: int = 0,       # which of them this is
     rendezvous: str = "",     # host:port of machine 0, where all meet
 ) -> list[str]:
-    "The torchrun command that runs `freqseg WORDS` in many processes. Raises `InputError` for machines that could not find one another."
+    """The torchrun command that runs `freqseg WORDS` in many processes. Raises `InputError` for machines that could not find one another.
+
+    Parameters
+    ----------
+    words : Sequence[str]
+        of the command line of freqseg
+    devices : int
+        processes on this machine
+    nodes : int
+        machines; the same command runs on each
+    node_rank : int
+        which of them this is
+    rendezvous : str
+        host:port of machine 0, where all meet
+    """
     host, _, port = rendezvous.rpartition(":")
     if nodes > 1 and not (host and port.isdigit()):
         raise InputError(f"{nodes} nodes have to meet: give --rendezvous HOST:PORT of the first one (and --node-rank 0 there, 1 on the next ...), not {rendezvous!r}.")

@@ -38,7 +38,15 @@ def fitted_size(
     size: tuple[int, int],   # (height, width) in pixels
     side: int | None,        # the long side wanted; None = as it is
 ) -> tuple[int, int]:
-    "The picture's size with its long side at `side` and its aspect ratio kept. Raises `InputError` for a side below 1."
+    """The picture's size with its long side at `side` and its aspect ratio kept. Raises `InputError` for a side below 1.
+
+    Parameters
+    ----------
+    size : tuple[int, int]
+        (height, width) in pixels
+    side : int | None
+        the long side wanted; None = as it is
+    """
     if side is None: return tuple(size)
     if side < 1: raise InputError(f"size={side}: give the long side in pixels, 1 or more, or None for the pictures' own size.")
     return tuple(max(1, round(length * side / max(size))) for length in size)
@@ -49,7 +57,22 @@ def enlarge(
     covered: tuple[float, float],       # how many patches the picture fills: its (height, width) over the patch side
     size: tuple[int, int],              # (H, W) of the result
 ) -> Tensor:                            # (M, K, H, W) float32
-    "Bilinear enlargement of the part of the maps that the picture fills; beyond the outermost patch centres, their value."
+    """Bilinear enlargement of the part of the maps that the picture fills; beyond the outermost patch centres, their value.
+
+    Parameters
+    ----------
+    maps : Tensor
+        (M, K, h, w) over whole patches
+    covered : tuple[float, float]
+        how many patches the picture fills: its (height, width) over the patch side
+    size : tuple[int, int]
+        (H, W) of the result
+
+    Returns
+    -------
+    Tensor
+        (M, K, H, W) float32
+    """
     grid = tuple(maps.shape[-2:])
     if tuple(covered) == grid: return F.interpolate(maps.float(), size, mode="bilinear", align_corners=False)
     y, x = ((torch.arange(n, device=maps.device) + 0.5) * (2 * part / (n * whole)) - 1
@@ -65,7 +88,21 @@ def is_world(dataset: SegmentationFolder) -> bool:
 # %% ../../nbs/work/55_seeds.ipynb #67340a9c
 @dataclass(frozen=True, eq=False)
 class SeedMaps:
-    "The maps of one picture on its token grid, only for the classes of its image label."
+    """The maps of one picture on its token grid, only for the classes of its image label.
+
+    Attributes
+    ----------
+    index : int
+        which picture of the data set
+    classes : Tensor
+        (K',) int64, 0 = the first foreground class; at least one entry
+    present : Tensor
+        (K',) bool; False only in a picture without any class
+    cams : Tensor
+        (M, K', h, w) float16, one map per method and class
+    covered : tuple[float, float]
+        patches that the picture fills, see `enlarge`
+    """
     index: int                      # which picture of the data set
     classes: Tensor                 # (K',) int64, 0 = the first foreground class; at least one entry
     present: Tensor                 # (K',) bool; False only in a picture without any class
@@ -102,7 +139,21 @@ class Stopwatch:
 # %% ../../nbs/work/55_seeds.ipynb #961c2fa0
 @dataclass(eq=False)
 class SeedJob:
-    "What is the same for every batch of an evaluation."
+    """What is the same for every batch of an evaluation.
+
+    Attributes
+    ----------
+    text : Tensor
+        (K, E)
+    background : Tensor | None
+        (Kb, E)
+    size : int | None
+        long side in pixels
+    workers : int
+        processes that read pictures
+    precision : str
+        "fp32" or "bf16" for the tower
+    """
     backbone: Backbone
     methods: tuple[str, ...]
     settings: CamSettings
@@ -127,7 +178,20 @@ def batch_cams(
     images: Tensor,    # (B, 3, H, W) normalised, whole patches
     present: Tensor,   # (B, K) bool
 ) -> Tensor:           # (M, B, K, h, w) in [0, 1], in the order of the job's methods
-    "All maps of a batch from one forward pass, the time of every part noted."
+    """All maps of a batch from one forward pass, the time of every part noted.
+
+    Parameters
+    ----------
+    images : Tensor
+        (B, 3, H, W) normalised, whole patches
+    present : Tensor
+        (B, K) bool
+
+    Returns
+    -------
+    Tensor
+        (M, B, K, h, w) in [0, 1], in the order of the job's methods
+    """
     watch, needed = job.watch, needed_parts(job.methods, job.settings)
     with torch.no_grad(), job.shortened(), watch.measure("forward"):
         parts = cam_parts(job.backbone, images, job.text, present, job.background, job.methods, job.settings)
@@ -204,7 +268,19 @@ def add_sweep(
     thresholds: Sequence[float],     # T background scores or powers
     variant: str = "threshold",      # "threshold" or "power", see `metrics.sweep_background`
 ) -> None:
-    "Count one picture at every threshold. Only the classes that it has or that its mask shows take part in the work."
+    """Count one picture at every threshold. Only the classes that it has or that its mask shows take part in the work.
+
+    Parameters
+    ----------
+    totals : Tensor
+        (M, T, C, C) int64, added to in place
+    mask : Tensor
+        (H, W) uint8, 255 = ignored
+    thresholds : Sequence[float]
+        T background scores or powers
+    variant : str
+        "threshold" or "power", see `metrics.sweep_background`
+    """
     channels = torch.cat([maps.classes.to(mask.device) + 1, torch.unique(mask).long()])
     channels = channels[(channels > 0) & (channels != 255)]
     channels = torch.tensor(list(dict.fromkeys(channels.tolist())), device=mask.device)
@@ -224,7 +300,20 @@ def seed_labels(
     variant: str = "threshold",
     device: torch.device | str = "cpu",
 ) -> Tensor:                         # (M, H, W) uint8: 0 background, k + 1 for class k
-    "Labels of every method at its own threshold: the strongest class, or background where its score is below the background's."
+    """Labels of every method at its own threshold: the strongest class, or background where its score is below the background's.
+
+    Parameters
+    ----------
+    size : tuple[int, int]
+        (H, W) of the mask
+    thresholds : Sequence[float]
+        one per method: background score, or power
+
+    Returns
+    -------
+    Tensor
+        (M, H, W) uint8: 0 background, k + 1 for class k
+    """
     cams = maps.enlarged(size, device).masked_fill(~maps.present.to(device)[:, None, None], -1)
     score, slot = cams.max(1)
     level = torch.as_tensor(thresholds, dtype=torch.float32, device=device)[:, None, None]
@@ -279,7 +368,15 @@ def in_order(
     order: Sequence[int],      # index in the data set of the meter's pictures, in the order in which they came
     chunk: int = 64,           # pictures that are dense at a time
 ) -> ConfusionMeter:
-    "The same counts with the pictures sorted by index. Raises `InputError` when the lengths differ."
+    """The same counts with the pictures sorted by index. Raises `InputError` when the lengths differ.
+
+    Parameters
+    ----------
+    order : Sequence[int]
+        index in the data set of the meter's pictures, in the order in which they came
+    chunk : int
+        pictures that are dense at a time
+    """
     if len(order) != len(meter): raise InputError(f"{len(order)} indices for {len(meter)} pictures.")
     sorted_meter = ConfusionMeter(meter.shape[-1], meter.shape[:-2])
     image, cell, count = meter.triples.long()
@@ -301,7 +398,19 @@ def paired_gain(
     level: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    "Difference of two mean IoUs on the same pictures, with its paired bootstrap interval (Efron). Errors as in `bootstrap_interval`."
+    """Difference of two mean IoUs on the same pictures, with its paired bootstrap interval (Efron). Errors as in `bootstrap_interval`.
+
+    Parameters
+    ----------
+    confusions : Tensor | ConfusionMeter
+        per picture and method (n, M, C, C), or a meter of shape (M, C, C)
+    method : int
+        position of the method
+    over : int
+        position of what it is compared with
+    average : Sequence[int] | None
+        classes in the mean; None = all (for rims: range(C))
+    """
     def difference(counts: Tensor) -> Tensor:
         iou = mean_iou(counts[..., [method, over], :, :], average)
         return iou[..., 0] - iou[..., 1]
@@ -310,7 +419,25 @@ def paired_gain(
 # %% ../../nbs/work/55_seeds.ipynb #134a5111
 @dataclass(frozen=True, eq=False)
 class SeedRow:
-    "One method. Figures are fractions in 0..1."
+    """One method. Figures are fractions in 0..1.
+
+    Attributes
+    ----------
+    miou : Interval
+        at the threshold, with its bootstrap interval over pictures
+    threshold : float
+        background score, or power
+    tuned_miou : float
+        the best of the sweep, on the split that the threshold was chosen on
+    boundary : Interval
+        boundary IoU at the threshold (Cheng et al.)
+    gain : Interval | None
+        mIoU above GradCAM's, paired; None for GradCAM itself or where it was not asked for
+    seconds : float
+        per picture, if this method were computed alone
+    iou : dict[str, float]
+        by class, NaN = class occurs nowhere
+    """
     method: str
     miou: Interval              # at the threshold, with its bootstrap interval over pictures
     threshold: float            # background score, or power
@@ -324,7 +451,27 @@ class SeedRow:
 # %% ../../nbs/work/55_seeds.ipynb #cbda5d01
 @dataclass(frozen=True, eq=False)
 class SeedTable:
-    "What `evaluate_seeds` found."
+    """What `evaluate_seeds` found.
+
+    Attributes
+    ----------
+    threshold_split : str
+        where the thresholds were chosen; the split itself by convention
+    background : tuple[str, ...]
+        prompts
+    variant : str
+        "threshold" or "power"
+    size : int | None
+        long side, pixels
+    world : bool
+        pictures of the embedded world?
+    device : str
+        what the times were taken on
+    confusions : ConfusionMeter
+        (M, C, C) per picture: `paired_gain` compares any two rows
+    level : float
+        of the intervals
+    """
     rows: tuple[SeedRow, ...]
     dataset: str
     split: str
@@ -527,7 +674,37 @@ def evaluate_seeds(
 
     One forward pass per picture serves all methods. Memory does not grow with the data set, but for some hundred bytes of
     counts per picture and method. Raises `InputError` for a data set without masks, image labels or background, and for
-    options that cannot be."""
+    options that cannot be.
+
+    Parameters
+    ----------
+    dataset : SegmentationFolder
+        with masks; image labels decide which classes a picture has
+    size : int | None
+        long side in pixels; None = as in the files
+    limit : int | None
+        only the first so many pictures (of each split)
+    wording : Wording | None
+        what the text tower is asked; None = `usual_wording`
+    thresholds : Sequence[float] | None
+        to sweep; None = THRESHOLDS, or POWERS
+    variant : str
+        background score: "threshold" t, or "power" (1 - max)^p
+    threshold_split : SegmentationFolder | str | None
+        choose thresholds there; None = on the reported split (the convention)
+    workers : int
+        processes that read pictures; 0 = this one
+    samples : int
+        bootstrap samples
+    seed : int
+        of the bootstrap
+    precision : str | None
+        of the tower, "fp32" or "bf16"; None = bf16 on CUDA, else fp32
+    pretrained : str | Path | None
+        what `load_clip` was given, for the caption; None = random weights
+    command : str
+        how to make the table again, for the caption
+    """
     keep_memory()
     count, levels = _check_dataset(dataset, limit, batch), sweep_levels(thresholds, variant)
     wording, tuning = wording or usual_wording(backbone, dataset.classes), tuning_split(dataset, threshold_split)

@@ -68,7 +68,13 @@ def parameters_of(
 def checked_grid(
     grid: Mapping[str, Iterable[Any]],   # parameter -> values, or "a,b" -> pairs of values; an empty grid compares nothing but seeds
 ) -> dict[str, list[Any]]:
-    "The grid in plain values. Raises `InputError` for a parameter that cannot be swept, no list, an empty one, or a repeated value."
+    """The grid in plain values. Raises `InputError` for a parameter that cannot be swept, no list, an empty one, or a repeated value.
+
+    Parameters
+    ----------
+    grid : Mapping[str, Iterable[Any]]
+        parameter -> values, or "a,b" -> pairs of values; an empty grid compares nothing but seeds
+    """
     for axis, values in grid.items():
         for name in parameters_of(axis):
             if name in NOT_SWEPT: raise InputError(f"{name} cannot be a parameter of the grid: {NOT_SWEPT[name]}.")
@@ -86,7 +92,13 @@ def checked_grid(
 def checked_seeds(
     seeds: int | Iterable[int],   # how many, counted from 0, or which
 ) -> list[int]:
-    "The list of seeds. Raises `InputError` for none, one that comes twice, or what is no whole number of at least 0."
+    """The list of seeds. Raises `InputError` for none, one that comes twice, or what is no whole number of at least 0.
+
+    Parameters
+    ----------
+    seeds : int | Iterable[int]
+        how many, counted from 0, or which
+    """
     if isinstance(seeds, Integral) and not isinstance(seeds, bool): seeds = range(int(seeds))
     if isinstance(seeds, (bool, str, bytes)) or not isinstance(seeds, Iterable): raise InputError(f"seeds={seeds!r}: say how many, or give a list.")
     listed = _distinct("seeds", seeds)
@@ -115,14 +127,26 @@ def _part(name: str, value: Any) -> str:
 def run_name(
     values: Mapping[str, Any],   # plain values by parameter
 ) -> str:
-    "The name of a run's folder, such as mu=0.2,seed=1: letters, digits and _.+-=, on every file system; other values, another name."
+    """The name of a run's folder, such as mu=0.2,seed=1: letters, digits and _.+-=, on every file system; other values, another name.
+
+    Parameters
+    ----------
+    values : Mapping[str, Any]
+        plain values by parameter
+    """
     name = ",".join(_part(*pair) for pair in values.items())
     return name if len(name) <= 180 else _shortened(name, 160, dict(values))
 
 # %% ../../nbs/work/62_sweeps.ipynb #84962e88
 @dataclass(frozen=True)
 class Run:
-    "One run of a sweep."
+    """One run of a sweep.
+
+    Attributes
+    ----------
+    point : dict[str, Any]
+        the grid's parameters
+    """
     point: dict[str, Any]   # the grid's parameters
     seed: int
 
@@ -133,7 +157,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Design:
-    "What a sweep compares, in plain values."
+    """What a sweep compares, in plain values.
+
+    Attributes
+    ----------
+    fixed : dict[str, Any]
+        parameters that all runs share
+    commands : tuple[str, ...]
+        that made it, the first one first
+    """
     system: str
     grid: dict[str, list[Any]]
     seeds: list[int]
@@ -227,7 +259,17 @@ def extended(
     now: Design,        # of the call
     out: str | Path,    # the folder, for the message
 ) -> Design:
-    "Both together. Raises `InputError` that lists the differences when they are not the same sweep."
+    """Both together. Raises `InputError` that lists the differences when they are not the same sweep.
+
+    Parameters
+    ----------
+    there : Design
+        of the folder
+    now : Design
+        of the call
+    out : str | Path
+        the folder, for the message
+    """
     if unlike := _differences(there, now):
         raise InputError("\n  ".join([f"{out} holds another sweep:", *unlike]) + "\nChoose another out folder, or give what this sweep was begun with.")
     grid = {name: _joined(values, now.grid[name]) for name, values in there.grid.items()}
@@ -243,7 +285,13 @@ def finished(
     folder: str | Path,            # of the run
     parameters: Mapping[str, Any],
 ) -> dict[str, Any] | None:
-    "The metrics of a run that was finished with these very parameters, else None."
+    """The metrics of a run that was finished with these very parameters, else None.
+
+    Parameters
+    ----------
+    folder : str | Path
+        of the run
+    """
     metrics = _json(Path(folder)/"metrics.json")
     return metrics if _json(Path(folder)/"parameters.json") == parameters and _figures(metrics) else None
 
@@ -368,7 +416,13 @@ LEVEL = 0.95   # of the intervals
 
 @dataclass(frozen=True)
 class Estimate:
-    "A mean over seeds with its interval, NaN where there is none: one seed has a value and no interval."
+    """A mean over seeds with its interval, NaN where there is none: one seed has a value and no interval.
+
+    Attributes
+    ----------
+    values : dict[int, float]
+        seed -> its own
+    """
     value: float
     low: float
     high: float
@@ -381,7 +435,13 @@ def estimate(
     values: Mapping[int, float],   # seed -> value
     level: float = LEVEL,
 ) -> Estimate:
-    "Mean and Student's t interval."
+    """Mean and Student's t interval.
+
+    Parameters
+    ----------
+    values : Mapping[int, float]
+        seed -> value
+    """
     kept = {seed: float(value) for seed, value in values.items()}
     if len(kept) < 2: value = next(iter(kept.values()), math.nan); return Estimate(value, math.nan, math.nan, kept)
     from scipy.stats import t
@@ -414,7 +474,17 @@ def _measured(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Row:
-    "What was found at one point of the grid."
+    """What was found at one point of the grid.
+
+    Attributes
+    ----------
+    seeds : tuple[int, ...]
+        that are done
+    measures : dict[str, Estimate]
+        those of MEASURES that some run of the sweep has
+    gain : Estimate | None
+        of `main_measure` over the first point, seed by seed; None for the first
+    """
     point: dict[str, Any]
     seeds: tuple[int, ...]               # that are done
     measures: dict[str, Estimate]        # those of MEASURES that some run of the sweep has
@@ -436,7 +506,21 @@ def _told(metrics: Mapping[str, Any]) -> tuple[str, bool]:
 
 @dataclass(frozen=True)
 class Sweep:
-    "What a sweep has found so far."
+    """What a sweep has found so far.
+
+    Attributes
+    ----------
+    rows : tuple[Row, ...]
+        by point, the first one first
+    missing : dict[str, str]
+        run -> why it has no figures
+    data : tuple[str, ...]
+        what was measured on: one, unless something went wrong
+    world : bool
+        pictures of the embedded world?
+    executed : tuple[str, ...]
+        runs of the call that gave this
+    """
     out: Path
     design: Design
     rows: tuple[Row, ...]            # by point, the first one first
@@ -566,7 +650,27 @@ def sweep(
 
     What is done already is not done again, what was interrupted goes on from its checkpoint, what failed is tried again. Runs that fail
     do not stop the others; `Sweep.failed` says why. sweep.md, sweep.json and sweep.png are written to `out`. Raises `InputError`, before
-    anything runs, for values that do not fit, a folder that holds another sweep, and one that is in use."""
+    anything runs, for values that do not fit, a folder that holds another sweep, and one that is in use.
+
+    Parameters
+    ----------
+    notebook : str | Path
+        with parameters seed and out, that writes OUT/metrics.json: one of nbs/train
+    out : str | Path
+        folder of the sweep; each run has a folder in it
+    grid : Mapping[str, Iterable[Any]]
+        parameter -> values, "a,b" -> pairs of them; the first is what others are compared to
+    seeds : int | Iterable[int]
+        how many, counted from 0, or which
+    parameters : Mapping[str, Any] | None
+        that all runs share
+    jobs : int
+        runs at a time
+    command : str
+        how to make the sweep again, for the table
+    progress : bool
+        a bar over runs, on stderr
+    """
     from freqseg.work.train import locked
     if not isinstance(jobs, int) or isinstance(jobs, bool) or jobs < 1: raise InputError(f"jobs={jobs!r}: give a whole number of 1 or more.")
     out, now = Path(out), new_design(notebook, grid, seeds, parameters, command)
@@ -674,7 +778,13 @@ def in_percent(
     one: Estimate,
     sign: str = "",   # "+" for differences
 ) -> str:
-    "A mean in percent, with its interval where seeds differ."
+    """A mean in percent, with its interval where seeds differ.
+
+    Parameters
+    ----------
+    sign : str
+        "+" for differences
+    """
     return _percent(replace(one, low=math.nan) if one.high - one.low < 1e-6 else one, one.n, sign)
 
 def comparison_markdown(
@@ -683,7 +793,15 @@ def comparison_markdown(
     *sweeps: Sweep,                  # where the figures come from
     commands: Sequence[str] = (),    # of figures that no sweep has made
 ) -> str:
-    "A table of figures of several sweeps; below it, of each, what was measured, with which seeds, and the command that makes it."
+    """A table of figures of several sweeps; below it, of each, what was measured, with which seeds, and the command that makes it.
+
+    Parameters
+    ----------
+    *sweeps : Sweep
+        where the figures come from
+    commands : Sequence[str]
+        of figures that no sweep has made
+    """
     lines = [f"| {' | '.join(map(_cell, cells))} |" for cells in (head, ["---", *["---:"]*(len(head) - 1)], *rows)]
     told = [f"- {'; '.join(one.data)}; seeds {', '.join(map(str, one.design.seeds))}; `{one.design.commands[-1]}`" for one in sweeps]
     means = f"Brackets: {LEVEL:.0%} intervals (Student's t) over seeds, none where seeds agree; all runs are judged on the same pictures."

@@ -34,7 +34,17 @@ if TYPE_CHECKING: from lightning_fabric import Fabric  # takes seconds to import
 
 # %% ../../nbs/work/56_train.ipynb #56b49bf7
 class Trainable(Protocol):
-    "What a system offers to the loop; it is an `nn.Module` besides. A `backbone` (`freqseg.clip.Backbone`) is made use of if there."
+    """What a system offers to the loop; it is an `nn.Module` besides. A `backbone` (`freqseg.clip.Backbone`) is made use of if there.
+
+    Attributes
+    ----------
+    config : dict[str, Any]
+        JSON can hold it; rebuilds the system
+    classes : tuple[str, ...]
+        foreground names
+    num_classes : int
+        C, background included
+    """
     config: dict[str, Any]           # JSON can hold it; rebuilds the system
     classes: tuple[str, ...]         # foreground names
     num_classes: int                 # C, background included
@@ -69,7 +79,59 @@ class TrainSettings:
     """How to train. Defaults: WeCLIP on VOC. Raises `InputError` for a value that cannot be meant.
 
     A run is continued with the same settings; those from `validate_every` on may change in between, and `batch`, `accumulate`
-    and the number of devices as long as their product stays."""
+    and the number of devices as long as their product stays.
+
+    Attributes
+    ----------
+    iterations : int
+        optimiser steps
+    batch : int
+        pictures per device and pass
+    accumulate : int
+        passes per optimiser step
+    lr : float
+        peak learning rate, of groups whose lr_scale is 1
+    weight_decay : float
+        of AdamW
+    betas : tuple[float, float]
+        of AdamW
+    warmup : int
+        steps of linear warm-up
+    warmup_start : float
+        share of the learning rate at step 0
+    power : float
+        of the polynomial decay; 0.9 in FFR
+    grad_clip : float
+        largest gradient norm; 0 = no clipping
+    precision : str
+        or "bf16-mixed": matrix products in bfloat16, weights in float32
+    seed : int
+        of data order, augmentation and dropout
+    validate_every : int
+        steps; also at the end. 0 = at the end only, here and below
+    save_every : int
+        steps between checkpoints
+    log_every : int
+        steps averaged in a line of metrics.jsonl
+    snapshot_every : int
+        steps between snapshots, where the caller wants any
+    workers : int
+        processes that read pictures; 0 = none but this one
+    skip_bad : bool
+        replace pictures that cannot be read by the next one
+    compile : bool
+        torch.compile the trainable parts
+    tensorboard : bool
+        scalars for TensorBoard, too
+    accelerator : str
+        "cuda", "cpu", "mps"; auto = cuda where there is one
+    devices : int
+        processes per node; 0 = as many as torchrun started, else 1
+    nodes : int
+        0 = as many as torchrun knows, else 1
+    strategy : str
+        or "ddp_find_unused_parameters_true"; matters with several processes only
+    """
     iterations: int = 30_000              # optimiser steps
     batch: int = 4                        # pictures per device and pass
     accumulate: int = 1                   # passes per optimiser step
@@ -123,7 +185,13 @@ def learning_rate(
     step: int,                 # 0 .. iterations - 1
     settings: TrainSettings,
 ) -> float:
-    "Linear warm-up from `warmup_start` of the rate, then lr (1 - t/T)^power (WeCLIP: power 1, FFR: 0.9 after 2,000 steps)."
+    """Linear warm-up from `warmup_start` of the rate, then lr (1 - t/T)^power (WeCLIP: power 1, FFR: 0.9 after 2,000 steps).
+
+    Parameters
+    ----------
+    step : int
+        0 .. iterations - 1
+    """
     start = settings.warmup_start
     if step < settings.warmup: return settings.lr * (start + (1 - start) * step / settings.warmup)
     return settings.lr * (1 - step / settings.iterations) ** settings.power
@@ -154,7 +222,19 @@ def epoch_order(pictures: int, seed: int, epoch: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class DataPlan:
-    "Which pictures each step sees: a pure function of seed and step, so there is no sampler state to save."
+    """Which pictures each step sees: a pure function of seed and step, so there is no sampler state to save.
+
+    Attributes
+    ----------
+    pictures : int
+        in the data set
+    batch : int
+        pictures per process and pass
+    accumulate : int
+        passes per step
+    ranks : int
+        processes
+    """
     pictures: int          # in the data set
     seed: int
     batch: int             # pictures per process and pass
@@ -230,7 +310,21 @@ _MOMENTS = "optimiser/"
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    "What a checkpoint file holds."
+    """What a checkpoint file holds.
+
+    Attributes
+    ----------
+    weights : dict[str, Tensor]
+        for `load_trainable`
+    state : dict[str, Any]
+        step, seconds, best, ...
+    config : dict[str, Any]
+        of the system
+    classes : tuple[str, ...]
+        foreground names
+    moments : dict[int, dict[str, Tensor]]
+        of the optimiser, by parameter number; empty in `best`
+    """
     weights: dict[str, Tensor]                   # for `load_trainable`
     state: dict[str, Any]                        # step, seconds, best, ...
     config: dict[str, Any]                       # of the system
@@ -244,7 +338,13 @@ def write_checkpoint(
     path: str | Path,                # a .safetensors
     checkpoint: Checkpoint,
 ) -> None:
-    "Write it whole or not at all. Raises `InputError` when the disk is full or read-only; `path` then holds what it held."
+    """Write it whole or not at all. Raises `InputError` when the disk is full or read-only; `path` then holds what it held.
+
+    Parameters
+    ----------
+    path : str | Path
+        a .safetensors
+    """
     from safetensors.torch import save
     moments = {f"{_MOMENTS}{number}/{name}": value for number, its in checkpoint.moments.items() for name, value in its.items()}
     if clash := [name for name in checkpoint.weights if name.startswith(_MOMENTS)]: raise ValueError(f"{clash[0]}: reserved name")
@@ -277,7 +377,15 @@ def describe_run(
     per_step: int,                               # pictures per optimiser step over all processes
     identity: Mapping[str, Any] | None = None,   # what else makes it this run: preset, crop, ...
 ) -> dict[str, Any]:
-    "What must stay the same for a run to be continued, as JSON holds it: system, classes, data, settings, `identity`."
+    """What must stay the same for a run to be continued, as JSON holds it: system, classes, data, settings, `identity`.
+
+    Parameters
+    ----------
+    per_step : int
+        pictures per optimiser step over all processes
+    identity : Mapping[str, Any] | None
+        what else makes it this run: preset, crop, ...
+    """
     listing = getattr(train, "listing", None)
     data = dict(dataset=getattr(listing, "dataset", type(train).__name__), split=getattr(listing, "split", ""), pictures=len(train),
                 ids=_digest("\n".join(train.ids).encode()), labels=_labels_digest(train), classes=train.classes)
@@ -319,7 +427,15 @@ def require_same_run(
     there: Mapping[str, Any],    # of run.json
     now: Mapping[str, Any],      # of `describe_run`
 ) -> None:
-    "Raises `InputError` that lists what differs."
+    """Raises `InputError` that lists what differs.
+
+    Parameters
+    ----------
+    there : Mapping[str, Any]
+        of run.json
+    now : Mapping[str, Any]
+        of `describe_run`
+    """
     old, new = (_flat({part: its.get(part) for part in now}) for its in (there, now))
     names = [name for name in {**new, **old} if old.get(name) != new.get(name)]
     if "system.kind" in names: names = [name for name in names if not name.startswith("system.config.options.")]   # those of another system are others
@@ -488,7 +604,17 @@ def segmentation_scores(
     """`miou` and `pixel_accuracy` of `system.predict` on whole pictures, logits enlarged bilinearly to the mask.
 
     Sides are rounded to whole patches, and colours normalised, as the system's backbone wants them. Raises `InputError` for a
-    picture that cannot be read, or has no mask."""
+    picture that cannot be read, or has no mask.
+
+    Parameters
+    ----------
+    pictures : Pictures
+        with masks, without a transform
+    batch : int
+        pictures of one size at a time
+    skip_bad : bool
+        leave out pictures that cannot be read, with a warning
+    """
     counts = torch.zeros(system.num_classes, system.num_classes, dtype=torch.int64)
     reader = DataLoader(_Whole(pictures), batch_size=None, num_workers=workers, worker_init_fn=leave_with_parent, generator=torch.Generator())
     read = (_with_mask(sample) for sample in _readable(reader, skip_bad))
@@ -842,7 +968,25 @@ def _explained(run: _Run) -> Iterator[None]:
 # %% ../../nbs/work/56_train.ipynb #cb5b59f4
 @dataclass(frozen=True, eq=False)
 class TrainResult:
-    "How it went."
+    """How it went.
+
+    Attributes
+    ----------
+    out : Path
+        last.safetensors, best.safetensors, metrics.jsonl, run.json
+    history : list[dict[str, Any]]
+        step, loss, losses, lr, images_per_second, seconds
+    validation : list[dict[str, Any]]
+        step, scores, seconds
+    best : dict[str, float] | None
+        step and miou of best.safetensors; None without validation
+    seconds : float
+        of all processes of the run, one after the other
+    resumed : int
+        step from which this call went on
+    skipped : dict[str, str]
+        pictures that could not be read: id -> fault
+    """
     out: Path                              # last.safetensors, best.safetensors, metrics.jsonl, run.json
     history: list[dict[str, Any]]          # step, loss, losses, lr, images_per_second, seconds
     validation: list[dict[str, Any]]       # step, scores, seconds
@@ -885,7 +1029,27 @@ def fit(
 
     Afterwards the system has the weights of the last step, in eval mode; those of the best validation are in best.safetensors.
     Raises `InputError` for pictures or a folder that cannot be used, `TrainingDiverged` for a loss that is NaN or infinite, and
-    `OutOfMemory`. The last good checkpoint stays whatever happens."""
+    `OutOfMemory`. The last good checkpoint stays whatever happens.
+
+    Parameters
+    ----------
+    train : Pictures
+        its transform crops to one size
+    out : str | Path
+        folder of the run; made when missing, continued when it holds this run
+    settings : TrainSettings | None
+        None: the defaults
+    val : Pictures | None
+        with masks and without a transform, for the default `evaluate`
+    evaluate : Callable[[Any, Pictures], Mapping[str, Any]] | None
+        (system, val) -> scores with `miou`; None: `segmentation_scores`
+    snapshot : Callable[[Any, int], Mapping[str, Any]] | None
+        (system, step) -> small arrays for out/snapshots
+    identity : Mapping[str, Any] | None
+        what else makes it this run (preset, crop), refused when it differs; JSON can hold it
+    command : str
+        recorded in run.json; empty: this process's
+    """
     keep_memory()
     settings, out = settings or TrainSettings(), Path(out)
     _check_data(system, train, val, evaluate is None)

@@ -72,7 +72,15 @@ def scene_cache(
     count: int,        # scenes 0..count-1 of the world
     workers: int|None = None,
 ) -> SceneCache:
-    "Draw `count` scenes into `folder`, or reuse them when they are there. Captions are written last and mark the cache complete."
+    """Draw `count` scenes into `folder`, or reuse them when they are there. Captions are written last and mark the cache complete.
+
+    Parameters
+    ----------
+    folder : str|Path
+        where the two files go
+    count : int
+        scenes 0..count-1 of the world
+    """
     path = Path(folder)/f"{world.split}-{world.seed}-{count}-{world.size}-{_digest(world)}.npy"
     notes = path.with_suffix(".json")
     if not notes.exists():
@@ -109,7 +117,19 @@ def view(
     rng: np.random.Generator,
     smallest: float = .65,     # smallest crop, as a share of the side
 ) -> Tensor:
-    "One random crop window, resized, each picture flipped or not: normalised pixels (B, 3, side, side)."
+    """One random crop window, resized, each picture flipped or not: normalised pixels (B, 3, side, side).
+
+    Parameters
+    ----------
+    pictures : np.ndarray
+        (n, H, W, 3) uint8
+    indices : np.ndarray
+        (B,)
+    side : int
+        side of the result in pixels
+    smallest : float
+        smallest crop, as a share of the side
+    """
     full = pictures.shape[1]
     window = int(full*rng.uniform(smallest, 1))
     top, left = rng.integers(0, full - window + 1, 2)
@@ -149,7 +169,13 @@ def keep_patches(tokens: Tensor, share: float) -> Tensor:
 def key_imbalance(
     keys: Tensor,  # (B, heads, 1 + n, d) of one block, CLS first
 ) -> Tensor:
-    "How unequal the keys of a picture's patches are: squared coefficient of variation of |k|^2, averaged over pictures and heads. 0 = all the same length."
+    """How unequal the keys of a picture's patches are: squared coefficient of variation of |k|^2, averaged over pictures and heads. 0 = all the same length.
+
+    Parameters
+    ----------
+    keys : Tensor
+        (B, heads, 1 + n, d) of one block, CLS first
+    """
     energy = keys[:, :, 1:].float().square().sum(-1)
     return (energy/energy.mean(-1, keepdim=True) - 1).square().mean()
 
@@ -158,7 +184,17 @@ def train_forward(
     images: Tensor,      # (B, 3, H, W) normalised
     keep: float = 1.,    # share of the patches that is kept, at random: the others are never computed
 ) -> tuple[Tensor, Tensor]:
-    "Output tokens (B, 1 + n, D), CLS first, and the mean key imbalance of the blocks, both with gradients."
+    """Output tokens (B, 1 + n, D), CLS first, and the mean key imbalance of the blocks, both with gradients.
+
+    Parameters
+    ----------
+    visual : nn.Module
+        open_clip VisionTransformer
+    images : Tensor
+        (B, 3, H, W) normalised
+    keep : float
+        share of the patches that is kept, at random: the others are never computed
+    """
     x = visual.conv1(images)
     position = resize_position_embedding(visual.positional_embedding, tuple(visual.grid_size), tuple(x.shape[-2:]))
     x = keep_patches(x.flatten(2).transpose(1, 2) + position[1:], keep)
@@ -177,14 +213,36 @@ def caption_loss(
     truth: Tensor,       # (B, T) of 0 and 1
     scale: Tensor, bias: Tensor,
 ) -> Tensor:
-    "Sigmoid loss of all picture-text pairs, summed over texts, averaged over pictures (SigLIP, with many positives a row)."
+    """Sigmoid loss of all picture-text pairs, summed over texts, averaged over pictures (SigLIP, with many positives a row).
+
+    Parameters
+    ----------
+    embeddings : Tensor
+        (B, E) of the pictures
+    texts : Tensor
+        (T, E) of the texts
+    truth : Tensor
+        (B, T) of 0 and 1
+    """
     logits = scale*F.normalize(embeddings, dim=-1) @ F.normalize(texts, dim=-1).T + bias
     return F.binary_cross_entropy_with_logits(logits, truth, reduction="sum")/len(embeddings)
 
 # %% ../../nbs/world/48_clip.ipynb #7112ae64
 @dataclass(frozen=True)
 class Stage:
-    "A stretch of the training."
+    """A stretch of the training.
+
+    Attributes
+    ----------
+    until : float
+        share of the steps at which it ends
+    side : int
+        pixels
+    keep : float
+        share of the patches
+    smallest : float
+        smallest crop
+    """
     until: float      # share of the steps at which it ends
     difficulty: str
     side: int         # pixels
@@ -209,7 +267,19 @@ def optimisers(model: nn.Module) -> list[torch.optim.Optimizer]:
 # %% ../../nbs/world/48_clip.ipynb #963b3b35
 @dataclass
 class WorldClipTrainer:
-    "Everything one step needs. Made by `world_clip_trainer`."
+    """Everything one step needs. Made by `world_clip_trainer`.
+
+    Attributes
+    ----------
+    caches : dict[str, SceneCache]
+        by difficulty
+    bank_size : int
+        phrases drawn per step
+    evenness : float
+        weight of the key imbalance
+    tied : bool
+        queries and keys stay equal
+    """
     model: nn.Module
     config: dict
     caches: dict[str, SceneCache]  # by difficulty
@@ -307,7 +377,23 @@ def train_world_clip(
 ) -> tuple[WorldClipTrainer, list[dict]]:
     """Train, or continue the training in `out`. Gives the trainer and a log of the smoothed losses every 25 steps.
 
-    3,500 steps take about 75 minutes on two CPU cores that have bf16 instructions."""
+    3,500 steps take about 75 minutes on two CPU cores that have bf16 instructions.
+
+    Parameters
+    ----------
+    out : str|Path
+        folder for the scene cache and the checkpoint
+    steps : int
+        of `batch` pictures
+    scenes : int
+        drawn once, seen several times
+    evenness : float
+        weight of the key imbalance; 0 = captions alone
+    tied : bool
+        keep queries and keys of the vision tower equal
+    save_every : int
+        steps between checkpoints
+    """
     from tqdm import tqdm
     out, config = Path(out), world_config(width)
     counts = dict(easy=max(batch, scenes//8), medium=max(batch, scenes))

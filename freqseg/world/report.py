@@ -34,7 +34,19 @@ THRESHOLDS = tuple(round(.05*k, 2) for k in range(1, 19))
 SOURCES = ("attention", "qq", "kk", "vv", "tokens")
 
 class Scenes(NamedTuple):
-    "A batch of encoded scenes, and the affinity that the systems make of every source by default."
+    """A batch of encoded scenes, and the affinity that the systems make of every source by default.
+
+    Attributes
+    ----------
+    features : Features
+        with all tokens, attention and qkv
+    used : dict[str, Tensor]
+        source -> (B, N, N): the last eight blocks (at most all), made doubly stochastic
+    present : Tensor
+        (B, 20) bool
+    masks : Tensor
+        (B, H, W)
+    """
     features: Features          # with all tokens, attention and qkv
     used: dict[str, Tensor]     # source -> (B, N, N): the last eight blocks (at most all), made doubly stochastic
     present: Tensor             # (B, 20) bool
@@ -141,7 +153,15 @@ def _percent(interval) -> list[float]: return [round(100*float(x), 2) for x in i
 
 # %% ../../nbs/world/49_report.ipynb #44d33457
 class TokenCounts:
-    "Zero-shot scores, same-class AUC of every source, the ceiling of the grid and the low-pass by block."
+    """Zero-shot scores, same-class AUC of every source, the ceiling of the grid and the low-pass by block.
+
+    Parameters
+    ----------
+    self
+        (20, E)
+    text : Tensor
+        (20, E)
+    """
     def __init__(self, text: Tensor):   # (20, E)
         self.text, self.truth, self.shares, self.ceiling = text, [], [], ConfusionMeter(21)
         self.scores: dict[str, list[Tensor]] = {}
@@ -177,7 +197,15 @@ def measure_world(
     """Measure every property of the world that comparisons rest on. All figures but thresholds are percentages with 95% bootstrap
     intervals over test scenes (value, low, high); AUCs are shares.
 
-    Takes about ten minutes for 500 scenes on two CPU cores."""
+    Takes about ten minutes for 500 scenes on two CPU cores.
+
+    Parameters
+    ----------
+    scenes : int
+        of the test split
+    tuning_scenes : int
+        of the val split, for thresholds alone
+    """
     prompts = embed_wording(backbone, usual_wording(backbone, WORLD_CLASSES))
     tokens, seeds, tuning = TokenCounts(prompts.text), SeedCounts(backbone, prompts), SeedCounts(backbone, prompts)
     for split, count, counters in (("val", tuning_scenes, [tuning]), ("test", scenes, [tokens, seeds])):

@@ -172,7 +172,17 @@ def comb(x, y):
 # %% ../../nbs/world/47_scenes.ipynb #88446129
 @dataclass(frozen=True)
 class Kind:
-    "A foreground class: its silhouette, its typical look, and the cut `a*x + b*y > c` that its discriminative part lies behind."
+    """A foreground class: its silhouette, its typical look, and the cut `a*x + b*y > c` that its discriminative part lies behind.
+
+    Attributes
+    ----------
+    texture : str
+        one of TEXTURES
+    hue : str
+        one of HUES
+    habitat : str|None
+        background that it mostly appears on
+    """
     name: str
     distance: Distance
     texture: str  # one of TEXTURES
@@ -279,7 +289,31 @@ WORLD_BACKGROUNDS = tuple(ground.name for ground in GROUNDS)
 # %% ../../nbs/world/47_scenes.ipynb #bc54d0e0
 @dataclass(frozen=True)
 class Difficulty:
-    "The knobs of the world; probabilities unless said otherwise."
+    """The knobs of the world; probabilities unless said otherwise.
+
+    Attributes
+    ----------
+    typical : float
+        an instance wears its class's typical look at all
+    partial : float
+        ... and then on its discriminative part only
+    habitat : float
+        a class with a habitat is shown there
+    named : float
+        otherwise, the background is one that has a name
+    mention : float
+        a caption mentions the background when it has a name
+    adjective : float
+        a caption names an instance's hue
+    distractors : float
+        mean number of nameless things that wear object textures
+    classes : tuple[float, float, float]
+        of 1, 2 and 3 classes in a picture
+    area : tuple[float, float]
+        object's area as a share of the picture, log-uniform between these
+    minimal : float
+        classes with less visible area are not drawn, not labelled and not mentioned
+    """
     typical: float      # an instance wears its class's typical look at all
     partial: float      # ... and then on its discriminative part only
     habitat: float      # a class with a habitat is shown there
@@ -299,7 +333,19 @@ DIFFICULTIES = dict(
 # %% ../../nbs/world/47_scenes.ipynb #a821d08f
 @dataclass(frozen=True)
 class Scene:
-    "One picture of the world."
+    """One picture of the world.
+
+    Attributes
+    ----------
+    image : Array
+        (H, W, 3) uint8
+    mask : Array
+        (H, W) uint8: 0 background, 1..20 = WORLD_CLASSES, 255 void along borders
+    classes : tuple[str, ...]
+        visible classes, in the order of WORLD_CLASSES
+    background : str|None
+        the background's name, when it has one
+    """
     image: Array              # (H, W, 3) uint8
     mask: Array               # (H, W) uint8: 0 background, 1..20 = WORLD_CLASSES, 255 void along borders
     caption: str
@@ -544,7 +590,23 @@ def write_world(
     """Write a world to disk in VOC layout: pictures as PNG (no JPEG blocks, whose frequencies would be measured with the picture's),
     palette masks, `classes.txt`, `labels.txt`, `captions.txt` and an id list for each split that has scenes.
 
-    Raises `InputError` for a folder that is not empty, or cannot be written. Lists are written last: a folder without them is incomplete."""
+    Raises `InputError` for a folder that is not empty, or cannot be written. Lists are written last: a folder without them is incomplete.
+
+    Parameters
+    ----------
+    folder : str
+        made when missing; must be empty otherwise
+    train : int
+        scenes per split
+    val : int
+        scenes per split
+    test : int
+        scenes per split
+    size : int
+        side of the pictures in pixels
+    workers : int|None
+        processes; None = one per core
+    """
     from pathlib import Path
     counts = dict(train=train, val=val, test=test)
     if any(count < 0 for count in counts.values()) or not sum(counts.values()):
