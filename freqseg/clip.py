@@ -371,27 +371,47 @@ def _pair(size: int|Sequence[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 @patch
+def usual_size(self: Backbone,
+    sizes: Sequence[tuple[int, int]],   # (height, width) of every picture, pixels
+) -> tuple[int, int]:                   # (height, width), whole patches
+    """How large pictures are shown unless said otherwise: the longest side twice the native one, for a grid that sees edges; in their shape, several shapes as a square.
+
+    Parameters
+    ----------
+    sizes : Sequence[tuple[int, int]]
+        (height, width) of every picture, pixels
+
+    Returns
+    -------
+    tuple[int, int]
+        (height, width), whole patches
+    """
+    longest, (height, width) = 2*max(_pair(self.native_size)), sizes[0] if len(set(sizes)) == 1 else (1, 1)
+    high, wide = (nearest_multiple(round(side*longest/max(height, width)), self.patch_size) for side in (height, width))
+    return high, wide
+
+@patch
 def preprocess(self: Backbone,
     images: Image.Image|np.ndarray|Sequence[Image.Image|np.ndarray],   # one picture or several; arrays are uint8 (H, W, 3)
-    size: int|tuple[int, int]|None = None,                              # side or (height, width) in pixels; None = native size
+    size: int|tuple[int, int]|None = None,                              # side or (height, width) in pixels; None = `usual_size`
 ) -> Tensor:                                                            # (B, 3, H, W) normalised, on the backbone's device
-    """Pictures to normalised pixels: RGB, resized to exactly `size` (the aspect ratio is not kept), no cropping.
+    """Pictures to normalised pixels: RGB, resized to exactly `size`, no cropping. Raises `InputError` for arrays that are not uint8.
 
     Parameters
     ----------
     images : Image.Image|np.ndarray|Sequence[Image.Image|np.ndarray]
         one picture or several; arrays are uint8 (H, W, 3)
     size : int|tuple[int, int]|None
-        side or (height, width) in pixels; None = native size
+        side or (height, width) in pixels; None = `usual_size`
 
     Returns
     -------
     Tensor
         (B, 3, H, W) normalised, on the backbone's device
     """
-    images = [images] if isinstance(images, (Image.Image, np.ndarray)) else images
-    size = _pair(self.native_size if size is None else size)
-    return self.normalise(torch.stack([_as_pixels(_as_picture(image), size) for image in images]).to(self.device))
+    pictures = [_as_picture(image) for image in ([images] if isinstance(images, (Image.Image, np.ndarray)) else images)]
+    size = self.usual_size([picture.size[::-1] for picture in pictures]) if size is None else _pair(size)
+    return self.normalise(torch.stack([_as_pixels(picture, size) for picture in pictures]).to(self.device))
 
 @patch
 def normalise(self: Backbone, pixels: Tensor) -> Tensor:

@@ -121,35 +121,68 @@ def confusion_matrix(
     return _joint_histogram(pred, target, classes)[0].clone()
 
 # %% ../nbs/35_metrics.ipynb #af6b3982
+def _counts(
+    confusion: Array,  # counts, or a prediction
+    target: Array | None,  # its ground truth
+) -> Tensor:  # (..., C, C) float64
+    "The counts that are given, or those of a prediction with as many classes as occur. Raises `InputError` for what is neither."
+    if target is not None:
+        pair = [_tensor(labels) for labels in (confusion, target)]
+        highest = [int(labels[labels != IGNORE].max()) for labels in pair if labels.numel() and (labels != IGNORE).any()]
+        return confusion_matrix(*pair, max(highest, default=0) + 1).to(torch.float64)
+    counts = _tensor(confusion).to(torch.float64)
+    if counts.ndim >= 2 and counts.shape[-1] == counts.shape[-2]: return counts
+    raise InputError(f"{tuple(counts.shape)} are no counts (..., C, C): give a confusion matrix, or a prediction and its ground truth.")
+
 def class_iou(
-    confusion: Array,  # counts (..., C, C), rows = target
-) -> Tensor:
-    """Intersection over union of every class, float64 `(..., C)`; NaN where a class occurs nowhere (Everingham et al., VOC).
+    confusion: Array,  # counts (..., C, C), rows = target; or a prediction, class ids (H, W) or (B, H, W)
+    target: Array | None = None,  # the ground truth of a prediction, of the same shape; 255 is dropped
+) -> Tensor:  # (..., C) float64, 0 to 1
+    """Intersection over union of every class; NaN where a class occurs nowhere (Everingham et al., VOC).
+
+    Raises `InputError` for what is neither a confusion matrix nor a prediction with its ground truth.
 
     Parameters
     ----------
     confusion : Array
-        counts (..., C, C), rows = target
+        counts (..., C, C), rows = target; or a prediction, class ids (H, W) or (B, H, W)
+    target : Array | None
+        the ground truth of a prediction, of the same shape; 255 is dropped
+
+    Returns
+    -------
+    Tensor
+        (..., C) float64, 0 to 1
     """
-    counts = _tensor(confusion).to(torch.float64)
+    counts = _counts(confusion, target)
     hits = counts.diagonal(dim1=-2, dim2=-1)
     return hits / (counts.sum(-1) + counts.sum(-2) - hits)
 
 # %% ../nbs/35_metrics.ipynb #a8d1a9fb
 def mean_iou(
-    confusion: Array,  # counts (..., C, C)
-    average: Sequence[int] | None = None,  # classes to average; default all of them
-) -> Tensor:
-    """Mean IoU `(...)` over the classes that occur in the ground truth or in the prediction; NaN when none does.
+    confusion: Array,  # counts (..., C, C), rows = target; or a prediction, class ids (H, W) or (B, H, W)
+    target: Array | None = None,  # the ground truth of a prediction, of the same shape; 255 is dropped
+    average: Sequence[int] | None = None,  # classes to average; None = all of them
+) -> Tensor:  # (...) float64, 0 to 1
+    """Mean IoU over the classes that occur in the ground truth or in the prediction; NaN when none does.
+
+    Raises `InputError` for what is neither a confusion matrix nor a prediction with its ground truth.
 
     Parameters
     ----------
     confusion : Array
-        counts (..., C, C)
+        counts (..., C, C), rows = target; or a prediction, class ids (H, W) or (B, H, W)
+    target : Array | None
+        the ground truth of a prediction, of the same shape; 255 is dropped
     average : Sequence[int] | None
-        classes to average; default all of them
+        classes to average; None = all of them
+
+    Returns
+    -------
+    Tensor
+        (...) float64, 0 to 1
     """
-    iou = class_iou(confusion)
+    iou = class_iou(confusion, target)
     return (iou if average is None else iou[..., list(average)]).nanmean(-1)
 
 # %% ../nbs/35_metrics.ipynb #c2b6f245
@@ -211,7 +244,7 @@ def iou_scores(
     hits, true, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
     rows = list(range(len(counts)) if average is None else average)
     return Scores(
-        miou=mean_iou(counts, average).item(), iou=class_iou(counts),
+        miou=mean_iou(counts, average=average).item(), iou=class_iou(counts),
         pixel_accuracy=(hits[rows].sum() / true[rows].sum()).item(),
         precision=hits / predicted, recall=hits / true)
 
@@ -459,7 +492,7 @@ def gzss_figures(
     """
     counts, rows = _tensor(confusion).double(), [*seen, *unseen]
     accuracy = counts.diagonal(dim1=-2, dim2=-1)[..., rows].sum(-1) / counts[..., rows, :].sum((-2, -1))
-    s, u = mean_iou(confusion, seen), mean_iou(confusion, unseen)
+    s, u = mean_iou(confusion, average=seen), mean_iou(confusion, average=unseen)
     harmonic = torch.where(s + u > 0, 2 * s * u / (s + u), torch.zeros_like(s)).where(~(s + u).isnan(), torch.nan)
     return torch.stack([accuracy, s, u, harmonic], -1)
 

@@ -127,19 +127,19 @@ class _Filter(torch.autograd.Function):
 # %% ../nbs/28_spectral_prompts.ipynb #189a46d9
 def spectral_prompt(
     tokens: Tensor,   # (B, D, h, w) patch tokens H that enter a block, of any dtype
-    cls: Tensor,      # (B, D) CLS token g at the same depth
+    cls: Tensor,      # (B, D) or (B, 1, D) CLS token g at the same depth
     gain: Tensor,     # (h, w // 2 + 1, D) complex w_f, as `SpectralFilter.response` gives it
 ) -> Tensor:          # (B, D, h, w), dtype of the tokens
     """S = F^-1(F(H * g) w_f), what a spectral prompt adds to the tokens (SPT-SEG, Eq. 1): orthonormal real FFT over the grid, in fp32.
 
-    Raises `InputError` when the gain is of another grid or another number of channels.
+    Raises `InputError` when the gain is of another grid or another number of channels, or the CLS token of other pictures.
 
     Parameters
     ----------
     tokens : Tensor
         (B, D, h, w) patch tokens H that enter a block, of any dtype
     cls : Tensor
-        (B, D) CLS token g at the same depth
+        (B, D) or (B, 1, D) CLS token g at the same depth
     gain : Tensor
         (h, w // 2 + 1, D) complex w_f, as `SpectralFilter.response` gives it
 
@@ -148,11 +148,13 @@ def spectral_prompt(
     Tensor
         (B, D, h, w), dtype of the tokens
     """
-    h, w = tokens.shape[2:]
+    (count, width), (h, w) = tokens.shape[:2], tokens.shape[2:]
+    if tuple(cls.shape) not in ((count, width), (count, 1, width)):
+        raise InputError(f"cls {tuple(cls.shape)} does not fit tokens {tuple(tokens.shape)}: expected {(count, width)}, a CLS token for every picture.")
     if gain.shape != (h, w // 2 + 1, tokens.shape[1]):
         raise InputError(f"gain {tuple(gain.shape)} does not fit {tokens.shape[1]} channels on a {h} x {w} grid: expected "
                          f"{(h, w // 2 + 1, tokens.shape[1])}. SpectralFilter.response(({h}, {w})) carries a filter over.")
-    product = _precise(tokens) * _precise(cls)[:, :, None, None]
+    product = _precise(tokens) * _precise(cls).reshape(count, width, 1, 1)
     return _Filter.apply(product, gain.permute(2, 0, 1).contiguous()).to(tokens.dtype)
 
 # %% ../nbs/28_spectral_prompts.ipynb #13481046
@@ -197,19 +199,21 @@ class SpectralPrompts(nn.Module):
         return self.filters[0 if self.shared else self.blocks.index(block)].response(grid)
 
     def forward(self,
-        block: int,
+        block: int,               # index of the block, 0 is the first
         tokens: Tensor,           # (B, N, D) patch tokens that enter it
-        cls: Tensor,              # (B, D) its CLS token
+        cls: Tensor,              # (B, D) or (B, 1, D) its CLS token
         grid: tuple[int, int],    # (h, w), N = h * w row-major
     ) -> Tensor:                  # (B, N, D)
         """The tokens with their spectral prompt, or as they are where the block has none. Raises `InputError` for another grid than theirs.
 
         Parameters
         ----------
+        block : int
+            index of the block, 0 is the first
         tokens : Tensor
             (B, N, D) patch tokens that enter it
         cls : Tensor
-            (B, D) its CLS token
+            (B, D) or (B, 1, D) its CLS token
         grid : tuple[int, int]
             (h, w), N = h * w row-major
 

@@ -118,7 +118,8 @@ def _as_maps(values: Array, name: str) -> np.ndarray:
     "One map or several as float32 `(K, h, w)` without NaN."
     maps = values.detach().float().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values, np.float32)
     if maps.ndim == 2: maps = maps[None]
-    if maps.ndim != 3: raise InputError(f"{name} has shape {maps.shape}: give (h, w) or (K, h, w)")
+    if maps.ndim == 4 and len(maps) == 1: maps = maps[0]   # a batch of the one picture
+    if maps.ndim != 3: raise InputError(f"{name} has shape {maps.shape}: give (h, w), (K, h, w) or (1, K, h, w)")
     if not np.isfinite(maps).all(): raise InputError(f"{name} holds NaN or infinity in {(~np.isfinite(maps)).sum()} places")
     return maps
 
@@ -358,7 +359,7 @@ def _panel_maps(panels: Mapping[str, Array], class_names: Sequence[str] | None) 
 # %% ../../nbs/faces/72_plots.ipynb #90056692
 def cam_panel(
     image: Picturelike,
-    panels: Mapping[str, Array],  # title -> maps (K, h, w) or (h, w) in [0, 1]
+    panels: Mapping[str, Array],  # title -> maps (K, h, w), (1, K, h, w) or (h, w) in [0, 1]
     class_names: Sequence[str] | None = None,  # K names, one per row
     alpha: float = 0.5,  # weight of the heat map
     cmap: str = "inferno",
@@ -375,7 +376,7 @@ def cam_panel(
     Parameters
     ----------
     panels : Mapping[str, Array]
-        title -> maps (K, h, w) or (h, w) in [0, 1]
+        title -> maps (K, h, w), (1, K, h, w) or (h, w) in [0, 1]
     class_names : Sequence[str] | None
         K names, one per row
     alpha : float

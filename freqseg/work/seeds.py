@@ -412,7 +412,7 @@ def paired_gain(
         classes in the mean; None = all (for rims: range(C))
     """
     def difference(counts: Tensor) -> Tensor:
-        iou = mean_iou(counts[..., [method, over], :, :], average)
+        iou = mean_iou(counts[..., [method, over], :, :], average=average)
         return iou[..., 0] - iou[..., 1]
     return bootstrap_interval(confusions, difference, samples, level, seed)
 
@@ -629,7 +629,7 @@ def _rows(job: SeedJob, dataset: SegmentationFolder, best: Sequence[Any], region
           samples: int, seed: int) -> Iterator[SeedRow]:
     "One row per method."
     miou = bootstrap_interval(region, samples=samples, seed=seed)
-    edge = bootstrap_interval(rim, lambda counts: mean_iou(counts, range(dataset.num_classes)), samples, seed=seed)
+    edge = bootstrap_interval(rim, lambda counts: mean_iou(counts, average=range(dataset.num_classes)), samples, seed=seed)
     base = job.methods.index("gradcam") if "gradcam" in job.methods else None
     pick = lambda interval, m: Interval(*(float(end[m]) for end in interval))
     for m, method in enumerate(job.methods):
