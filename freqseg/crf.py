@@ -49,24 +49,32 @@ class CRFSettings:
 
 CRF_PRESETS = {  # read from the evaluation code that accompanies each paper
     "weclip": CRFSettings(),  # final predictions on VOC and COCO
-    "toco": CRFSettings(gaussian_sxy=1, gaussian_compat=1, bilateral_sxy=121),  # ToCo (Ru et al., 2023), predictions on VOC
-    "clip_es": CRFSettings(gaussian_sxy=1, bilateral_sxy=67, bilateral_srgb=3),  # CLIP-ES (Lin et al., 2023), CAM to mask
+    "toco": CRFSettings(
+        gaussian_sxy=1, gaussian_compat=1, bilateral_sxy=121
+    ),  # ToCo (Ru et al., 2023), predictions on VOC
+    "clip_es": CRFSettings(
+        gaussian_sxy=1, bilateral_sxy=67, bilateral_srgb=3
+    ),  # CLIP-ES (Lin et al., 2023), CAM to mask
 }
 
 # %% ../nbs/31_crf.ipynb #6b65d7b4
 def require_densecrf():
     "The `pydensecrf.densecrf` module. Raises `InputError` saying what to install when it is absent."
-    try: import pydensecrf.densecrf as densecrf
+    try:
+        import pydensecrf.densecrf as densecrf
     except ImportError as error:
-        raise InputError("the dense CRF needs the optional package pydensecrf2 (it installs as `pydensecrf`): "
-                         "pip install 'freqseg[crf]', or pip install pydensecrf2==1.1. It is compiled with a C++ compiler "
-                         "and has no build for Python 3.13 or later: use Python 3.10 to 3.12 for it.") from error
+        raise InputError(
+            "the dense CRF needs the optional package pydensecrf2 (it installs as `pydensecrf`): "
+            "pip install 'freqseg[crf]', or pip install pydensecrf2==1.1. It is compiled with a C++ compiler "
+            "and has no build for Python 3.13 or later: use Python 3.10 to 3.12 for it."
+        ) from error
     return densecrf
 
 def crf_settings(preset: str | CRFSettings) -> CRFSettings:
     'The settings named "weclip", "toco" or "clip_es", or the given ones. Raises `InputError` for any other name.'
     if isinstance(preset, CRFSettings): return preset
-    if preset not in CRF_PRESETS: raise InputError(f"unknown CRF preset {preset!r}: use one of {', '.join(CRF_PRESETS)}, or CRFSettings(...)")
+    if preset not in CRF_PRESETS:
+        raise InputError(f"unknown CRF preset {preset!r}: use one of {', '.join(CRF_PRESETS)}, or CRFSettings(...)")
     return CRF_PRESETS[preset]
 
 # %% ../nbs/31_crf.ipynb #c8ee10ce
@@ -118,7 +126,9 @@ def _crf_pairs(images: Iterable, probs: Iterable) -> Iterator[tuple[np.ndarray, 
             raise InputError(f"images and probability maps differ in number: only one of the two has an item {number}")
         pixels, scores = np.ascontiguousarray(image), _as_scores(scores)
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-            raise InputError(f"image {number} is {pixels.dtype} {pixels.shape}: the CRF needs uint8 RGB of shape (H, W, 3)")
+            raise InputError(
+                f"image {number} is {pixels.dtype} {pixels.shape}: the CRF needs uint8 RGB of shape (H, W, 3)"
+            )
         if scores.ndim != 3 or scores.shape[1:] != pixels.shape[:2]:
             raise InputError(f"probabilities {number} have shape {scores.shape}: image {number} needs "
                              f"(classes, {pixels.shape[0]}, {pixels.shape[1]}); resize them to the image first")
@@ -137,14 +147,16 @@ class _Desk:
     def arrays(self, image: tuple, probs: tuple) -> tuple[np.ndarray, np.ndarray]:
         "The picture uint8 and the scores float32 that lie there, by their shapes."
         split = 4 * math.prod(probs)
-        if self.map is None or len(self.map) < split + math.prod(image): self.map = mmap.mmap(self.memory, split + math.prod(image))
+        if self.map is None or len(self.map) < split + math.prod(image):
+            self.map = mmap.mmap(self.memory, split + math.prod(image))
         scores, pixels = memoryview(self.map)[:split], memoryview(self.map)[split:split + math.prod(image)]
         return np.frombuffer(pixels, np.uint8).reshape(image), np.frombuffer(scores, np.float32).reshape(probs)
 
     def lay(self, image: np.ndarray, probs: np.ndarray) -> None:
         "Put them there. Raises `OSError` when there is no memory left."
         size = image.nbytes + probs.nbytes
-        if os.fstat(self.memory).st_size < size: getattr(os, "posix_fallocate", lambda file, _, size: os.ftruncate(file, size))(self.memory, 0, size)
+        if os.fstat(self.memory).st_size < size:
+            getattr(os, "posix_fallocate", lambda file, _, size: os.ftruncate(file, size))(self.memory, 0, size)
         pixels, scores = self.arrays(image.shape, probs.shape)
         pixels[:], scores[:] = image, probs
 
@@ -154,7 +166,8 @@ class _Desk:
         os.close(self.memory)
 
 # %% ../nbs/31_crf.ipynb #34a36cca
-_CUT_OFF = (EOFError, OSError, pickle.UnpicklingError)  # what a pipe raises whose other end died, between or within messages
+# what a pipe raises whose other end died, between or within messages
+_CUT_OFF = (EOFError, OSError, pickle.UnpicklingError)
 
 _READY = b"here begin the answers of a CRF process\n"
 
@@ -197,8 +210,10 @@ class _Child:
         path = [*map(str, sys.path), str(Path(freqseg.__path__[0]).parent)]
         self.desk = _Desk(_nameless_memory())
         program = f"import sys; sys.path[:] = {path!r}; from freqseg.crf import _serve; _serve({self.desk.memory})"
-        self.process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        pass_fds=[self.desk.memory], start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[self.desk.memory],
+            start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
 
     def compute(self, image: np.ndarray, probs: np.ndarray, settings: CRFSettings, labels: bool) -> np.ndarray:
         "`crf_image` over there. Raises what it raises, `OSError` when there is no memory to share, and `RuntimeError` when the process dies."
@@ -233,7 +248,9 @@ class _Child:
 # %% ../nbs/31_crf.ipynb #31d4aaad
 def _crf_pool(pairs: Iterator, settings: CRFSettings, labels: bool, workers: int) -> Iterator[np.ndarray]:
     "`crf_image` of each pair in child processes, in order, with at most `2 * workers` pairs in flight."
-    with ExitStack() as leaving:  # undone from the last line up: drop what is queued, kill, join the threads, close the pipes
+    with (
+        ExitStack() as leaving
+    ):  # undone from the last line up: drop what is queued, kill, join the threads, close the pipes
         children = [leaving.enter_context(_Child()) for _ in range(workers)]
         threads = leaving.enter_context(ThreadPoolExecutor(workers))
         leaving.callback(lambda: [child.process.kill() for child in children])

@@ -24,7 +24,8 @@ from .wavelet import WaveletConv2d
 # %% ../nbs/30_decoders.ipynb #f1adf40c
 def decoder_blocks(depth: int) -> tuple[int, ...]:
     "Indices of the blocks that a decoder reads: all but the last, which CLIP has tuned to the whole picture (WeCLIP)."
-    if depth < 2: raise InputError(f"a tower of {depth} block(s) has none before its last: the decoder needs at least 2.")
+    if depth < 2:
+        raise InputError(f"a tower of {depth} block(s) has none before its last: the decoder needs at least 2.")
     return tuple(range(depth - 1))
 
 # %% ../nbs/30_decoders.ipynb #261ff2f5
@@ -169,7 +170,8 @@ class TransformerDecoder(nn.Module):
         pre_norm: bool = True,  # of the transformer blocks
     ) -> None:
         super().__init__()
-        if min(width, blocks, classes, dim) < 1: raise InputError(f"width={width}, blocks={blocks}, classes={classes}, dim={dim}: all must be positive.")
+        if min(width, blocks, classes, dim) < 1:
+            raise InputError(f"width={width}, blocks={blocks}, classes={classes}, dim={dim}: all must be positive.")
         self.width, self.blocks = width, blocks
         self.fusion, self.dropout = BlockFusion(width, blocks, dim, gate), nn.Dropout2d(dropout)
         self.layers = nn.Sequential(*(DecoderBlock(dim, heads, pre_norm) for _ in range(layers)))
@@ -179,8 +181,11 @@ class TransformerDecoder(nn.Module):
     def _check(self, tokens: Sequence[Tensor]) -> None:
         "Raise `InputError` unless these are `blocks` maps of `width` channels."
         shapes = [tuple(x.shape) for x in tokens]
-        if len(shapes) == self.blocks and all(len(s) == 4 and s[1] == self.width and s == shapes[0] for s in shapes): return
-        raise InputError(f"this decoder reads {self.blocks} token maps (B, {self.width}, h, w), not {len(shapes)} of shapes {sorted(set(shapes))}.")
+        if len(shapes) == self.blocks and all(len(s) == 4 and s[1] == self.width and s == shapes[0] for s in shapes):
+            return
+        raise InputError(
+            f"this decoder reads {self.blocks} token maps (B, {self.width}, h, w), not {len(shapes)} of shapes {sorted(set(shapes))}."
+        )
 
     def forward(self, tokens: Sequence[Tensor]) -> Decoded:
         "Token maps `(B, width, h, w)` in the order of the blocks -> `Decoded` on the same grid. Raises `InputError` for others."
@@ -329,7 +334,8 @@ class DualHead(nn.Module):
         if high is None:
             shared = self.shared(features)
             return Decoded(shared, self.classifier(shared))
-        if high.shape != features.shape: raise InputError(f"high-frequency features {tuple(high.shape)} do not fit {tuple(features.shape)}.")
+        if high.shape != features.shape:
+            raise InputError(f"high-frequency features {tuple(high.shape)} do not fit {tuple(features.shape)}.")
         shared, shared_high = self.shared(torch.cat([features, high])).chunk(2)
         return Decoded(shared, self.classifier(shared), self.high_classifier(shared_high))
 
@@ -376,7 +382,9 @@ class RelationshipDescriptor(nn.Module):
         """
         width = self.linear.out_features
         if text.shape[-1] != width or cls.shape[-1] != width:
-            raise InputError(f"texts {tuple(text.shape)} and CLS embeddings {tuple(cls.shape)}: this descriptor reads {width} channels of both.")
+            raise InputError(
+                f"texts {tuple(text.shape)} and CLS embeddings {tuple(cls.shape)}: this descriptor reads {width} channels of both."
+            )
         return self.linear(torch.cat([cls[:, None] * text, text.expand(len(cls), -1, -1)], -1))
 
 # %% ../nbs/30_decoders.ipynb #33903d51
@@ -428,7 +436,9 @@ class CrossAttention(nn.Module):
 
     def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
         "What the queries find: `(B, C, dim)`."
-        query, key, value = (split_heads(x, self.heads) for x in (self.query(queries), self.key(tokens), self.value(tokens)))
+        query, key, value = (
+            split_heads(x, self.heads) for x in (self.query(queries), self.key(tokens), self.value(tokens))
+        )
         answer = F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout if self.training else 0.0)
         return self.out(answer.transpose(1, 2).flatten(2))
 
@@ -472,7 +482,9 @@ class CrossAttentionLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.among = CrossAttention(dim, heads, dropout) if self_attention else None
-        self.among_norm, self.among_dropout = (nn.LayerNorm(dim), nn.Dropout(dropout)) if self_attention else (None, None)
+        self.among_norm, self.among_dropout = (
+            (nn.LayerNorm(dim), nn.Dropout(dropout)) if self_attention else (None, None)
+        )
         self.attention = CrossAttention(dim, heads, dropout, values=answers)
         self.update = QueryUpdate(dim, hidden, dropout) if answers else None
 
@@ -485,7 +497,8 @@ class CrossAttentionLayer(nn.Module):
         queries = self._exchange(queries)
         return self.update(queries, self.attention(queries, tokens))
 
-    def scores(self, queries: Tensor, tokens: Tensor) -> Tensor: return self.attention.scores(self._exchange(queries), tokens)
+    def scores(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        return self.attention.scores(self._exchange(queries), tokens)
 
 # %% ../nbs/30_decoders.ipynb #87a7ef1a
 def _check_decoder(dim: int, layers: int, heads: int, hidden: int | None, dropout: float) -> None:
@@ -497,8 +510,16 @@ def _check_decoder(dim: int, layers: int, heads: int, hidden: int | None, dropou
 
 def _check_question(queries: Tensor, patches: Tensor, dim: int) -> None:
     "Raise `InputError` unless these are queries `(B, C, dim)` for patches `(B, dim, h, w)`."
-    if queries.ndim == 3 and patches.ndim == 4 and len(queries) == len(patches) and queries.shape[2] == patches.shape[1] == dim: return
-    raise InputError(f"this decoder reads queries (B, C, {dim}) and patches (B, {dim}, h, w), not {tuple(queries.shape)} and {tuple(patches.shape)}.")
+    if (
+        queries.ndim == 3
+        and patches.ndim == 4
+        and len(queries) == len(patches)
+        and queries.shape[2] == patches.shape[1] == dim
+    ):
+        return
+    raise InputError(
+        f"this decoder reads queries (B, C, {dim}) and patches (B, {dim}, h, w), not {tuple(queries.shape)} and {tuple(patches.shape)}."
+    )
 
 class CrossAttentionDecoder(nn.Module):
     """ZegCLIP's decoder: class queries read the patches, layer upon layer; the mask is how well a query and a patch fit in the last.
@@ -534,8 +555,10 @@ class CrossAttentionDecoder(nn.Module):
         super().__init__()
         _check_decoder(dim, layers, heads, hidden, dropout)
         self.dim = dim
-        self.layers = nn.ModuleList(CrossAttentionLayer(dim, heads, hidden, dropout, self_attention, answers=whole_last or index < layers - 1)
-                                    for index in range(layers))
+        self.layers = nn.ModuleList(
+            CrossAttentionLayer(dim, heads, hidden, dropout, self_attention, answers=whole_last or index < layers - 1)
+            for index in range(layers)
+        )
         truncated_normal_start(self)
 
     def forward(self,
@@ -636,10 +659,15 @@ class WindowAttention(nn.Module):
         return real.expand(len(patches), -1, -1, -1).flatten(0, 1)[:, None].mT
 
     def forward(self, patches: Tensor) -> Tensor:
-        windows = window_partition(self.query_key_value(patches.movedim(1, -1)), self.window)   # without bias padding stays zero
+        # without bias padding stays zero
+        windows = window_partition(self.query_key_value(patches.movedim(1, -1)), self.window)
         query, key, value = (split_heads(x, self.heads) for x in windows.flatten(0, 1).chunk(3, -1))
-        answer = F.scaled_dot_product_attention(query, key, value, attn_mask=self._real(patches)).transpose(1, 2).flatten(2)
-        return self.out(window_merge(answer.unflatten(0, (len(patches), -1)), self.window, patches.shape[2:])).flatten(1, 2)
+        answer = (
+            F.scaled_dot_product_attention(query, key, value, attn_mask=self._real(patches)).transpose(1, 2).flatten(2)
+        )
+        return self.out(window_merge(answer.unflatten(0, (len(patches), -1)), self.window, patches.shape[2:])).flatten(
+            1, 2
+        )
 
 class PooledAttention(nn.Module):
     """Low frequencies: every patch asks the means of all windows, `(B, dim, h, w)` -> `(B, N, width)` (LITv2's Lo-Fi).
@@ -673,7 +701,9 @@ class PooledAttention(nn.Module):
 def _check_branches(heads: int, high_heads: int, window: int, similarity: str) -> None:
     "Raise `InputError` for options of which no spectral layer can be built."
     if not 0 <= high_heads <= heads:
-        raise InputError(f"high_heads={high_heads} of {heads} heads: give 0 (low branch only) to {heads} (high branch only).")
+        raise InputError(
+            f"high_heads={high_heads} of {heads} heads: give 0 (low branch only) to {heads} (high branch only)."
+        )
     if window < 1: raise InputError(f"window={window}: a window has at least 1 patch a side.")
     if similarity not in ("shifted", "clamp"): raise InputError(f"similarity={similarity!r}: use 'shifted' or 'clamp'.")
 
@@ -726,7 +756,9 @@ class SpectralGuidedLayer(nn.Module):
         _check_branches(heads, high_heads, window, similarity)
         width = dim // heads * high_heads
         self.high = WindowAttention(dim, high_heads, width, window, mask_padding) if high_heads else None
-        self.low = PooledAttention(dim, heads - high_heads, dim - width, window, mask_padding) if high_heads < heads else None
+        self.low = (
+            PooledAttention(dim, heads - high_heads, dim - width, window, mask_padding) if high_heads < heads else None
+        )
         self.similarity, self.dropout, self.residual = similarity, dropout, residual
         self.task, self.transform = nn.Parameter(torch.randn(dim)), nn.Parameter(torch.eye(dim))
         self.out, self.update = (nn.Linear(dim, dim), QueryUpdate(dim, hidden, dropout)) if answers else (None, None)
@@ -747,7 +779,9 @@ class SpectralGuidedLayer(nn.Module):
     def ask(self, queries: Tensor, patches: Tensor) -> Tensor:
         "Queries `(B, C, dim)` after they have read z^ `(B, dim, h, w)`."
         z = patches.flatten(2).mT[:, None]
-        answer = F.scaled_dot_product_attention(queries[:, None], z, z, dropout_p=self.dropout if self.training else 0.0, scale=1.0)
+        answer = F.scaled_dot_product_attention(
+            queries[:, None], z, z, dropout_p=self.dropout if self.training else 0.0, scale=1.0
+        )
         return self.update(queries, self.out(answer[:, 0]))
 
 # %% ../nbs/30_decoders.ipynb #7953bc50
@@ -794,8 +828,13 @@ class SpectralGuidedDecoder(nn.Module):
         _check_decoder(dim, layers, heads, hidden, dropout)
         if reads not in ("tower", "previous"): raise InputError(f"reads={reads!r}: use 'tower' or 'previous'.")
         self.dim, self.reads = dim, reads
-        self.layers = nn.ModuleList(SpectralGuidedLayer(dim, heads, high_heads, window, mask_padding, similarity, hidden, dropout,
-                                                        answers=index < layers - 1, residual=residual) for index in range(layers))
+        self.layers = nn.ModuleList(
+            SpectralGuidedLayer(
+                dim, heads, high_heads, window, mask_padding, similarity, hidden, dropout, answers=index < layers - 1,
+                residual=residual
+            )
+            for index in range(layers)
+        )
 
     def forward(self,
         queries: Tensor,  # (B, C, dim), from a `RelationshipDescriptor`

@@ -48,7 +48,8 @@ def balanced_cross_entropy(
     Tensor
         scalar
     """
-    if len(logits) != len(labels): raise InputError(f"{len(logits)} maps of logits for {len(labels)} label maps: pass one per picture.")
+    if len(logits) != len(labels):
+        raise InputError(f"{len(logits)} maps of logits for {len(labels)} label maps: pass one per picture.")
     if logits.shape[-2:] != labels.shape[-2:]:
         logits = F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=False)
     losses = F.cross_entropy(logits, labels, ignore_index=ignore, reduction="none")
@@ -101,7 +102,9 @@ def neighbour_window(
         (N, N) bool, shared between callers: do not write into it
     """
     with torch.inference_mode(False):
-        near = [(torch.arange(n, device=device)[:, None] - torch.arange(n, device=device)).abs() <= radius for n in grid]
+        near = [
+            (torch.arange(n, device=device)[:, None] - torch.arange(n, device=device)).abs() <= radius for n in grid
+        ]
         return (near[0][:, None, :, None] & near[1][None, :, None]).reshape(grid[0] * grid[1], -1)
 
 def pair_labels(
@@ -163,7 +166,9 @@ def affinity_loss(
         scalar
     """
     if not affinity.shape == positive.shape == negative.shape:
-        raise InputError(f"affinity {tuple(affinity.shape)}, positive {tuple(positive.shape)} and negative {tuple(negative.shape)} must agree.")
+        raise InputError(
+            f"affinity {tuple(affinity.shape)}, positive {tuple(positive.shape)} and negative {tuple(negative.shape)} must agree."
+        )
     a = affinity.to(torch.promote_types(affinity.dtype, torch.float32))
     apart, close = torch.where(positive, 1 - a, 0).sum(), torch.where(negative, a, 0).sum()
     return (apart / (positive.sum() + 1) + close / (negative.sum() + 1)) / 2
@@ -187,7 +192,8 @@ class _BilateralSum(torch.autograd.Function):
         return _bilateral_sum(x, features)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]: return _BilateralSum.apply(gradient, *ctx.saved_tensors), None
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return _BilateralSum.apply(gradient, *ctx.saved_tensors), None
 
 # %% ../nbs/34_losses.ipynb #7f7d879d
 def _place_and_colour(image: Tensor, sigma_xy: float, sigma_rgb: float) -> Tensor:
@@ -203,8 +209,10 @@ def _openness(probs: Tensor, labels: Tensor | None, size: tuple[int, int], ignor
 
 def _check_energy(image: Tensor, probs: Tensor, scale: float, form: str) -> None:
     "Raise `InputError` for what `dense_energy_loss` cannot work with."
-    if len(image) != len(probs): raise InputError(f"{len(image)} pictures for {len(probs)} probability maps: pass one map per picture.")
-    if not 0 < scale <= 1: raise InputError(f"scale={scale}: give the share of the picture's side to work at, above 0 and at most 1.")
+    if len(image) != len(probs):
+        raise InputError(f"{len(image)} pictures for {len(probs)} probability maps: pass one map per picture.")
+    if not 0 < scale <= 1:
+        raise InputError(f"scale={scale}: give the share of the picture's side to work at, above 0 and at most 1.")
     if form not in ("mean", "sum"): raise InputError(f"form={form!r}: use 'mean' or 'sum'.")
 
 # %% ../nbs/34_losses.ipynb #05d43b8c
@@ -264,7 +272,9 @@ def dense_energy_loss(
 def _energy(probs: Tensor, features: Tensor, valid: Tensor, gate: Tensor, form: str, one_sided: bool) -> Tensor:
     "The energy of probabilities `(B, C, M)` under features `(B, M, 5)`; valid and gate `(B, M)`."
     weighted = torch.cat([probs, torch.ones_like(probs[:, :1])], 1) * valid[:, None]
-    spread, mass = (_bilateral_sum if one_sided else _BilateralSum.apply)(weighted, features).split((probs.shape[1], 1), 1)
+    spread, mass = (_bilateral_sum if one_sided else _BilateralSum.apply)(weighted, features).split(
+        (probs.shape[1], 1), 1
+    )
     agreement = (gate[:, None] * probs * spread).sum((1, 2))
     if one_sided: agreement = 2 * agreement - agreement.detach()   # the other side's share, sent to this one
     if form == "sum": return -1e-7 * agreement.mean()
@@ -307,7 +317,8 @@ def class_targets(
         pixels of no class are negatives of every class; False leaves them out
     """
     values = classes.tolist() if isinstance(classes, Tensor) else list(classes)
-    if not values or len(set(values)) < len(values): raise InputError(f"classes={values}: give at least one label value, and each once.")
+    if not values or len(set(values)) < len(values):
+        raise InputError(f"classes={values}: give at least one label value, and each once.")
     masks = labels[:, None] == torch.tensor(values, device=labels.device)[:, None, None]
     return MaskTargets(masks, masks.flatten(2).any(-1), None if ignored_as_negative else masks.any(1))
 
@@ -315,8 +326,10 @@ def class_targets(
 def _at_size(logits: Tensor, targets: MaskTargets) -> Tensor:
     "Logits `(B, C, h, w)` enlarged bilinearly to the targets' size, in float32 at least. Raises `InputError` when B or C differ."
     if logits.shape[:2] != targets.present.shape:
-        raise InputError(f"logits {tuple(logits.shape)} for {targets.present.shape[0]} label maps and {targets.present.shape[1]} classes: "
-                         "give (B, C, h, w) with one map per picture and class.")
+        raise InputError(
+            f"logits {tuple(logits.shape)} for {targets.present.shape[0]} label maps and {targets.present.shape[1]} classes: "
+            "give (B, C, h, w) with one map per picture and class."
+        )
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if logits.shape == targets.masks.shape: return logits
     return F.interpolate(logits, targets.masks.shape[2:], mode="bilinear", align_corners=False)
@@ -385,7 +398,9 @@ def dice_loss(
 # %% ../nbs/34_losses.ipynb #251123fd
 def _blur(maps: Tensor, sigma: float = 1.5, radius: int = 5) -> Tensor:
     "Maps `(..., H, W)` under a gaussian window of 11 x 11 pixels that sums to 1, zeros around them: each map a channel, rows after columns."
-    window = torch.exp(-torch.arange(-radius, radius + 1, device=maps.device, dtype=maps.dtype).square() / (2 * sigma ** 2))
+    window = torch.exp(
+        -torch.arange(-radius, radius + 1, device=maps.device, dtype=maps.dtype).square() / (2 * sigma**2)
+    )
     channels = maps.flatten(0, -3)
     kernel = (window / window.sum()).expand(len(channels), 1, 1, -1)
     with torch.autocast(maps.device.type, enabled=False):
@@ -420,7 +435,8 @@ def structural_similarity(
     if not len(x): return x   # torch convolves no empty batch of channels
     counted = torch.ones_like(x[:1]) if counted is None else counted.to(x.dtype)
     maps = torch.stack([x, y, x * x, y * y, x * y]) * counted
-    blurred = _blur(torch.cat([maps.flatten(0, 1), counted]))   # the weights beside the maps: one depthwise convolution, which never rounds to TF32
+    # the weights beside the maps: one depthwise convolution, which never rounds to TF32
+    blurred = _blur(torch.cat([maps.flatten(0, 1), counted]))
     mx, my, mxx, myy, mxy = blurred[:-len(counted)].view_as(maps) / blurred[-len(counted):].clamp_min(1e-12)
     likeness = (2 * mx * my + 1e-4) / (mx ** 2 + my ** 2 + 1e-4)
     return likeness * (2 * (mxy - mx * my) + 9e-4) / (mxx - mx ** 2 + myy - my ** 2 + 9e-4)
@@ -493,7 +509,8 @@ def mask_losses(
         weighted terms by name; their sum is the loss
     """
     weights = {"focal": focal, "dice": dice, "ssim": ssim}
-    if min(weights.values()) < 0 or not any(weights.values()): raise InputError(f"weights {weights}: none may be negative, one must be above 0.")
+    if min(weights.values()) < 0 or not any(weights.values()):
+        raise InputError(f"weights {weights}: none may be negative, one must be above 0.")
     targets = class_targets(labels, classes, ignored_as_negative)
     logits = _at_size(logits, targets)
     terms = {"focal": focal_loss, "dice": dice_loss, "ssim": partial(ssim_loss, over=over)}

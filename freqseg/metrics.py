@@ -75,7 +75,9 @@ def _label_pair(pred: Array, target: Array, classes: int) -> tuple[Tensor, Tenso
     pred = _label_map(pred, classes, "prediction", void=False)
     target = _label_map(target, classes, "target", void=True).to(pred.device)
     if pred.shape != target.shape:
-        raise InputError(f"prediction {tuple(pred.shape)} and target {tuple(target.shape)} differ: resize the prediction")
+        raise InputError(
+            f"prediction {tuple(pred.shape)} and target {tuple(target.shape)} differ: resize the prediction"
+        )
     return pred, target
 
 # %% ../nbs/35_metrics.ipynb #8773c937
@@ -311,7 +313,8 @@ def boundary_confusion(
     per_image : bool
         one matrix per picture
     """
-    if classes >= IGNORE: raise InputError(f"classes is {classes}: the boundary matrix needs one id below {IGNORE} to spare")
+    if classes >= IGNORE:
+        raise InputError(f"classes is {classes}: the boundary matrix needs one id below {IGNORE} to spare")
     pred, target = _label_pair(pred, target, classes)
     void = target == IGNORE
     pred = pred.masked_fill(void, IGNORE)
@@ -550,15 +553,25 @@ def sweep_bias(
     """
     scores, target, classes = _tensor(scores), _tensor(target), len(scores)
     _check_split(seen, unseen, classes)
-    if len(seen) + len(unseen) < classes: raise InputError(f"{classes} classes are scored, but only {len(seen) + len(unseen)} are seen or unseen: name every one.")
+    if len(seen) + len(unseen) < classes:
+        raise InputError(
+            f"{classes} classes are scored, but only {len(seen) + len(unseen)} are seen or unseen: name every one."
+        )
     if sorted(set(biases)) != list(biases): raise InputError(f"biases={list(biases)}: give each once, in rising order.")
     (lead, first), (rival, second) = (scores[list(group)].max(0) for group in (seen, unseen))
-    best = torch.tensor(list(seen), device=scores.device)[first], torch.tensor(list(unseen), device=scores.device)[second]
-    place = torch.bucketize(lead - rival, torch.tensor(biases, dtype=scores.dtype, device=scores.device)).flatten()   # biases below the lead
+    best = (
+        torch.tensor(list(seen), device=scores.device)[first],
+        torch.tensor(list(unseen), device=scores.device)[second],
+    )
+    # biases below the lead
+    place = torch.bucketize(lead - rival, torch.tensor(biases, dtype=scores.dtype, device=scores.device)).flatten()
     labelled = (target.flatten() != IGNORE).to(scores.device)
     rows, bins = target.flatten().long().to(scores.device)[labelled], len(biases) + 1
     held, lost = ((rows * classes + own.flatten()[labelled]) * bins + place[labelled] for own in best)
-    held, lost = (cells.bincount(minlength=classes * classes * bins).view(classes, classes, bins).movedim(-1, 0) for cells in (held, lost))
+    held, lost = (
+        cells.bincount(minlength=classes * classes * bins).view(classes, classes, bins).movedim(-1, 0)
+        for cells in (held, lost)
+    )
     return (held.flip(0).cumsum(0).flip(0)[1:] + lost.cumsum(0)[:-1]).cpu()
 
 
@@ -582,10 +595,14 @@ def _critical_power(score: Tensor) -> Tensor:
 def _check_sweep(cam: Tensor, present: Tensor, target: Tensor, powers: bool) -> None:
     "Shapes of a sweep, and a CAM without NaN (in [0, 1] for the power variant)."
     if present.shape != cam.shape[:2] or len(target) != len(cam):
-        raise InputError(f"cam {tuple(cam.shape)}, present {tuple(present.shape)} and mask {tuple(target.shape)} do not match")
+        raise InputError(
+            f"cam {tuple(cam.shape)}, present {tuple(present.shape)} and mask {tuple(target.shape)} do not match"
+        )
     if cam.isnan().any(): raise InputError(f"cam holds NaN in {int(cam.isnan().sum())} places")
     if powers and (cam.min() < 0 or cam.max() > 1):
-        raise InputError(f"cam spans {cam.min():.3g}..{cam.max():.3g}: the power variant needs [0, 1], normalise it first")
+        raise InputError(
+            f"cam spans {cam.min():.3g}..{cam.max():.3g}: the power variant needs [0, 1], normalise it first"
+        )
 
 # %% ../nbs/35_metrics.ipynb #d850d309
 def _cumulative_confusions(score: Tensor, label: Tensor, target: Tensor, thresholds: Tensor, classes: int) -> Tensor:
@@ -625,7 +642,11 @@ def sweep_background(
         background score t, or (1 - max)^t
     """
     if variant not in ("threshold", "power"): raise InputError(f"variant is {variant!r}: choose 'threshold' or 'power'")
-    cam, present, values = _tensor(cam).float(), _tensor(present).bool(), torch.as_tensor(thresholds, dtype=torch.float64)
+    cam, present, values = (
+        _tensor(cam).float(),
+        _tensor(present).bool(),
+        torch.as_tensor(thresholds, dtype=torch.float64),
+    )
     if cam.ndim == 3: cam, present = cam[None], present[None]
     classes = cam.shape[1] + 1
     target = _label_map(mask, classes, "mask", void=True).to(cam.device)
@@ -716,7 +737,8 @@ class ConfusionMeter:
 
     def merge(self, other: "ConfusionMeter") -> None:
         "Append the pictures of another meter, for instance one of another process; `InputError` for another shape."
-        if other.shape != self.shape: raise InputError(f"cannot merge a meter of {other.shape} into one of {self.shape}")
+        if other.shape != self.shape:
+            raise InputError(f"cannot merge a meter of {other.shape} into one of {self.shape}")
         offset = torch.tensor([[self._images], [0], [0]], dtype=torch.int32)
         self._append(other.triples + offset, len(other))
 
@@ -740,7 +762,9 @@ class ConfusionMeter:
         "Float64 sparse `(cells, pictures)`: what resampled sums are products with."
         image, cell, count = self.triples.to(torch.int64)
         size = (math.prod(self.shape), self._images)
-        return torch.sparse_coo_tensor(torch.stack([cell, image]), count.to(torch.float64), size, check_invariants=False).coalesce()
+        return torch.sparse_coo_tensor(
+            torch.stack([cell, image]), count.to(torch.float64), size, check_invariants=False
+        ).coalesce()
 
 # %% ../nbs/35_metrics.ipynb #017e40b0
 def _multiplicities(images: int, samples: int, seed: int, block: int) -> Iterator[Tensor]:
@@ -812,7 +836,10 @@ def bootstrap_interval(
     _check_bootstrap(len(meter), samples, level)
     counts = meter.sparse()
     block = max(1, min(samples, 4_000_000 // max(counts.shape)))
-    sums = ((counts @ weights.T).T.reshape(-1, *meter.shape) for weights in _multiplicities(len(meter), samples, seed, block))
+    sums = (
+        (counts @ weights.T).T.reshape(-1, *meter.shape)
+        for weights in _multiplicities(len(meter), samples, seed, block)
+    )
     return _interval(statistic(meter.total[None])[0], torch.cat([statistic(total) for total in sums]), level)
 
 # %% ../nbs/35_metrics.ipynb #fd106c19
@@ -910,7 +937,9 @@ def affinity_auc(
     if per not in ("matrix", "row"): raise InputError(f"per is {per!r}: choose 'matrix' or 'row'")
     labels = labels.to(affinity.device)
     known = labels != IGNORE
-    valid = known[..., :, None] & known[..., None, :] & ~torch.eye(labels.shape[-1], dtype=torch.bool, device=labels.device)
+    valid = (
+        known[..., :, None] & known[..., None, :] & ~torch.eye(labels.shape[-1], dtype=torch.bool, device=labels.device)
+    )
     same = labels[..., :, None] == labels[..., None, :]
     if per == "row": return rank_auc(affinity, same, valid).nanmean(-1)
     return rank_auc(affinity.flatten(-2), same.flatten(-2), valid.flatten(-2))

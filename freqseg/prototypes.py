@@ -52,8 +52,10 @@ def unit_vectors(
 def _check_maps(tokens: Tensor, maps: Tensor, name: str) -> None:
     "Raise `InputError` unless `maps` (B, K, h, w) lie on the grid of `tokens` (B, D, h, w)."
     if tokens.ndim == maps.ndim == 4 and len(tokens) == len(maps) and tokens.shape[2:] == maps.shape[2:]: return
-    raise InputError(f"{name} {tuple(maps.shape)} does not fit tokens {tuple(tokens.shape)}: both need the same images and the "
-                     "same grid; resize the maps to the tokens' grid.")
+    raise InputError(
+        f"{name} {tuple(maps.shape)} does not fit tokens {tuple(tokens.shape)}: both need the same images and the "
+        "same grid; resize the maps to the tokens' grid."
+    )
 
 # %% ../nbs/26_prototypes.ipynb #60ee39bb
 @torch.no_grad()
@@ -86,7 +88,8 @@ def class_prototypes(
     _check_maps(tokens, cam, "cam")
     certain = cam > threshold
     if present is not None:
-        if present.shape != cam.shape[:2]: raise InputError(f"present {tuple(present.shape)} does not fit maps {tuple(cam.shape)}.")
+        if present.shape != cam.shape[:2]:
+            raise InputError(f"present {tuple(present.shape)} does not fit maps {tuple(cam.shape)}.")
         certain = certain & present.bool()[:, :, None, None]
     count = certain.sum((-2, -1))
     x = _precise(tokens)
@@ -119,7 +122,8 @@ def attenuation_gap(
     Tensor
         (B, K, h, w) in [0, 2], fp32 or fp64, without gradient; 0 for prototypes of 0
     """
-    if low.shape != tokens.shape: raise InputError(f"low {tuple(low.shape)} must have the shape of tokens {tuple(tokens.shape)}.")
+    if low.shape != tokens.shape:
+        raise InputError(f"low {tuple(low.shape)} must have the shape of tokens {tuple(tokens.shape)}.")
     with torch.autocast(tokens.device.type, enabled=False):
         change = unit_vectors(tokens) - unit_vectors(low)
         return torch.einsum("bkd,bdhw->bkhw", unit_vectors(prototypes, -1).to(change), change).abs()
@@ -162,7 +166,8 @@ def attenuated(
     """
     if select not in SELECTIONS: raise InputError(f"select={select!r}: use 'mean' (FFR) or 'share'.")
     if not 0 < share <= 1: raise InputError(f"share={share}: give a part of all tokens, above 0 and at most 1.")
-    if found.shape != gap.shape[:2]: raise InputError(f"found {tuple(found.shape)} does not fit gaps {tuple(gap.shape)}.")
+    if found.shape != gap.shape[:2]:
+        raise InputError(f"found {tuple(found.shape)} does not fit gaps {tuple(gap.shape)}.")
     # the margin: a constant map's mean can round to just below its value
     chosen = gap > gap.mean((-2, -1), keepdim=True) * (1 + 1e-6) if select == "mean" else _top_share(gap, share)
     return chosen & found[:, :, None, None]
@@ -196,9 +201,11 @@ def rectification_loss(
     Tensor
         scalar in [0, 2], fp32 or fp64
     """
-    if low.shape != tokens.shape: raise InputError(f"low {tuple(low.shape)} must have the shape of tokens {tuple(tokens.shape)}.")
+    if low.shape != tokens.shape:
+        raise InputError(f"low {tuple(low.shape)} must have the shape of tokens {tuple(tokens.shape)}.")
     _check_maps(tokens, omega, "omega")
-    if found.shape != omega.shape[:2]: raise InputError(f"found {tuple(found.shape)} does not fit selections {tuple(omega.shape)}.")
+    if found.shape != omega.shape[:2]:
+        raise InputError(f"found {tuple(found.shape)} does not fit selections {tuple(omega.shape)}.")
     distance = (unit_vectors(tokens) - unit_vectors(low.detach())).square().sum(1) / 2
     chosen = (omega & found[:, :, None, None]).to(distance.dtype)
     weight = chosen / chosen.sum((-2, -1), keepdim=True).clamp_min(1)
@@ -268,7 +275,8 @@ class FrequencyRectification(nn.Module):
         super().__init__()
         if not 0 <= mu <= 0.5: raise InputError(f"mu={mu}: give 0 to 0.5 cycles per token; FFR uses 0.4.")
         if shape not in ("square", "disc"): raise InputError(f"shape={shape!r}: use 'square' (FFR) or 'disc'.")
-        if not 0 <= threshold < 1: raise InputError(f"threshold={threshold}: activation maps lie in 0..1; FFR uses 0.7.")
+        if not 0 <= threshold < 1:
+            raise InputError(f"threshold={threshold}: activation maps lie in 0..1; FFR uses 0.7.")
         if not 0 <= weight < float("inf"): raise InputError(f"weight={weight}: give 0 or more; FFR uses 1.")
         if select not in SELECTIONS: raise InputError(f"select={select!r}: use 'mean' (FFR) or 'share'.")
         if not 0 < share <= 1: raise InputError(f"share={share}: give a part of all tokens, above 0 and at most 1.")

@@ -92,13 +92,15 @@ class PAR(nn.Module):
         """
         if len(image) != len(probs):
             raise InputError(f"PAR got {len(image)} images but {len(probs)} score maps: pass one map per image")
-        together = 1 if probs.device.type == "cpu" else len(probs)   # a processor's cache holds one picture's weights, not four
+        # a processor's cache holds one picture's weights, not four
+        together = 1 if probs.device.type == "cpu" else len(probs)
         return torch.cat([self._refine(*part) for part in zip(image.split(together), probs.split(together))])
 
     def _refine(self, image: Tensor, probs: Tensor) -> Tensor:
         "`forward` for pictures whose weights are in memory together."
         image = image.float()
-        if image.shape[-2:] != probs.shape[-2:]: image = F.interpolate(image, probs.shape[-2:], mode="bilinear", align_corners=True)
+        if image.shape[-2:] != probs.shape[-2:]:
+            image = F.interpolate(image, probs.shape[-2:], mode="bilinear", align_corners=True)
         weights = self.weights(image).to(probs.dtype).split(1, dim=1)
         for _ in range(self.iterations): probs = self._spread(probs, weights)
         return probs

@@ -34,7 +34,8 @@ class SinkhornResult(NamedTuple):
 # %% ../nbs/04_sinkhorn.ipynb #ee9bf34f
 TRUSTED = 1e13  # e^30: scalings within [1/TRUSTED, TRUSTED] cannot have lost an fp32 entry that matters
 CHECK_EVERY = 5  # rounds between two looks at the error: each look waits for the device
-WIDE = 128  # columns; products with the transpose of a narrower matrix are twice as fast from a copy, of a wider one hardly faster
+# columns; products with the transpose of a narrower matrix are twice as fast from a copy, of a wider one hardly faster
+WIDE = 128
 
 def _product(
     vector: Tensor,  # (..., R)
@@ -73,7 +74,9 @@ class _Alternating:
 
     def start(self) -> tuple[Tensor, Tensor]:
         "Scalings (..., R) and (..., C) under which the first column sums are those of exp(density) itself, as it is given."
-        return torch.where(self.row > 0, 1 / self.row.clamp(min=torch.finfo(self.row.dtype).tiny), 1), torch.ones_like(self.col)
+        return torch.where(self.row > 0, 1 / self.row.clamp(min=torch.finfo(self.row.dtype).tiny), 1), torch.ones_like(
+            self.col
+        )
 
     def ones(self) -> tuple[Tensor, Tensor]:
         "Scalings that change nothing: (..., R) and (..., C)."
@@ -108,7 +111,9 @@ class _Alternating:
 
     def log_plan(self, density: Tensor, scale: tuple[Tensor, Tensor]) -> Tensor:
         "Logarithm of the plan: the density with the scalings absorbed, times both marginals."
-        return (density + (scale[0].log() + self.log_row)[..., :, None]).add_((scale[1].log() + self.log_col)[..., None, :])
+        return (density + (scale[0].log() + self.log_row)[..., :, None]).add_(
+            (scale[1].log() + self.log_col)[..., None, :]
+        )
 
 
 # %% ../nbs/04_sinkhorn.ipynb #b1548bcb
@@ -292,7 +297,9 @@ def _solve(
     if gradient not in ("unroll", "implicit"):
         raise ValueError(f"gradient={gradient!r}: choose 'unroll' or 'implicit'")
     if gradient == "implicit" and rounds is not None:
-        raise ValueError("gradient='implicit' differentiates at the solution, which fixed rounds do not reach: unroll them")
+        raise ValueError(
+            "gradient='implicit' differentiates at the solution, which fixed rounds do not reach: unroll them"
+        )
     if min(iterations, iterations if rounds is None else rounds) < 1:
         raise ValueError("at least one round is needed")
     many, good = (iterations, tolerance) if rounds is None else (rounds, None)
@@ -336,7 +343,9 @@ def doubly_stochastic(
     if symmetric not in (None, "average", "scaling"):
         raise ValueError(f"symmetric={symmetric!r}: choose None, 'average' or 'scaling'")
     if affinity.numel() and affinity.amin() < 0:
-        raise ValueError("affinity has negative entries: Sinkhorn scales non-negative matrices (a softplus makes them so)")
+        raise ValueError(
+            "affinity has negative entries: Sinkhorn scales non-negative matrices (a softplus makes them so)"
+        )
     wide = affinity if affinity.dtype == torch.float64 else affinity.float()
     ones = torch.ones_like(wide[..., 0])
     tiny = torch.finfo(wide.dtype).tiny
@@ -385,7 +394,9 @@ def transport(
         "unroll" or "implicit"
     """
     if not eps > 0:
-        raise ValueError(f"eps={eps}: the entropic regularisation must be positive; DFA-style scores work with 0.01 to 1")
+        raise ValueError(
+            f"eps={eps}: the entropic regularisation must be positive; DFA-style scores work with 0.01 to 1"
+        )
     wide = score if score.dtype == torch.float64 else score.float()
     plan = sinkhorn(wide / eps, row, col, iterations, tolerance, rounds, mask, gradient).plan
     return plan.to(score.dtype)

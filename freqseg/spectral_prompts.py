@@ -43,8 +43,10 @@ def prompt_blocks(
     first, last = (int(ends[1]), int(ends[2] or ends[1])) if ends else (0, 0)
     if 1 <= first <= last <= depth: return tuple(range(first - 1, last))
     if _are_indices(text, depth): return tuple(sorted(set(text)))
-    raise InputError(f"blocks {text!r}: this tower has blocks 1 to {depth}. Write a range such as '1-2', one block such as '3', or 'all'; "
-                     f"or give indices counted from 0, such as (0, 1).")
+    raise InputError(
+        f"blocks {text!r}: this tower has blocks 1 to {depth}. Write a range such as '1-2', one block such as '3', or 'all'; "
+        f"or give indices counted from 0, such as (0, 1)."
+    )
 
 def _are_indices(blocks: Any, depth: float = math.inf) -> bool:
     "Are these block indices of a tower, counted from 0?"
@@ -78,7 +80,10 @@ class DeepPrompts(nn.Module):
         dropout: float = 0.1,
     ):
         super().__init__()
-        if tokens < 0: raise InputError(f"tokens={tokens}: the number of prompts per block is 0 (none) or more; ZegCLIP takes 10 or 100.")
+        if tokens < 0:
+            raise InputError(
+                f"tokens={tokens}: the number of prompts per block is 0 (none) or more; ZegCLIP takes 10 or 100."
+            )
         reach = math.sqrt(6 / (3 * patch**2 + width))
         self.tokens = nn.Parameter(torch.empty(blocks, tokens, width).uniform_(-reach, reach), requires_grad=tokens > 0)
         self.projection = nn.Linear(width, width) if tokens else nn.Identity()
@@ -152,8 +157,10 @@ def spectral_prompt(
     if tuple(cls.shape) not in ((count, width), (count, 1, width)):
         raise InputError(f"cls {tuple(cls.shape)} does not fit tokens {tuple(tokens.shape)}: expected {(count, width)}, a CLS token for every picture.")
     if gain.shape != (h, w // 2 + 1, tokens.shape[1]):
-        raise InputError(f"gain {tuple(gain.shape)} does not fit {tokens.shape[1]} channels on a {h} x {w} grid: expected "
-                         f"{(h, w // 2 + 1, tokens.shape[1])}. SpectralFilter.response(({h}, {w})) carries a filter over.")
+        raise InputError(
+            f"gain {tuple(gain.shape)} does not fit {tokens.shape[1]} channels on a {h} x {w} grid: expected "
+            f"{(h, w // 2 + 1, tokens.shape[1])}. SpectralFilter.response(({h}, {w})) carries a filter over."
+        )
     product = _precise(tokens) * _precise(cls).reshape(count, width, 1, 1)
     return _Filter.apply(product, gain.permute(2, 0, 1).contiguous()).to(tokens.dtype)
 
@@ -189,10 +196,14 @@ class SpectralPrompts(nn.Module):
         std: float = 0.02,                 # of each part with "normal"
     ):
         super().__init__()
-        if init not in ("normal", "zero", "identity"): raise InputError(f"init={init!r}: filters start 'normal', 'zero' or 'identity'.")
-        if not blocks or not _are_indices(blocks): raise InputError(f"blocks={blocks!r}: give block indices counted from 0, such as (0, 1).")
+        if init not in ("normal", "zero", "identity"):
+            raise InputError(f"init={init!r}: filters start 'normal', 'zero' or 'identity'.")
+        if not blocks or not _are_indices(blocks):
+            raise InputError(f"blocks={blocks!r}: give block indices counted from 0, such as (0, 1).")
         self.blocks, self.shared = tuple(sorted(set(blocks))), shared
-        self.filters = nn.ModuleList(SpectralFilter(width, grid, init, std) for _ in range(1 if shared else len(self.blocks)))
+        self.filters = nn.ModuleList(
+            SpectralFilter(width, grid, init, std) for _ in range(1 if shared else len(self.blocks))
+        )
 
     def gain(self, block: int, grid: tuple[int, int]|None = None) -> Tensor:
         "Complex gain (h, w // 2 + 1, D) of a prompted block at the grid of the filters, or carried to another."
@@ -231,7 +242,9 @@ class SpectralPrompts(nn.Module):
 def _full_gain(gain: Tensor, grid: tuple[int, int]) -> Tensor:
     "What a gain (h, w // 2 + 1, D) does to real maps at every frequency of the whole plane: complex (h, w, D), FFT layout."
     if gain.shape[:2] != (grid[0], grid[1] // 2 + 1):
-        raise InputError(f"gain {tuple(gain.shape)} is not of a {grid[0]} x {grid[1]} grid: expected ({grid[0]}, {grid[1] // 2 + 1}, D).")
+        raise InputError(
+            f"gain {tuple(gain.shape)} is not of a {grid[0]} x {grid[1]} grid: expected ({grid[0]}, {grid[1] // 2 + 1}, D)."
+        )
     return torch.fft.fft2(torch.fft.irfft2(gain.detach(), s=grid, dim=(0, 1)), dim=(0, 1))
 
 def filter_magnitude(
@@ -337,10 +350,13 @@ class PromptedTower(nn.Module):
         grid: tuple[int, int]|None = None,         # patches that the filters are made for, best those of training; None = the native grid
     ):
         super().__init__()
-        if not 0 <= drop_path < 1: raise InputError(f"drop_path={drop_path}: give a probability from 0 up to, but not including, 1.")
+        if not 0 <= drop_path < 1:
+            raise InputError(f"drop_path={drop_path}: give a probability from 0 up to, but not including, 1.")
         blocks = prompt_blocks(spectral, backbone.depth)
         self.prompts = DeepPrompts(backbone.width, backbone.patch_size, backbone.depth, tokens, dropout)
-        self.spectral = SpectralPrompts(backbone.width, grid or backbone.native_grid, blocks, shared, init) if blocks else None
+        self.spectral = (
+            SpectralPrompts(backbone.width, grid or backbone.native_grid, blocks, shared, init) if blocks else None
+        )
         self.norm = nn.LayerNorm(backbone.width, eps=1e-6)
         self.drop_path = torch.linspace(0, drop_path, backbone.depth).tolist()
 
@@ -372,7 +388,9 @@ class PromptedTower(nn.Module):
         """
         grid, (depth, _, width) = backbone.grid_of(images), self.prompts.tokens.shape
         if (depth, width) != (backbone.depth, backbone.width):
-            raise InputError(f"these prompts are for {depth} blocks of width {width}, {backbone.name} has {backbone.depth} of {backbone.width}.")
+            raise InputError(
+                f"these prompts are for {depth} blocks of width {width}, {backbone.name} has {backbone.depth} of {backbone.width}."
+            )
         with torch.no_grad(): x = backbone.embed(images)
         for index, block in enumerate(backbone.blocks):
             if self.spectral is not None and index in self.spectral.blocks:

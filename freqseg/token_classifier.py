@@ -34,7 +34,8 @@ def multilabel_loss(
     Tensor
         scalar, fp32 or fp64
     """
-    if logits.shape != present.shape: raise InputError(f"logits {tuple(logits.shape)} and labels {tuple(present.shape)} differ in shape.")
+    if logits.shape != present.shape:
+        raise InputError(f"logits {tuple(logits.shape)} and labels {tuple(present.shape)} differ in shape.")
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return F.multilabel_soft_margin_loss(logits, present.to(logits))
 
@@ -110,7 +111,9 @@ class TokenClassifier(nn.Module):
         Tensor
             (B, K)
         """
-        pooled = self._pool(self.evidence(tokens)) if self.order == "scores" else self.score(self._pool(self._read(tokens)))
+        pooled = (
+            self._pool(self.evidence(tokens)) if self.order == "scores" else self.score(self._pool(self._read(tokens)))
+        )
         return pooled[:, :, 0, 0]
 
     @torch.no_grad()
@@ -138,5 +141,6 @@ class TokenClassifier(nn.Module):
         evidence = self.evidence(tokens)
         maps = normalise_cam(evidence if evidence.dtype == torch.float64 else evidence.float(), eps=eps)
         if present is None: return maps
-        if present.shape != maps.shape[:2]: raise InputError(f"present {tuple(present.shape)} does not fit maps {tuple(maps.shape)}.")
+        if present.shape != maps.shape[:2]:
+            raise InputError(f"present {tuple(present.shape)} does not fit maps {tuple(maps.shape)}.")
         return maps * present.bool()[:, :, None, None]

@@ -26,7 +26,8 @@ def resolve_blocks(depth: int, blocks: Sequence[int]|str) -> tuple[int, ...]:
         if blocks == "all": return tuple(range(depth))
         raise InputError(f"blocks={blocks!r}: give 'all' or block indices such as (-2, -1).")
     for index in blocks:
-        if not -depth <= index < depth: raise InputError(f"block {index} cannot learn: there are blocks 0..{depth - 1} (or -{depth}..-1).")
+        if not -depth <= index < depth:
+            raise InputError(f"block {index} cannot learn: there are blocks 0..{depth - 1} (or -{depth}..-1).")
     return tuple(sorted({index % depth for index in blocks}))
 
 # %% ../nbs/15_unfrozen.ipynb #307bf250
@@ -79,10 +80,14 @@ class TrainableBackbone(Backbone):
                          backbone.position_resize, backbone.metadata, backbone.recipe)
         self.learning, self.projection = resolve_blocks(self.depth, blocks), projection
         self.embedding = isinstance(blocks, str) if embedding is None else embedding
-        if not (self.learning or self.embedding or projection): raise InputError("blocks is empty: nothing would learn. Use the frozen backbone.")
+        if not (self.learning or self.embedding or projection):
+            raise InputError("blocks is empty: nothing would learn. Use the frozen backbone.")
         for index in self.learning: self.blocks[index].requires_grad_(True)
         visual = self.model.visual
-        for parameter in [*(_embedding(visual) if self.embedding else ()), *(_projection(visual) if projection else ())]:
+        for parameter in [
+            *(_embedding(visual) if self.embedding else ()),
+            *(_projection(visual) if projection else ()),
+        ]:
             parameter.requires_grad_(True)
 
     @property
@@ -92,15 +97,20 @@ class TrainableBackbone(Backbone):
 
     def trainable_state(self) -> dict[str, Tensor]:
         "Name -> detached tensor of every parameter that learns: what a checkpoint has to hold."
-        return {name: parameter.detach() for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        return {
+            name: parameter.detach() for name, parameter in self.model.named_parameters() if parameter.requires_grad
+        }
 
     @torch.no_grad()
     def load_trainable(self, state: Mapping[str, Tensor]) -> None:
         "Copy in what `trainable_state` gave. Raises `InputError` naming what is missing, unexpected or of another shape."
         own = self.trainable_state()
         wrong = sorted(own.keys() ^ state.keys()) or [name for name in own if own[name].shape != state[name].shape]
-        if wrong: raise InputError(f"this state does not fit the unfrozen parts of {self.name}: {', '.join(wrong[:3])}"
-                                   f"{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}. Unfreeze the same blocks as when it was saved.")
+        if wrong:
+            raise InputError(
+                f"this state does not fit the unfrozen parts of {self.name}: {', '.join(wrong[:3])}"
+                f"{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}. Unfreeze the same blocks as when it was saved."
+            )
         for name, tensor in own.items(): tensor.copy_(state[name])
 
     def __repr__(self) -> str:

@@ -20,9 +20,12 @@ HAAR = tuple(tuple(sign / math.sqrt(2) for sign in signs) for signs in ((1, 1), 
 
 def _pywt_taps(name: str) -> Sequence[Sequence[float]]:
     "The filters of a discrete PyWavelets wavelet."
-    try: import pywt
+    try:
+        import pywt
     except ImportError as error:
-        raise ImportError(f"the taps of {name!r} are read from PyWavelets: pip install PyWavelets (haar needs nothing)") from error
+        raise ImportError(
+            f"the taps of {name!r} are read from PyWavelets: pip install PyWavelets (haar needs nothing)"
+        ) from error
     if name not in pywt.wavelist(kind="discrete"):
         raise ValueError(f"unknown wavelet {name!r}: choose one of {', '.join(pywt.wavelist(kind='discrete'))}")
     return pywt.Wavelet(name).filter_bank
@@ -195,7 +198,9 @@ def merge_sub_bands(
     x = _merge(bands, taps, mode)
     if size is None: return x
     if size[0] > x.shape[-2] or size[1] > x.shape[-1]:
-        raise ValueError(f"sub-bands {tuple(bands.shape[-2:])} hold a map of at most {tuple(x.shape[-2:])}, not {tuple(size)}")
+        raise ValueError(
+            f"sub-bands {tuple(bands.shape[-2:])} hold a map of at most {tuple(x.shape[-2:])}, not {tuple(size)}"
+        )
     return x[..., :size[0], :size[1]]
 
 # %% ../nbs/02_wavelet.ipynb #159d8777

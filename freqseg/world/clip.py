@@ -27,7 +27,10 @@ from ..memory import leave_with_parent
 from .scenes import HUES, WORLD_BACKGROUNDS, WORLD_CLASSES, World, plural
 
 # %% ../../nbs/world/48_clip.ipynb #b9a25f73
-FILLERS = ("a", "an", "and", "clean", "drawing", "in", "large", "of", "on", "origami", "photo", "picture", "see", "small", "the", "two", "we", "with")
+FILLERS = (
+    "a", "an", "and", "clean", "drawing", "in", "large", "of", "on", "origami", "photo", "picture", "see", "small",
+    "the", "two", "we", "with"
+)
 SINGULAR = {plural(name): name for name in WORLD_CLASSES}
 VOCABULARY = tuple(sorted({*FILLERS, *WORLD_CLASSES, *SINGULAR, *HUES, *WORLD_BACKGROUNDS}))
 
@@ -108,7 +111,8 @@ def _draw_all(world: World, path: Path, count: int, workers: int|None, piece: in
     finally: pool.shutdown(cancel_futures=True)
 
 # %% ../../nbs/world/48_clip.ipynb #4f00b5f9
-MEAN, STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)  # OpenAI's, so that one preprocessing serves all
+# OpenAI's, so that one preprocessing serves all
+MEAN, STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
 
 def view(
     pictures: np.ndarray,      # (n, H, W, 3) uint8
@@ -133,7 +137,11 @@ def view(
     full = pictures.shape[1]
     window = int(full*rng.uniform(smallest, 1))
     top, left = rng.integers(0, full - window + 1, 2)
-    x = torch.from_numpy(np.ascontiguousarray(pictures[indices][:, top:top + window, left:left + window])).permute(0, 3, 1, 2).float()
+    x = (
+        torch.from_numpy(np.ascontiguousarray(pictures[indices][:, top : top + window, left : left + window]))
+        .permute(0, 3, 1, 2)
+        .float()
+    )
     if window != side: x = F.interpolate(x, (side, side), mode="bilinear", antialias=window > side, align_corners=False)
     flipped = torch.from_numpy(rng.random(len(x)) < .5)
     x[flipped] = x[flipped].flip(-1)
@@ -260,7 +268,10 @@ def optimisers(model: nn.Module) -> list[torch.optim.Optimizer]:
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "resblocks" in name]
     taken = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in taken]
-    groups = [dict(params=[p for p in rest if p.ndim >= 2], weight_decay=.01), dict(params=[p for p in rest if p.ndim < 2], weight_decay=0.)]
+    groups = [
+        dict(params=[p for p in rest if p.ndim >= 2], weight_decay=0.01),
+        dict(params=[p for p in rest if p.ndim < 2], weight_decay=0.0),
+    ]
     return [torch.optim.Muon(matrices, lr=2e-3, weight_decay=.05, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(groups, lr=2e-3, betas=(.9, .98))]
 
@@ -293,7 +304,9 @@ class WorldClipTrainer:
     def __post_init__(self) -> None:
         self.tokenizer = WorldTokenizer(VOCABULARY, self.config["text_cfg"]["context_length"])
         self.optimisers = optimisers(self.model)
-        counts = Counter(phrase for cache in self.caches.values() for caption in cache.captions for phrase in phrases(caption))
+        counts = Counter(
+            phrase for cache in self.caches.values() for caption in cache.captions for phrase in phrases(caption)
+        )
         self.bank = sorted(counts)
         self.bank_share = np.array([counts[phrase] for phrase in self.bank])/counts.total()
         self.bank_words = content_words(self.bank)
@@ -336,7 +349,10 @@ def tie_queries_and_keys(visual: nn.Module) -> None:
 
 def _descend(trainer: WorldClipTrainer, loss: Tensor) -> None:
     "Backward, clip, one optimiser step at the schedule's rate; the logit scale stays in 1..60."
-    if not torch.isfinite(loss): raise FloatingPointError(f"the loss is {float(loss)} at step {trainer.step}; resume from the last checkpoint with a lower rate")
+    if not torch.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss is {float(loss)} at step {trainer.step}; resume from the last checkpoint with a lower rate"
+        )
     loss.backward()
     if trainer.tied: tie_queries_and_keys(trainer.model.visual)
     muon, adam = trainer.optimisers
@@ -351,14 +367,21 @@ def _descend(trainer: WorldClipTrainer, loss: Tensor) -> None:
 # %% ../../nbs/world/48_clip.ipynb #9c5bb66a
 def save_state(trainer: WorldClipTrainer, path: Path) -> None:
     "Write everything that a continued run needs, whole or not at all."
-    state = dict(model=trainer.model.state_dict(), optimisers=[o.state_dict() for o in trainer.optimisers], step=trainer.step, steps=trainer.steps)
+    state = dict(
+        model=trainer.model.state_dict(),
+        optimisers=[o.state_dict() for o in trainer.optimisers],
+        step=trainer.step,
+        steps=trainer.steps,
+    )
     with atomic_write(path) as partial: torch.save(state, partial)
 
 def load_state(trainer: WorldClipTrainer, path: Path) -> None:
     "Continue where `path` left off. Raises `InputError` when it belongs to a run of another length."
     state = torch.load(path, weights_only=True, map_location=trainer.model.logit_scale.device)
     if state["steps"] != trainer.steps:
-        raise InputError(f"{path} belongs to a run of {state['steps']} steps, not {trainer.steps}: choose another out folder, or that number")
+        raise InputError(
+            f"{path} belongs to a run of {state['steps']} steps, not {trainer.steps}: choose another out folder, or that number"
+        )
     trainer.model.load_state_dict(state["model"])
     for optimiser, saved in zip(trainer.optimisers, state["optimisers"]): optimiser.load_state_dict(saved)
     trainer.step = state["step"]
@@ -398,7 +421,9 @@ def train_world_clip(
     out, config = Path(out), world_config(width)
     counts = dict(easy=max(batch, scenes//8), medium=max(batch, scenes))
     caches = {name: scene_cache(out/"scenes", World(seed, "train", 160, name), count) for name, count in counts.items()}
-    trainer = WorldClipTrainer(new_world_clip(config, seed).to(device), config, caches, steps, batch, evenness=evenness, tied=tied)
+    trainer = WorldClipTrainer(
+        new_world_clip(config, seed).to(device), config, caches, steps, batch, evenness=evenness, tied=tied
+    )
     state, log = out/"state.pt", out/"losses.jsonl"
     if state.exists(): load_state(trainer, state)
     history = [row for row in _read_log(log) if row["step"] <= trainer.step]
@@ -410,7 +435,8 @@ def train_world_clip(
             if trainer.step % 25 == 0 or trainer.step == steps: history.append(dict(step=trainer.step, **smooth))
             if trainer.step % save_every == 0 or trainer.step == steps:
                 save_state(trainer, state)
-                with atomic_write(log) as partial: partial.write_text("".join(json.dumps(row) + "\n" for row in history))
+                with atomic_write(log) as partial:
+                    partial.write_text("".join(json.dumps(row) + "\n" for row in history))
     return trainer, history
 
 def _read_log(path: Path) -> list[dict]:
