@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data import IGNORE
+from .lists import IGNORE
 from .files import InputError
 
 # %% ../nbs/35_metrics.ipynb #7d0bdb78

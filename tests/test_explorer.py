@@ -23,7 +23,8 @@ from freqseg.affinity import affinity_request, box_mask, propagate
 from freqseg.cam import normalise_cam
 from freqseg.work.checkpoints import SYSTEMS, load_system, save_system
 from freqseg.clip import Backbone, load_clip, merge_requests
-from freqseg.data import COCOSTUFF_CLASSES, IGNORE, write_mask
+from freqseg.lists import COCOSTUFF_CLASSES, IGNORE
+from freqseg.pictures import write_mask
 from freqseg.faces.explorer import (CELL_SIDE, LONGEST_SIDE, Look, Subject, View, dataset_picture, explore, jpeg, mask_cells, open_model, patch_cells,
                               photograph, save_view, scene, spectrum_svg, uploaded, usual_side, view_cells, view_code, view_figure)
 from freqseg.files import InputError

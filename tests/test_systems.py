@@ -11,7 +11,8 @@ from torch import Tensor
 
 from freqseg.work.checkpoints import SYSTEMS, checkpoint_path, load_system, save_system, system_named
 from freqseg.clip import Backbone, load_clip
-from freqseg.data import COCO_CLASSES, VOC_CLASSES, Batch
+from freqseg.data import Batch
+from freqseg.lists import COCO_CLASSES, VOC_CLASSES
 from freqseg.files import InputError
 from freqseg.systems.dfa import DFA
 from freqseg.systems.ffr import FFR

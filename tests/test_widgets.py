@@ -25,7 +25,8 @@ import freqseg.faces.explorer
 import freqseg.faces.widgets as room
 from freqseg.work.checkpoints import SYSTEMS, save_system
 from freqseg.clip import Backbone, build_world_clip, load_clip, read_metadata, save_clip
-from freqseg.data import write_labels, write_mask
+from freqseg.lists import write_labels
+from freqseg.pictures import write_mask
 from freqseg.faces.explorer import AFFINITIES, Look, View, explore, patch_cells, spectrum_svg, view_cells
 from freqseg.files import InputError, shipped
 from freqseg.faces.widgets import CHOICES, FrequencyExplorer, PictureGrid, PicturePicker, bar_colours, close_tree, found_runs, option_control

@@ -100,7 +100,7 @@ class Opened(NamedTuple):
 
 def _open_picture(path: Path, name: str, longest: int, patch: int) -> Opened:
     "Read a picture and reduce it to what is needed of it. Raises `InputError` as `read_image` and `fitted_size` do."
-    from freqseg.data import read_image
+    from freqseg.pictures import read_image
     image = read_image(path, listed=False)
     size = fitted_size(image.size, longest, patch)
     if min(image.size) < patch or image.width * image.height > LARGE:
@@ -198,7 +198,7 @@ def panel_titles(settings: "CamSettings") -> dict[str, str]:
 # %% ../../nbs/faces/84_cli.ipynb #a8370759
 def method_list(text: str) -> list[str]:
     "`all`, or comma-separated names of maps. Raises `InputError` for an unknown one, naming the nearest."
-    from freqseg.data import unknown_name
+    from freqseg.files import unknown_name
     from freqseg.maps import METHODS
     names = list(METHODS) if text == "all" else class_list(text)
     for name in names:
@@ -312,7 +312,7 @@ def scenes_on_disk(
     count : int
         scenes in each
     """
-    from freqseg.data import read_ids
+    from freqseg.lists import read_ids
     from freqseg.world.scenes import SPLITS
     lists = [folder/"ImageSets"/"Segmentation"/f"{split}.txt" for split in splits]
     if all(path.exists() for path in lists) and all(len(read_ids(path)) >= count for path in lists): return folder
@@ -536,7 +536,7 @@ def _add_demo(commands: Any) -> None:
 def explore_notebook(name: str) -> Path:
     "A notebook of nbs/explore. Raises `InputError` for an unknown one, naming the nearest, and where freqseg runs without its notebooks."
     import freqseg
-    from freqseg.data import unknown_name
+    from freqseg.files import unknown_name
     folder = Path(freqseg.__file__).resolve().parent.parent/"nbs"/"explore"
     known = sorted(path.stem for path in folder.glob("*.ipynb"))
     if not known: raise InputError(f"there is no {folder}: freqseg was installed without its notebooks. Clone its repository, or use freqseg.faces.widgets in a notebook of yours.")

@@ -37,8 +37,10 @@ from ..affinity import affinity_request, box_mask, propagate
 from ..cam import normalise_cam, pseudo_labels
 from ..work.checkpoints import SHIPPED, load_system, training_title
 from ..clip import Backbone, WorldTokenizer, load_clip, merge_requests, nearest_multiple
-from ..data import IGNORE, list_dataset, palette, read_image, read_mask, SegmentationFolder, unknown_name
-from ..files import InputError, atomic_write
+from ..data import list_dataset, SegmentationFolder
+from ..files import InputError, atomic_write, unknown_name
+from ..lists import IGNORE
+from ..pictures import palette, read_image, read_mask
 from ..maps import CamParts, CamSettings, affinity_source, cam_parts
 from ..metrics import class_iou, confusion_matrix
 from ..ot_cam import transport_cam

@@ -29,8 +29,8 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
-from ..data import IGNORE
-from ..data import palette as voc_palette
+from ..lists import IGNORE
+from ..pictures import palette as voc_palette
 from ..files import InputError, atomic_write
 from ..work.inference import interpolation_matrix
 

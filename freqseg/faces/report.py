@@ -19,11 +19,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..data import IGNORE, SegmentationFolder, open_dataset, palette, zero_shot_view
+from ..data import SegmentationFolder, open_dataset, zero_shot_view
+from ..lists import IGNORE
+from ..pictures import palette
 from ..files import InputError, atomic_write
 from ..metrics import Interval
 from .plots import Sheet, curve, gallery, overlay, paint_mask
-from ..work.inference import Example, FigureScores, Inference, Segmenter, SystemReport, ZeroShotScores, evaluate_system, named_inference, write_masks
+from ..work.evaluation import Example, FigureScores, SystemReport, ZeroShotScores, evaluate_system
+from ..work.inference import Inference, Segmenter, named_inference, write_masks
 
 # %% ../../nbs/faces/74_report.ipynb #01cc9219
 def percent(

@@ -174,7 +174,7 @@ def _together(system: str, names: Sequence[str], texts: Sequence[str]) -> list[A
 def _axes(system: str, texts: Sequence[str]) -> dict[str, list[Any]]:
     "The grid that texts like mu=0.1,0.2 mean. Raises `InputError` as `parse_parameters` does, and for a name that comes twice."
     from freqseg.work.experiments import parse_parameters
-    from freqseg.work.sweeps import parameters_of
+    from freqseg.work.sweep_design import parameters_of
     axes: dict[str, list[Any]] = {}
     for text in texts:
         axis, found, values = text.partition("=")
@@ -188,11 +188,13 @@ def sweep_command(args: argparse.Namespace) -> int:
     "Train at every point of a grid, several seeds each, and compare: table with 95% intervals over seeds, and a plot. Goes on where it stopped."
     import shlex
     from freqseg.work.experiments import experiment
+    from freqseg.faces.sweep_plots import save_sweep_plot
     from freqseg.work.sweeps import sweep
     notebook, parameters, grid = training_notebook(args.system), given_parameters(args), _axes(args.system, args.grid)
     out = Path(args.out or f"runs/sweep_{args.system}")
     if parameters.get("data", "world") != "world": experiment(args.system, parameters).check()   # scenes are drawn by each run
     found = sweep(notebook, out, grid, args.seeds, parameters, args.jobs, command=shlex.join(["freqseg", *args.words]))
+    save_sweep_plot(found)
     print(aligned(found.markdown()), *(f"  {out/name}" for name in ("sweep.md", "sweep.json", "sweep.png")), sep="\n")
     return 1 if found.failed else 0
 

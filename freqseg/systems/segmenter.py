@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from ..affinity import affinity_request
 from ..cam import background_score, best_class, grad_cam
 from ..clip import Backbone, Features, merge_requests
-from ..data import IGNORE, Batch
+from ..data import Batch
+from ..lists import IGNORE
 from ..decoders import Decoded, TransformerDecoder, wtclip_decoder
 from ..files import InputError
 from ..prompts import embed_wording, usual_wording

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..cam import best_class
 from ..clip import Backbone, nearest_multiple
-from ..data import COCOSTUFF_ZERO_SHOT, UNLABELLED, VOC_ZERO_SHOT, Batch, ZeroShotSplit, zero_shot_split
+from ..data import Batch
+from ..lists import COCOSTUFF_ZERO_SHOT, UNLABELLED, VOC_ZERO_SHOT, ZeroShotSplit, zero_shot_split
 from ..decoders import CrossAttentionDecoder, RelationshipDescriptor, SpectralGuidedDecoder
 from ..files import InputError
 from ..losses import mask_losses

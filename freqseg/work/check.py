@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ..data import (Listing, classes_in_mask, dataset_splits, detect_dataset, list_dataset, read_image, read_mask,
-                          require_same_size)
+from ..data import Listing, classes_in_mask, dataset_splits, detect_dataset, list_dataset
+from ..pictures import read_image, read_mask, require_same_size
 from ..files import InputError, atomic_write
 from ..memory import leave_with_parent
 

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from ..clip import Backbone, load_clip
-from ..data import unknown_name
-from ..files import InputError, shipped
+from ..files import InputError, shipped, unknown_name
 from ..systems.dfa import DFA
 from ..systems.ffr import FFR
 from ..systems.segmenter import System

@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from ..data import unknown_name
-from ..files import InputError
+from ..files import InputError, unknown_name
+
 
 # %% ../../nbs/work/51_corruptions.ipynb #5600c3ad
 REFERENCE = 224          # long side of a picture that the blur is given for, pixels (ImageNet-C)

@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 from .checkpoints import SYSTEMS, system_named, weights_title
 from ..clip import load_clip, usable_device
-from ..data import COCO_CLASSES, COCOSTUFF_CLASSES, VOC_CLASSES, Batch
-from .seeds import Stopwatch, device_name
+from ..data import Batch
+from ..lists import COCO_CLASSES, COCOSTUFF_CLASSES, VOC_CLASSES
+from ..conditions import Stopwatch, device_name
 from ..files import InputError
 from ..memory import keep_memory
 from .inference import evaluating

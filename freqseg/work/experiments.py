@@ -23,12 +23,14 @@ from torch import Tensor
 from .checkpoints import left_out, load_system, system_named, training_title, weights_title
 from ..clip import Backbone, load_clip, usable_device
 from ..crf import crf_settings, require_densecrf
-from ..data import (IGNORE, UNLABELLED, Sample, SegmentationFolder, TrainTransform, ZeroShotSplit, dataset_splits, list_dataset, read_ids, thinned,
-                          unknown_name, zero_shot_view)
-from .seeds import device_name
-from ..files import InputError, atomic_write
+from ..data import Sample, SegmentationFolder, dataset_splits, list_dataset, thinned, zero_shot_view
+from ..files import InputError, atomic_write, unknown_name
+from ..lists import IGNORE, UNLABELLED, ZeroShotSplit, read_ids
+from ..transforms import TrainTransform
+from ..conditions import device_name, software
 from .runs import Parameter, check_parameters, launched, parse_parameter
-from .inference import Inference, SystemReport, evaluate_system, software
+from .evaluation import SystemReport, evaluate_system
+from .inference import Inference
 from ..systems.segmenter import System
 from ..systems.zegclip import seen_and_unseen
 from .train import TrainResult, TrainSettings, fit, read_checkpoint, require_own_folder

@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from .corruptions import CORRUPTIONS, Corruption
 from ..data import SegmentationFolder
-from .seeds import finite
-from ..files import InputError, atomic_write
+from ..files import InputError, atomic_write, finite
 from ..metrics import ConfusionMeter, Interval, bootstrap_interval, mean_iou
-from .inference import FIGURES, FigureScores, Segmenter, SystemReport, evaluate_system, main_figure
+from .evaluation import FIGURES, FigureScores, SystemReport, evaluate_system, main_figure
+from .inference import Segmenter
 
 # %% ../../nbs/work/66_robustness.ipynb #7c4098d6
 def _dense(triples: Tensor, start: int, stop: int, classes: int) -> Tensor:

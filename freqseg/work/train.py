@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from ..cam import best_class
 from ..clip import nearest_multiple
-from ..data import Batch, Sample, collate, to_tensors
+from ..data import Batch, Sample, collate
+from ..transforms import to_tensors
 from ..files import InputError, atomic_write
 from ..memory import keep_memory, leave_with_parent
 from ..metrics import confusion_matrix, iou_scores

@@ -620,7 +620,7 @@ def _write_scene(job: tuple[World, int, str, str]) -> tuple[str, tuple[str, ...]
     "Write the picture and mask of one scene; gives its id, classes and caption."
     from pathlib import Path
     from PIL import Image
-    from freqseg.data import write_mask
+    from freqseg.pictures import write_mask
     world, index, folder, name = job
     scene = world[index]
     with atomic_write(Path(folder) / "JPEGImages" / f"{name}.png") as partial:
@@ -683,7 +683,7 @@ def _written(jobs: list, workers: int|None) -> list[tuple[str, tuple[str, ...], 
 
 def _write_lists(folder: "Path", rows: list[tuple[str, tuple[str, ...], str]]) -> None:
     "Class names, image labels, captions and id lists of a world on disk."
-    from freqseg.data import write_labels
+    from freqseg.lists import write_labels
     present = np.array([[name in classes for name in WORLD_CLASSES] for _, classes, _ in rows])
     write_labels(folder/"labels.txt", [name for name, *_ in rows], present, WORLD_CLASSES)
     texts = {"classes.txt": WORLD_CLASSES, "captions.txt": [f"{name}\t{caption}" for name, _, caption in rows]}
