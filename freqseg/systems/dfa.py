@@ -21,7 +21,7 @@ from ..dual_affinity import DualAffinity, DualAffinitySettings, combine_affiniti
 from ..files import InputError
 from ..losses import balanced_cross_entropy, nearest_labels
 from ..ot_cam import similarity_matrix, transport_cam
-from .segmenter import Segmenter, SegmenterOptions, Seen, enlarged, require_labels
+from .segmenter import ForwardPass, Segmenter, SegmenterOptions, enlarged, require_labels
 
 # %% ../../nbs/systems/43_dfa.ipynb #4ccfa123
 @dataclass(frozen=True)
@@ -153,32 +153,32 @@ class DFA(Segmenter):
         similarity = {} if self.options.similarity == "gradcam" else similarity_request(self.backbone, self.options.similarity)
         return merge_requests(super().request(), self.dual.request(self.backbone.depth), similarity)
 
-    def similarity(self, seen: Seen) -> Tensor:
+    def similarity(self, forward: ForwardPass) -> Tensor:
         "S (B, N, K + 1) in [0, 1]: how well a patch fits each class, the background last; absent classes are 0."
         if self.options.similarity == "gradcam":
-            cam = self.grad_cam(seen)
+            cam = self.grad_cam(forward)
             return torch.cat([cam, 1 - cam.amax(1, keepdim=True)], 1).flatten(2).mT
         prompts = self.text if self.background is None else torch.cat([self.text, self.background])
-        cosines = cosine_map(patch_embeddings(self.backbone, seen.features, self.options.similarity), prompts)
-        return similarity_matrix(cosines.float(), seen.present, self.backbone.logit_scale, self.options.contrast)
+        cosines = cosine_map(patch_embeddings(self.backbone, forward.features, self.options.similarity), prompts)
+        return similarity_matrix(cosines.float(), forward.present, self.backbone.logit_scale, self.options.contrast)
 
-    def maps(self, seen: Seen, low: Tensor, high: Tensor|None) -> Tensor:
+    def maps(self, forward: ForwardPass, smoothed: Tensor, inverse: Tensor|None) -> Tensor:
         "Maps (B, K + 1, h, w) in [0, 1] from both affinities, the background last."
-        o, grid = self.options, seen.features.grid
+        o, grid = self.options, forward.features.grid
         if o.maps == "propagate":
-            cam = self.grad_cam(seen)
+            cam = self.grad_cam(forward)
             box = None if o.box is None else box_mask(cam, o.box)
-            cam = normalise_cam(propagate(combine_affinities(low, high, o.combine, o.lambda_l, 1.), cam, o.walks, box))
+            cam = normalise_cam(propagate(combine_affinities(smoothed, inverse, o.combine, o.lambda_l, 1.), cam, o.walks, box))
             return torch.cat([cam, 1 - cam.amax(1, keepdim=True)], 1)
-        there = torch.cat([seen.present, torch.ones_like(seen.present[:, :1])], 1)
-        return transport_cam(self.similarity(seen), low, high, grid, there, lambda_l=o.lambda_l, lambda_h=o.lambda_h, score=o.score,
+        present = torch.cat([forward.present, torch.ones_like(forward.present[:, :1])], 1)
+        return transport_cam(self.similarity(forward), smoothed, inverse, grid, present, lambda_l=o.lambda_l, lambda_h=o.lambda_h, score=o.score,
                              eps=o.eps, temperature=o.temperature).float()
 
     @torch.no_grad()
-    def evidence(self, seen: Seen, progress: float) -> Tensor:
+    def activation_maps(self, forward: ForwardPass, progress: float) -> Tensor:
         "Maps of the classes, (B, K, h, w) in [0, 1]; the background's own after them where pseudo-labels are to compete with it."
-        low, high = self.dual.paths(seen.features)
-        return self.competing(self.maps(seen, low.affinity, None if high is None else high.affinity))
+        smoothed, inverse = self.dual.paths(forward.features)
+        return self.competing(self.maps(forward, smoothed.affinity, None if inverse is None else inverse.affinity))
 
     def competing(self, maps: Tensor) -> Tensor:
         "The maps that decide a pseudo-label: all of them, or the classes' alone, whose background is 1 - max."
@@ -186,12 +186,12 @@ class DFA(Segmenter):
 
     def training_step(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         "Weighted losses of one batch. Raises `InputError` without image labels."
-        seen = self.see(self.backbone.normalise(batch.images), require_labels(batch))
-        paths = self.dual.paths(seen.features)
-        with torch.no_grad(): maps = self.maps(seen, *(None if path is None else path.affinity for path in paths))
-        labels = self.assign(self.competing(maps), seen, batch.valid)
-        taught = self.dual.losses(paths, seen.features.grid, seen.decoded.features, nearest_labels(labels, seen.features.grid))
+        forward = self.forward_pass(self.backbone.normalise(batch.images), require_labels(batch))
+        paths = self.dual.paths(forward.features)
+        with torch.no_grad(): maps = self.maps(forward, *(None if path is None else path.affinity for path in paths))
+        labels = self.assign(self.competing(maps), forward, batch.valid)
+        dual = self.dual.losses(paths, forward.features.grid, forward.decoded.features, nearest_labels(labels, forward.features.grid))
         weights = dict(alignment=self.options.lambda_align, rectification=self.options.lambda_relation)
-        return {"seg": balanced_cross_entropy(enlarged(seen.decoded.logits, labels), labels),
-                **{name: weights[name]*loss for name, loss in taught.losses.items()},
-                **self.common_losses(seen, maps[:, :-1])}
+        return {"seg": balanced_cross_entropy(enlarged(forward.decoded.logits, labels), labels),
+                **{name: weights[name]*loss for name, loss in dual.losses.items()},
+                **self.common_losses(forward, maps[:, :-1])}

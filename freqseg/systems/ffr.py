@@ -22,7 +22,7 @@ from ..files import InputError
 from ..losses import balanced_cross_entropy, dense_energy_loss
 from ..prototypes import FrequencyRectification
 from ..spectra import split_bands
-from .segmenter import Segmenter, SegmenterOptions, Seen, enlarged, require_labels
+from .segmenter import ForwardPass, Segmenter, SegmenterOptions, enlarged, require_labels
 from ..token_classifier import TokenClassifier, multilabel_loss
 from ..unfrozen import unfreeze
 
@@ -118,45 +118,45 @@ class FFR(Segmenter):
         "Also the tokens of the middle block, and of the last where they are rectified."
         return merge_requests(super().request(), {"tokens": (self.middle_block, *[self.backbone.depth - 1]*self.rectifies_tokens)})
 
-    def look(self, images: Tensor, request: Mapping[str, Any]|None = None) -> Features:
+    def encode(self, images: Tensor, request: Mapping[str, Any]|None = None) -> Features:
         "One pass through the tower; with gradients when it learns."
-        if self.options.unfreeze is None: return super().look(images, request)
+        if self.options.unfreeze is None: return super().encode(images, request)
         return self.backbone.encode(images, **(self.request() if request is None else request))
 
     def decode(self, features: Features, keep: Callable[[Tensor], Tensor]|None = None) -> Decoded:
         "Decoder features with the logits of both heads."
-        found = super().decode(features, keep).logits
-        heads = self.head(found, split_bands(found.float(), self.options.mu, self.options.shape)[1].to(found.dtype))
-        return Decoded(found, heads.logits, heads.high_logits)
+        fused = super().decode(features, keep).logits
+        heads = self.head(fused, split_bands(fused.float(), self.options.mu, self.options.shape)[1].to(fused.dtype))
+        return Decoded(fused, heads.logits, heads.high_logits)
 
     @torch.no_grad()
-    def evidence(self, seen: Seen, progress: float) -> Tensor:
+    def activation_maps(self, forward: ForwardPass, progress: float) -> Tensor:
         "Activation maps (B, K, h, w) in [0, 1]: CLIP's, these walked over its attention, or those of the classifier on the decoder's features."
         o = self.options
-        if o.maps == "classifier": return self.classifier.cam(seen.decoded.features, seen.present).float()
-        cam = self.grad_cam(seen)
+        if o.maps == "classifier": return self.classifier.cam(forward.decoded.features, forward.present).float()
+        cam = self.grad_cam(forward)
         if o.maps == "gradcam": return cam
-        affinity = smoothed_affinity(seen.features, self.source, self.relation_blocks(), normalise="weclip")
+        affinity = smoothed_affinity(forward.features, self.source, self.relation_blocks(), normalise="weclip")
         return normalise_cam(propagate(affinity, cam, 1, None if o.box is None else box_mask(cam, o.box)))
 
-    def rectify(self, seen: Seen, cam: Tensor) -> Tensor:
+    def rectify(self, forward: ForwardPass, cam: Tensor) -> Tensor:
         "The rectification loss on the tower's last tokens, or on the decoder's features."
-        tokens = seen.features.tokens[self.backbone.depth - 1] if self.rectifies_tokens else seen.decoded.features
-        return self.rectification(tokens, cam, seen.present).loss
+        tokens = forward.features.tokens[self.backbone.depth - 1] if self.rectifies_tokens else forward.decoded.features
+        return self.rectification(tokens, cam, forward.present).loss
 
     def training_step(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         "Weighted losses of one batch. Raises `InputError` without image labels."
-        o, seen = self.options, self.see(self.backbone.normalise(batch.images), require_labels(batch))
-        middle = seen.features.tokens[self.middle_block]
-        cam = self.evidence(seen, progress)
-        with torch.no_grad(): labels, high_labels = (self.assign(x, seen, batch.valid) for x in (cam, self.middle.cam(middle, seen.present).float()))
-        logits, high_logits = (enlarged(x, labels) for x in (seen.decoded.logits, seen.decoded.high_logits))
-        losses = {"cls": multilabel_loss(self.classifier(seen.decoded.features), seen.present),
-                  "cls_middle": multilabel_loss(self.middle(middle), seen.present),
+        o, forward = self.options, self.forward_pass(self.backbone.normalise(batch.images), require_labels(batch))
+        middle = forward.features.tokens[self.middle_block]
+        cam = self.activation_maps(forward, progress)
+        with torch.no_grad(): labels, high_labels = (self.assign(x, forward, batch.valid) for x in (cam, self.middle.cam(middle, forward.present).float()))
+        logits, high_logits = (enlarged(x, labels) for x in (forward.decoded.logits, forward.decoded.high_logits))
+        losses = {"cls": multilabel_loss(self.classifier(forward.decoded.features), forward.present),
+                  "cls_middle": multilabel_loss(self.middle(middle), forward.present),
                   "seg": o.lambda_seg*balanced_cross_entropy(logits, labels),
                   "seg_high": o.lambda_seg*o.lambda_h*balanced_cross_entropy(high_logits, high_labels),
-                  "rectify": o.lambda_1*self.rectify(seen, cam), **self.common_losses(seen, cam)}
-        if o.lambda_energy: losses["energy"] = o.lambda_energy*dense_energy_loss(batch.images, seen.decoded.logits.softmax(1), labels, batch.valid)
+                  "rectify": o.lambda_1*self.rectify(forward, cam), **self.common_losses(forward, cam)}
+        if o.lambda_energy: losses["energy"] = o.lambda_energy*dense_energy_loss(batch.images, forward.decoded.logits.softmax(1), labels, batch.valid)
         return losses
 
     def parameter_groups(self) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from ..data import Batch
 from ..decoders import token_affinity
 from ..files import InputError
 from ..losses import affinity_loss, balanced_cross_entropy, pair_labels
-from .segmenter import Segmenter, SegmenterOptions, Seen, enlarged, require_labels
+from .segmenter import ForwardPass, Segmenter, SegmenterOptions, enlarged, require_labels
 
 # %% ../../nbs/systems/41_weclip.ipynb #37255bcc
 @dataclass(frozen=True)
@@ -69,25 +69,25 @@ class WeCLIP(Segmenter):
         most = max(self.options.early_layers, self.options.late_layers)
         return range(max(0, self.backbone.depth - most), self.backbone.depth)
 
-    def affinity(self, seen: Seen, progress: float) -> Tensor:
+    def affinity(self, forward: ForwardPass, progress: float) -> Tensor:
         "Affinity (B, N, N) at this share of the training: the mean of attention maps, later of those that the decoder selects."
         o, late = self.options, progress >= self.options.switch
-        return smoothed_affinity(seen.features, self.source, o.late_layers if late else o.early_layers, normalise=o.normalise,
-                                 reference=token_affinity(seen.decoded.features.float()) if late else None)
+        return smoothed_affinity(forward.features, self.source, o.late_layers if late else o.early_layers, normalise=o.normalise,
+                                 reference=token_affinity(forward.decoded.features.float()) if late else None)
 
     @torch.no_grad()
-    def evidence(self, seen: Seen, progress: float) -> Tensor:
+    def activation_maps(self, forward: ForwardPass, progress: float) -> Tensor:
         "GradCAM after a walk over the affinity, (B, K, h, w) in [0, 1]."
-        cam = self.grad_cam(seen)
+        cam = self.grad_cam(forward)
         box = None if self.options.box is None else box_mask(cam, self.options.box)
-        return normalise_cam(propagate(self.affinity(seen, progress), cam, self.options.walks, box))
+        return normalise_cam(propagate(self.affinity(forward, progress), cam, self.options.walks, box))
 
     def training_step(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         "Weighted losses of one batch; `progress` is the share of the training that is done. Raises `InputError` without image labels."
-        seen = self.see(self.backbone.normalise(batch.images), require_labels(batch))
-        cam = self.evidence(seen, progress)
-        labels, related = self.assign(cam, seen, batch.valid), token_affinity(seen.decoded.features.float())
-        pairs = pair_labels(labels, seen.features.grid, self.options.radius)
-        return {"seg": balanced_cross_entropy(enlarged(seen.decoded.logits, labels), labels),
+        forward = self.forward_pass(self.backbone.normalise(batch.images), require_labels(batch))
+        cam = self.activation_maps(forward, progress)
+        labels, related = self.assign(cam, forward, batch.valid), token_affinity(forward.decoded.features.float())
+        pairs = pair_labels(labels, forward.features.grid, self.options.radius)
+        return {"seg": balanced_cross_entropy(enlarged(forward.decoded.logits, labels), labels),
                 "affinity": self.options.affinity_weight*affinity_loss(related, *pairs),
-                **self.common_losses(seen, cam)}
+                **self.common_losses(forward, cam)}

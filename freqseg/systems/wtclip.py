@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..cam import normalise_cam
 from ..files import InputError
-from .segmenter import Seen
+from .segmenter import ForwardPass
 from .weclip import WeCLIP, WeCLIPOptions
 from ..wavelet import wavedec2
 
@@ -75,9 +75,9 @@ class WTCLIP(WeCLIP):
     Options: ClassVar[type] = WTCLIPOptions
 
     @torch.no_grad()
-    def evidence(self, seen: Seen, progress: float) -> Tensor:
+    def activation_maps(self, forward: ForwardPass, progress: float) -> Tensor:
         "WeCLIP's maps, weighted by the picture's edges where that is asked for; (B, K, h, w) in [0, 1]."
-        cam = super().evidence(seen, progress)
+        cam = super().activation_maps(forward, progress)
         if self.options.edge == "none": return cam
-        edges = edge_map(seen.images, seen.features.grid, self.options.edge_levels, self.options.wavelet)
+        edges = edge_map(forward.images, forward.features.grid, self.options.edge_levels, self.options.wavelet)
         return normalise_cam(cam*(self.options.edge_floor + (1 - self.options.edge_floor)*edges))

@@ -228,9 +228,9 @@ class ZegCLIP(System):
 
     def masks(self, images: Tensor, text: Tensor, keep: Callable[[Tensor], Tensor]|None = None) -> Tensor:
         "Logits (B, C, h, w) of normalised images for C embedded names (C, E); `keep` filters the patches (B, E, h, w), or gives versions of them."
-        seen = self.tower(self.backbone, images)
-        patches = seen.patches if keep is None else keep(seen.patches)
-        queries = self.describe(text, seen.cls)
+        prompted = self.tower(self.backbone, images)
+        patches = prompted.patches if keep is None else keep(prompted.patches)
+        queries = self.describe(text, prompted.cls)
         return self.decoder(queries.repeat(len(patches)//len(queries), 1, 1), patches)
 
     def training_step(self, batch: Batch, progress: float) -> dict[str, Tensor]:
@@ -259,9 +259,9 @@ class ZegCLIP(System):
         own, state = self.trainable_state(), dict(state)
         for name, value in state.items():
             if ".spectral.filters." not in name or name not in own or value.shape == own[name].shape or value.shape[2:] != own[name].shape[2:]: continue
-            here, there = (2*(shape[1] - 1) if shape[0] % 2 == 0 else 2*shape[1] - 1 for shape in (own[name].shape, value.shape))
-            state[name] = torch.view_as_real(resize_response(torch.view_as_complex(value.contiguous()), (value.shape[0], there), (own[name].shape[0], here)))
-            warnings.warn(f"{name}: made for {value.shape[0]} x {there} patches, carried over to {own[name].shape[0]} x {here}.")
+            wanted, stored = (2*(shape[1] - 1) if shape[0] % 2 == 0 else 2*shape[1] - 1 for shape in (own[name].shape, value.shape))
+            state[name] = torch.view_as_real(resize_response(torch.view_as_complex(value.contiguous()), (value.shape[0], stored), (own[name].shape[0], wanted)))
+            warnings.warn(f"{name}: made for {value.shape[0]} x {stored} patches, carried over to {own[name].shape[0]} x {wanted}.")
         super().load_trainable(state)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
