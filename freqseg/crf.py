@@ -18,34 +18,37 @@ import numpy as np
 import freqseg
 from .files import InputError
 from .memory import keep_memory
+from .options import Options, option
 
 # %% auto #0
 __all__ = ['CRF_PRESETS', 'CRFSettings', 'require_densecrf', 'crf_settings', 'crf_image', 'dense_crf']
 
 # %% ../nbs/31_crf.ipynb #a8e80be3
 @dataclass(frozen=True)
-class CRFSettings:
-    """Mean-field iterations and the two kernels of a dense CRF (Krähenbühl and Koltun, 2011).
+class CRFSettings(Options):
+    """Mean-field iterations and the two kernels of a dense CRF (Krähenbühl and Koltun, 2011). Raises `InputError` for values that cannot be.
 
     Attributes
     ----------
+    iterations : int
+        rounds of mean-field inference
     gaussian_sxy : float
-        smoothness kernel: standard deviation in pixels
+        smoothness kernel: standard deviation, pixels
     gaussian_compat : float
         its weight (Potts)
     bilateral_sxy : float
-        appearance kernel: standard deviation in pixels
+        appearance kernel: standard deviation, pixels
     bilateral_srgb : float
-        and in grey levels, 0..255
+        and in grey levels, 0 to 255
     bilateral_compat : float
         its weight (Potts)
     """
-    iterations: int = 10
-    gaussian_sxy: float = 3  # smoothness kernel: standard deviation in pixels
-    gaussian_compat: float = 3  # its weight (Potts)
-    bilateral_sxy: float = 64  # appearance kernel: standard deviation in pixels
-    bilateral_srgb: float = 5  # and in grey levels, 0..255
-    bilateral_compat: float = 4  # its weight (Potts)
+    iterations: int = option(10, "rounds of mean-field inference", low=0, high=100_000)
+    gaussian_sxy: float = option(3., "smoothness kernel: standard deviation, pixels", above=0)
+    gaussian_compat: float = option(3., "its weight (Potts)", low=0)
+    bilateral_sxy: float = option(64., "appearance kernel: standard deviation, pixels", above=0)
+    bilateral_srgb: float = option(5., "and in grey levels, 0 to 255", above=0)
+    bilateral_compat: float = option(4., "its weight (Potts)", low=0)
 
 CRF_PRESETS = {  # read from the evaluation code that accompanies each paper
     "weclip": CRFSettings(),  # final predictions on VOC and COCO

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..cam import pseudo_labels
 from ..clip import Backbone
-from ..data import SegmentationFolder, open_dataset, read_image, unknown_name, write_mask
+from ..data import SegmentationFolder, open_dataset
 from .cli import (CamJob, cam_prompts, cam_settings, fitted_size, longest_side, panel_titles, scenes_on_disk,
                                zero_shot_probabilities)
 from .explorer import Subject, open_model, scene
@@ -26,11 +26,13 @@ from .plots import Sheet, as_picture, cam_panel, mask_panel, png_bytes, save_fig
 from .report import evaluate_run, save_report
 from .segment_cli import as_palette, shares, with_names
 from .terminal import class_list
-from ..files import InputError, atomic_write
+from ..files import InputError, atomic_write, unknown_name
+from ..pictures import read_image, write_mask
 from ..maps import METHODS, CamParts, cam_of, cam_parts
 from ..systems.segmenter import System
 from ..work.experiments import Experiment, plan
-from ..work.inference import SystemReport, evaluating, segment_picture, usual_inference
+from ..work.evaluation import SystemReport
+from ..work.inference import evaluating, segment_picture, usual_inference
 from ..work.seeds import SeedTable, evaluate_seeds
 
 # %% ../../nbs/faces/86_api.ipynb #1064d9b3

@@ -285,13 +285,20 @@ def _measure_world(path: Path, seed: int) -> int:
 # %% ../../nbs/faces/84_cli.ipynb #e279e94d
 def run_command(args: argparse.Namespace) -> int:
     "Run a notebook with parameters, or say which it has."
+    from freqseg.work.checkpoints import SYSTEMS
+    from freqseg.work.experiments import parse_parameters, plain_warnings, plan
     from freqseg.work.runs import notebook_parameters, parse_parameter, run_notebook
+    from freqseg.work.sweep_design import trained_system
     known = notebook_parameters(args.notebook)
     if args.out is None:
         print(*known.values(), sep="\n")
         return 0
-    pairs = [text.partition("=")[::2] for text in args.parameter]
-    values = {name: parse_parameter(known[name], text) if name in known else text for name, text in pairs}
+    if (system := trained_system(args.notebook)) in SYSTEMS:   # what no training would accept is refused before a kernel starts
+        with plain_warnings(): values = parse_parameters(system, args.parameter)
+        plan(system, values)
+    else:
+        pairs = [text.partition("=")[::2] for text in args.parameter]
+        values = {name: parse_parameter(known[name], text) if name in known else text for name, text in pairs}
     print(f"record: {run_notebook(args.notebook, args.out, values, progress=sys.stderr.isatty())}")
     return 0
 

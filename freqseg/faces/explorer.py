@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LONGEST_SIDE', 'RANDOM', 'MAPS', 'BANDS', 'AFFINITIES', 'COLOUR_MAPS', 'SCALES', 'KEPT', 'CELL_SIDE', 'WAVELETS',
-           'Subject', 'photograph', 'scene', 'dataset_picture', 'open_model', 'option', 'View', 'Shown', 'Analysis',
-           'usual_side', 'explore', 'Cell', 'jpeg', 'view_cells', 'class_colour', 'mask_cells', 'patch_cells',
-           'chart_svg', 'spectrum_svg', 'view_figure', 'view_code', 'save_view', 'uploaded', 'compare_cells',
-           'RunHistory', 'open_history', 'snapshot_cells', 'history_svg', 'learned_taps', 'wavelet_cells',
-           'prompt_tower', 'prompt_cells']
+           'Subject', 'photograph', 'scene', 'dataset_picture', 'open_model', 'View', 'Shown', 'Analysis', 'usual_side',
+           'explore', 'Cell', 'jpeg', 'view_cells', 'class_colour', 'mask_cells', 'patch_cells', 'chart_svg',
+           'spectrum_svg', 'view_figure', 'view_code', 'save_view', 'uploaded', 'compare_cells', 'RunHistory',
+           'open_history', 'snapshot_cells', 'history_svg', 'learned_taps', 'wavelet_cells', 'prompt_tower',
+           'prompt_cells']
 
 # %% ../../nbs/faces/76_explorer.ipynb #1130db27
 import difflib
@@ -19,11 +19,10 @@ import re
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import matplotlib
 import numpy as np
@@ -45,6 +44,7 @@ from ..maps import CamParts, CamSettings, affinity_source, cam_parts
 from ..metrics import class_iou, confusion_matrix
 from ..ot_cam import transport_cam
 from .plots import Sheet, cam_panel, overlays, paint_mask, png_bytes
+from ..options import Options, option
 from ..prompts import embed_wording, usual_wording
 from .report import LINES, Drawing, svg_line, svg_picture, svg_text
 from ..work.inference import evaluating, require_countable
@@ -195,12 +195,8 @@ AFFINITIES: dict[str, str] = {
 COLOUR_MAPS = ("inferno", "viridis", "cividis", "magma", "gray")   # all rise evenly in lightness, so colour-blind eyes can read them
 SCALES: dict[str, str] = {"own": "every map to its own maximum", "shared": "bands to the maximum of the whole map: they add up"}
 
-def option(default: Any, help: str, **about: Any) -> Any:
-    "A field of `View` with the text that explains it, and its `low`, `high` and `step`, or its `choices`."
-    return field(default=default, metadata={"help": help, **about})
-
 @dataclass(frozen=True)
-class View:
+class View(Options):
     """What is shown of an analysis. Raises `InputError` naming the option and the value that cannot be.
 
     Attributes
@@ -234,7 +230,7 @@ class View:
         temperature of transport: small is sharp
     threshold : float
         the background's score: a pixel needs more to belong to a class
-    scale : str
+    colour_scale : str
         what 1 on the colour bar means: every map's own maximum, or one for the map and its bands, so that a
         weak band looks weak
     opacity : float
@@ -255,21 +251,10 @@ class View:
     boxes: bool = option(True, "maps travel only inside boxes around their strong regions (WeCLIP)")
     epsilon: float = option(.1, "temperature of transport: small is sharp", low=.01, high=1., step=.01)
     threshold: float = option(.4, "the background's score: a pixel needs more to belong to a class", low=0., high=1., step=.01)
-    scale: str = option("own", "what 1 on the colour bar means: every map's own maximum, or one for the map and its bands, so that a weak band looks weak", choices=SCALES)
+    renamed: ClassVar = {"scale": "colour_scale"}
+    colour_scale: str = option("own", "what 1 on the colour bar means: every map's own maximum, or one for the map and its bands, so that a weak band looks weak", choices=SCALES)
     opacity: float = option(.5, "weight of the heat map over the picture", low=0., high=1., step=.05)
     cmap: str = option("inferno", "colours of the heat map", choices={name: name for name in COLOUR_MAPS})
-
-    def __post_init__(self) -> None:
-        for one in fields(self): _check_option(one.name, getattr(self, one.name), one.metadata)
-
-def _check_option(name: str, value: Any, about: Mapping[str, Any]) -> None:
-    "Raise `InputError` for a value that an option cannot have."
-    if "choices" in about:
-        if value not in list(about["choices"]): raise unknown_name(str(value), about["choices"], name)
-    elif "low" not in about:
-        if not isinstance(value, (bool, np.bool_)): raise InputError(f"{name}={value!r}: give True or False, {about['help']}.")
-    elif isinstance(value, bool) or not isinstance(value, Integral if isinstance(about["step"], int) else Real) or not about["low"] <= value <= about["high"]:
-        raise InputError(f"{name}={value!r}: give {about['low']} to {about['high']}{' in whole steps' if isinstance(about['step'], int) else ''}, {about['help']}.")
 
 # %% ../../nbs/faces/76_explorer.ipynb #0202c4ca
 @dataclass(frozen=True, eq=False)
@@ -445,7 +430,7 @@ def _travelled(parts: CamParts, cam: Tensor, view: View) -> Tensor:
 
 def _scaled(columns: Mapping[str, Tensor], base: Tensor, view: View) -> dict[str, Tensor]:
     "Maps to [0, 1] for the colour bar."
-    if view.scale == "own": return {title: maps if maps is base and view.maps == "transport" else normalise_cam(maps) for title, maps in columns.items()}
+    if view.colour_scale == "own": return {title: maps if maps is base and view.maps == "transport" else normalise_cam(maps) for title, maps in columns.items()}
     top = base.relu().amax((2, 3), keepdim=True).clamp_min(1e-7)
     return {title: maps if title.startswith("over ") else (maps/top).clamp(0, 1) for title, maps in columns.items()}
 

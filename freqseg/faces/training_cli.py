@@ -29,11 +29,11 @@ def training_notebook(system: str) -> Path:
 
 def given_parameters(args: argparse.Namespace) -> dict[str, Any]:
     "The parameters that a command line names, as values. Raises `InputError` for what no training would accept, before one begins."
-    from freqseg.work.experiments import parse_parameters, plan
+    from freqseg.work.experiments import parse_parameters, plain_warnings, plan
     named = {name: value for name in ("preset", "data", "device", "limit", "skip_bad", "devices", "nodes") if (value := getattr(args, name, None)) is not None}
     doubled = set(named) & {pair.partition("=")[0] for pair in args.parameter}
     if doubled: raise InputError(f"given twice, as an option and with -p: {', '.join(sorted(doubled))}.")
-    values = named | parse_parameters(args.system, args.parameter)
+    with plain_warnings(): values = named | parse_parameters(args.system, args.parameter)
     if "out" in values: raise InputError("-p out=...: name the folder with --out.")
     plan(args.system, values)
     return values

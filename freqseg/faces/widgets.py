@@ -246,7 +246,7 @@ def option_control(name: str) -> w.DOMWidget:
     return kind(value=one.default, min=about["low"], max=about["high"], step=about["step"], continuous_update=True, **common)
 
 LABELS = {"maps": "map", "mu": "cut-off \u03bc", "shape": "low band", "band": "keep", "bands": "bands", "lambda_l": "\u03bb low", "lambda_h": "\u03bb high", "epsilon": "temperature",
-          "boxes": "travel inside boxes only", "layers": "last blocks", "skip": "skip last", "cmap": "colours", "scale": "scale"}
+          "boxes": "travel inside boxes only", "layers": "last blocks", "skip": "skip last", "cmap": "colours", "colour_scale": "scale"}
 CHOICES = {"gradcam": "GradCAM", "patch_text": "patch and text", "transport": "optimal transport", "trained": "the trained system's own", "whole": "low + high", "low": "low only",
            "high": "high only", "stack": "n bands", "own": "each its own", "shared": "one for map and bands", "none": "none: stay", "both": "both",
            "smoothed": "smoothed", "inverse": "inverse"}
@@ -601,7 +601,7 @@ class FrequencyExplorer(Explorer):
             start, view = time.perf_counter(), self.view
             shown = self.analysis.shown(view)
             first = self.page.value - 1
-            unit = "of the whole map's maximum" if view.scale == "shared" else "of each map's maximum"
+            unit = "of the whole map's maximum" if view.colour_scale == "shared" else "of each map's maximum"
             self.pictures.draw(view_cells(self.analysis, shown, view, slice(first, first + ROWS)), view.cmap, unit)
             self.masks.draw([mask_cells(self.analysis, shown)])
             self.spectrum.value = spectrum_svg(shown, None if view.band == "stack" else view.mu)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..cam import normalise_cam
-from ..files import InputError
+from ..options import option, same_option
 from .segmenter import ForwardPass
 from .weclip import WeCLIP, WeCLIPOptions
 from ..wavelet import wavedec2
@@ -27,21 +27,11 @@ class WTCLIPOptions(WeCLIPOptions):
     Attributes
     ----------
     edge : str
-        "none" as the code runs, "image" as the figure draws
-    edge_levels : int
-        wavelet levels of the picture whose details count as edges
-    edge_floor : float
-        what is left of a map where there is no edge at all
+        edges that weigh the maps
     """
-    decoder: str = "wavelet"
-    edge: str = "none"         # "none" as the code runs, "image" as the figure draws
-    edge_levels: int = 3       # wavelet levels of the picture whose details count as edges
-    edge_floor: float = .5     # what is left of a map where there is no edge at all
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.edge not in ("none", "image"): raise InputError(f"edge={self.edge!r}: use 'none' or 'image'.")
-        if not 0 <= self.edge_floor <= 1: raise InputError(f"edge_floor={self.edge_floor}: give a share from 0 to 1.")
+    retired: ClassVar = {**WeCLIPOptions.retired, "edge_levels": 3, "edge_floor": .5}
+    decoder: str = same_option(WeCLIPOptions, "decoder", "wavelet")
+    edge: str = option("none", "edges that weigh the maps", choices={"none": "as the code runs", "image": "those of the picture, as the figure draws"})
 
 # %% ../../nbs/systems/42_wtclip.ipynb #37665a11
 def edge_map(
@@ -79,5 +69,5 @@ class WTCLIP(WeCLIP):
         "WeCLIP's maps, weighted by the picture's edges where that is asked for; (B, K, h, w) in [0, 1]."
         cam = super().activation_maps(forward, progress)
         if self.options.edge == "none": return cam
-        edges = edge_map(forward.images, forward.features.grid, self.options.edge_levels, self.options.wavelet)
-        return normalise_cam(cam*(self.options.edge_floor + (1 - self.options.edge_floor)*edges))
+        edges = edge_map(forward.images, forward.features.grid, wavelet=self.options.wavelet)
+        return normalise_cam(cam*(.5 + .5*edges))   # half of a map is left where there is no edge at all

@@ -37,6 +37,7 @@ from ..lists import IGNORE, ZeroShotSplit
 from ..memory import leave_with_parent
 from ..metrics import sweep_bias
 from ..pictures import fitted_size, read_image, read_mask, require_same_size, write_mask
+from ..options import Options, option
 from ..spectra import split_bands
 from .corruptions import Corruption
 
@@ -80,60 +81,50 @@ class Segmenter(Protocol):
     def explain(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         "From one look: what `cam` gives, and pseudo-labels (B, H, W) int64 made of it, 255 = left open."
 
-# %% ../../nbs/work/52_inference.ipynb #8e4b0cd6
-def _check_inference(given: "Inference") -> None:
-    "Raise `InputError` for the first value that cannot be."
-    if not given.scales or not all(0 < scale <= 8 for scale in given.scales):
-        raise InputError(f"scales={given.scales}: give at least one number above 0 and at most 8, such as 1.0,1.2,1.5.")
-    if len(set(given.scales)) < len(given.scales): raise InputError(f"scales={given.scales}: name each scale once.")
-    if given.average not in ("logits", "probabilities"): raise InputError(f"average={given.average!r}: use 'logits' or 'probabilities'.")
-    if given.precision not in (None, "fp32", "bf16"): raise InputError(f"precision={given.precision!r}: use 'fp32' or 'bf16'.")
-    if given.side and given.short: raise InputError(f"side={given.side} and short={given.short}: the long side follows from the short one; give one of them.")
-    for name in ("side", "short", "window", "stride", "batch"):
-        value = getattr(given, name)
-        if value is not None and value < 1: raise InputError(f"{name}={value}: give a whole number of 1 or more.")
-    if given.stride and not given.window: raise InputError(f"stride={given.stride}: there is no window to move; give its side with window.")
-    if given.stride and given.stride > given.window: raise InputError(f"stride={given.stride} leaves gaps between windows of {given.window}: take {given.window} or less.")
-
 # %% ../../nbs/work/52_inference.ipynb #99f467d9
 @dataclass(frozen=True)
-class Inference:
+class Inference(Options):
     """How a picture is shown to a system, and how the answers become one. Raises `InputError` for values that cannot be.
 
     Attributes
     ----------
     scales : tuple[float, ...]
-        of the picture, each an answer of its own
+        sizes at which a picture is shown, relative to its own; answers are averaged
     flip : bool
         show every scale mirrored, too
     side : int | None
-        long side at scale 1, pixels; None = the picture's own
+        long side at scale 1, pixels; none: the picture's own
     short : int | None
-        or the short side, as ZegCLIP has it; the long one becomes at most four times as long (2048 at 512)
+        or the short side at scale 1, as ZegCLIP has it, pixels; the long one becomes at most four times as
+        long; none: the picture's own
     average : str
-        what is averaged over the answers: "logits" or "probabilities"
+        what is averaged over scales, mirror images and windows
     window : int | None
-        side of a sliding window, pixels; None = the whole picture at once
+        side of a sliding window, pixels; none: the whole picture at once
     stride : int | None
-        pixels from window to window; None = two thirds of the window
+        pixels from window to window; none: two thirds of the window
     batch : int
         most images in one forward pass; mirrored ones and windows count
     precision : str | None
-        of the network, "fp32" or "bf16"; None = bf16 on CUDA, else fp32
+        numbers that the network computes with
     """
-    scales: tuple[float, ...] = (1.0,)   # of the picture, each an answer of its own
-    flip: bool = True                    # show every scale mirrored, too
-    side: int | None = None              # long side at scale 1, pixels; None = the picture's own
-    short: int | None = None             # or the short side, as ZegCLIP has it; the long one becomes at most four times as long (2048 at 512)
-    average: str = "logits"              # what is averaged over the answers: "logits" or "probabilities"
-    window: int | None = None            # side of a sliding window, pixels; None = the whole picture at once
-    stride: int | None = None            # pixels from window to window; None = two thirds of the window
-    batch: int = 4                       # most images in one forward pass; mirrored ones and windows count
-    precision: str | None = None         # of the network, "fp32" or "bf16"; None = bf16 on CUDA, else fp32
+    scales: tuple[float, ...] = option((1.,), "sizes at which a picture is shown, relative to its own; answers are averaged", above=0, high=8, least=1)
+    flip: bool = option(True, "show every scale mirrored, too")
+    side: int | None = option(None, "long side at scale 1, pixels; none: the picture's own", low=1, high=16384)
+    short: int | None = option(None, "or the short side at scale 1, as ZegCLIP has it, pixels; the long one becomes at most four times as long; none: the picture's own", low=1, high=16384)
+    average: str = option("logits", "what is averaged over scales, mirror images and windows", choices=("logits", "probabilities"))
+    window: int | None = option(None, "side of a sliding window, pixels; none: the whole picture at once", low=1, high=16384)
+    stride: int | None = option(None, "pixels from window to window; none: two thirds of the window", low=1, high=16384)
+    batch: int = option(4, "most images in one forward pass; mirrored ones and windows count", low=1, high=4096)
+    precision: str | None = option(None, "numbers that the network computes with", choices={None: "bf16 on CUDA, else fp32", "fp32": "32 bits", "bf16": "bfloat16"})
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "scales", tuple(self.scales))
-        _check_inference(self)
+    def check(self) -> None:
+        "Raise `InputError` for options that contradict each other."
+        if len(set(self.scales)) < len(self.scales): raise InputError(f"scales={self.scales}: name each scale once.")
+        if self.side and self.short: raise InputError(f"side={self.side} and short={self.short}: the long side follows from the short one; give one of them.")
+        if self.stride and not self.window: raise InputError(f"stride={self.stride}: there is no window to move; give its side with window.")
+        if self.stride and self.stride > self.window:
+            raise InputError(f"stride={self.stride} leaves gaps between windows of {self.window}: take {self.window} or less.")
 
     def fitted(self, size: tuple[int, int]) -> tuple[int, int]:
         "What (height, width) of a picture become at scale 1."
@@ -471,7 +462,6 @@ def merged_strips(views: Sequence[View], size: tuple[int, int], scoring: Scoring
 def merged_labels(views: Sequence[View], size: tuple[int, int], scoring: Scoring = Scoring()) -> np.ndarray:
     "Best class of every pixel, (H, W) uint8."
     return torch.cat([best_class(scoring.ranked(merged), 0).to(torch.uint8) for _, merged in merged_strips(views, size, scoring)]).cpu().numpy()
-
 
 # %% ../../nbs/work/52_inference.ipynb #ab8fc58f
 Answer = Callable[[Tensor, Tensor], Tensor]   # images (n, 3, H, W) and their pictures (n,) -> maps (n, C, h, w)

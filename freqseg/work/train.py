@@ -11,9 +11,9 @@ __all__ = ['Trainable', 'Pictures', 'TrainSettings', 'learning_rate', 'mixed_see
 # %% ../../nbs/work/56_train.ipynb #7f424d0f
 import contextlib, functools, hashlib, json, math, os, random, shutil, socket, sys, time, warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from ..transforms import to_tensors
 from ..files import InputError, atomic_write
 from ..memory import keep_memory, leave_with_parent
 from ..metrics import confusion_matrix, iou_scores
+from ..options import Options, declared, option
 from .inference import OVERTAKING, REMEDY, evaluating, grouped
 
 if TYPE_CHECKING: from lightning_fabric import Fabric  # takes seconds to import, so a run does it, not everybody
@@ -76,7 +77,7 @@ class Pictures(Protocol):
 
 # %% ../../nbs/work/56_train.ipynb #38b0198f
 @dataclass(frozen=True)
-class TrainSettings:
+class TrainSettings(Options):
     """How to train. Defaults: WeCLIP on VOC. Raises `InputError` for a value that cannot be meant.
 
     A run is continued with the same settings; those from `validate_every` on may change in between, and `batch`, `accumulate`
@@ -91,25 +92,25 @@ class TrainSettings:
     accumulate : int
         passes per optimiser step
     lr : float
-        peak learning rate, of groups whose lr_scale is 1
+        peak learning rate
     weight_decay : float
-        of AdamW
+        weight decay of AdamW
     betas : tuple[float, float]
-        of AdamW
+        moments of AdamW: shares that a step keeps of the mean and of the squares
     warmup : int
         steps of linear warm-up
     warmup_start : float
         share of the learning rate at step 0
-    power : float
-        of the polynomial decay; 0.9 in FFR
+    lr_power : float
+        exponent of the learning rate's polynomial decay (FFR: 0.9)
     grad_clip : float
-        largest gradient norm; 0 = no clipping
+        largest norm of the gradient; 0: no clipping
     precision : str
-        or "bf16-mixed": matrix products in bfloat16, weights in float32
+        numbers that training computes with
     seed : int
-        of data order, augmentation and dropout
+        seed of data order, augmentation and dropout
     validate_every : int
-        steps; also at the end. 0 = at the end only, here and below
+        steps between validations; there is one at the end, too. 0: at the end only, here and below
     save_every : int
         steps between checkpoints
     log_every : int
@@ -117,69 +118,52 @@ class TrainSettings:
     snapshot_every : int
         steps between snapshots, where the caller wants any
     workers : int
-        processes that read pictures; 0 = none but this one
+        processes that read pictures; 0: none but this one
     skip_bad : bool
         replace pictures that cannot be read by the next one
     compile : bool
-        torch.compile the trainable parts
+        torch.compile the parts that learn
     tensorboard : bool
-        scalars for TensorBoard, too
+        write the losses for TensorBoard, too
     accelerator : str
-        "cuda", "cpu", "mps"; auto = cuda where there is one
+        kind of device
     devices : int
-        processes per node; 0 = as many as torchrun started, else 1
+        processes per node; 0: as many as torchrun started, else 1
     nodes : int
-        0 = as many as torchrun knows, else 1
+        machines; 0: as many as torchrun knows, else 1
     strategy : str
-        or "ddp_find_unused_parameters_true"; matters with several processes only
+        how several processes train together
     """
-    iterations: int = 30_000              # optimiser steps
-    batch: int = 4                        # pictures per device and pass
-    accumulate: int = 1                   # passes per optimiser step
-    lr: float = 2e-3                      # peak learning rate, of groups whose lr_scale is 1
-    weight_decay: float = 0.01            # of AdamW
-    betas: tuple[float, float] = (0.9, 0.999)   # of AdamW
-    warmup: int = 50                      # steps of linear warm-up
-    warmup_start: float = 1e-6            # share of the learning rate at step 0
-    power: float = 1.0                    # of the polynomial decay; 0.9 in FFR
-    grad_clip: float = 0.0                # largest gradient norm; 0 = no clipping
-    precision: str = "32-true"            # or "bf16-mixed": matrix products in bfloat16, weights in float32
-    seed: int = 0                         # of data order, augmentation and dropout
-    validate_every: int = 2000            # steps; also at the end. 0 = at the end only, here and below
-    save_every: int = 500                 # steps between checkpoints
-    log_every: int = 50                   # steps averaged in a line of metrics.jsonl
-    snapshot_every: int = 0               # steps between snapshots, where the caller wants any
-    workers: int = 2                      # processes that read pictures; 0 = none but this one
-    skip_bad: bool = False                # replace pictures that cannot be read by the next one
-    compile: bool = False                 # torch.compile the trainable parts
-    tensorboard: bool = False             # scalars for TensorBoard, too
-    accelerator: str = "auto"             # "cuda", "cpu", "mps"; auto = cuda where there is one
-    devices: int = 0                      # processes per node; 0 = as many as torchrun started, else 1
-    nodes: int = 0                        # 0 = as many as torchrun knows, else 1
-    strategy: str = "ddp"                 # or "ddp_find_unused_parameters_true"; matters with several processes only
+    renamed: ClassVar = {"power": "lr_power"}
+    iterations: int = option(30_000, "optimiser steps", low=1, high=10**9)
+    batch: int = option(4, "pictures per device and pass", low=1, high=4096)
+    accumulate: int = option(1, "passes per optimiser step", low=1, high=4096)
+    lr: float = option(2e-3, "peak learning rate", low=0)
+    weight_decay: float = option(.01, "weight decay of AdamW", low=0)
+    betas: tuple[float, float] = option((.9, .999), "moments of AdamW: shares that a step keeps of the mean and of the squares", low=0, below=1)
+    warmup: int = option(50, "steps of linear warm-up", low=0, high=10**9)
+    warmup_start: float = option(1e-6, "share of the learning rate at step 0", low=0, high=1)
+    lr_power: float = option(1., "exponent of the learning rate's polynomial decay (FFR: 0.9)", low=0, high=100)
+    grad_clip: float = option(0., "largest norm of the gradient; 0: no clipping", low=0)
+    precision: str = option("32-true", "numbers that training computes with",
+                            choices={"32-true": "32 bits", "bf16-mixed": "matrix products in bfloat16, weights in 32 bits"})
+    seed: int = option(0, "seed of data order, augmentation and dropout", low=0)
+    validate_every: int = option(2000, "steps between validations; there is one at the end, too. 0: at the end only, here and below", low=0)
+    save_every: int = option(500, "steps between checkpoints", low=0)
+    log_every: int = option(50, "steps averaged in a line of metrics.jsonl", low=0)
+    snapshot_every: int = option(0, "steps between snapshots, where the caller wants any", low=0)
+    workers: int = option(2, "processes that read pictures; 0: none but this one", low=0, high=256)
+    skip_bad: bool = option(False, "replace pictures that cannot be read by the next one")
+    compile: bool = option(False, "torch.compile the parts that learn")
+    tensorboard: bool = option(False, "write the losses for TensorBoard, too")
+    accelerator: str = option("auto", "kind of device", choices={"auto": "cuda where there is one", "cuda": "a GPU by NVIDIA", "cpu": "the processor", "mps": "a GPU by Apple"})
+    devices: int = option(0, "processes per node; 0: as many as torchrun started, else 1", low=0, high=1024)
+    nodes: int = option(0, "machines; 0: as many as torchrun knows, else 1", low=0, high=1024)
+    strategy: str = option("ddp", "how several processes train together", choices={"ddp": "every parameter learns in every step", "ddp_find_unused_parameters_true": "some do not"})
 
-    def __post_init__(self) -> None:
-        for name, fits, wanted in _REQUIRED:
-            if not fits(value := getattr(self, name)): raise InputError(f"{name}={value!r}: give {wanted}.")
-        if self.iterations and self.warmup >= self.iterations:
-            raise InputError(f"warmup={self.warmup} leaves nothing of iterations={self.iterations}: give a smaller warmup (0 = none).")
-
-def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
-    return (lambda value: value in names), "one of " + ", ".join(names)
-
-def _at_least(least: float, kind: Any = int) -> tuple[Callable[[Any], bool], str]:
-    right = lambda value: isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value) and value >= least
-    return right, f"a {'whole ' * (kind is int)}number of at least {least}"
-
-_NUMBER = (int, float)
-_REQUIRED = (
-    *((name, *_at_least(1)) for name in ("iterations", "batch", "accumulate")),
-    *((name, *_at_least(0)) for name in ("warmup", "seed", "validate_every", "save_every", "log_every", "snapshot_every",
-                                         "workers", "devices", "nodes")),
-    *((name, *_at_least(0, _NUMBER)) for name in ("lr", "weight_decay", "warmup_start", "power", "grad_clip")),
-    ("betas", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value), "two numbers in 0 <= beta < 1"),
-    ("precision", *_one_of("32-true", "bf16-mixed")), ("accelerator", *_one_of("auto", "cuda", "cpu", "mps")),
-    ("strategy", *_one_of("ddp", "ddp_find_unused_parameters_true")))
+    def check(self) -> None:
+        "Raise `InputError` for a warm-up that is longer than the training."
+        if self.warmup >= self.iterations: raise InputError(f"warmup={self.warmup} leaves nothing of iterations={self.iterations}: give a smaller warmup (0: none).")
 
 # %% ../../nbs/work/56_train.ipynb #61194f55
 def learning_rate(
@@ -195,7 +179,7 @@ def learning_rate(
     """
     start = settings.warmup_start
     if step < settings.warmup: return settings.lr * (start + (1 - start) * step / settings.warmup)
-    return settings.lr * (1 - step / settings.iterations) ** settings.power
+    return settings.lr * (1 - step / settings.iterations) ** settings.lr_power
 
 # %% ../../nbs/work/56_train.ipynb #92aebc5c
 def mixed_seed(*numbers: int) -> int:
@@ -882,7 +866,7 @@ def _open_folder(out: Path, described: dict[str, Any], system: Trainable, comman
     if not (out/"run.json").exists():
         if (out/"last.safetensors").exists(): raise InputError(f"{out} holds a checkpoint but no run.json that says of what. Choose another out folder.")
         _claim(out, described, command)
-    else: require_same_run(out, _read_run(out), described)
+    else: require_same_run(out, _read_run(out, system), described)
     saved = _last_checkpoint(out)
     _cut_log(out/"metrics.jsonl", saved.step if saved else 0)
     if saved: _complete_best(out, saved)
@@ -898,7 +882,7 @@ def require_own_folder(
     "Raises `InputError` when `out` holds a run that `fit`, given the same, would not continue; it says what differs. A folder without a run will do."
     processes = max(1, settings.devices) * max(1, settings.nodes)
     described = describe_run(system, train, settings, settings.batch * settings.accumulate * processes, identity)
-    if (Path(out)/"run.json").exists(): require_same_run(Path(out), _read_run(Path(out)), described)
+    if (Path(out)/"run.json").exists(): require_same_run(Path(out), _read_run(Path(out), system), described)
 
 def _last_checkpoint(out: Path) -> Checkpoint | None:
     "Where the run stands; None before its first step. Raises `InputError` for a damaged file."
@@ -913,10 +897,23 @@ def _claim(out: Path, described: dict[str, Any], command: str) -> None:
                   freqseg=__version__, torch=torch.__version__)
     with atomic_write(out/"run.json") as partial: partial.write_text(json.dumps({**described, "origin": origin}, indent=1), encoding="utf-8")
 
-def _read_run(out: Path) -> dict[str, Any]:
-    try: return dict(json.loads((out/"run.json").read_text(encoding="utf-8")))
+def _as_today(stored: Any, kind: type) -> Any:
+    "Options that a run.json holds under the names they have now: none that is gone, with the default where an option is younger than the run."
+    if not isinstance(stored, dict) or not issubclass(kind, Options): return stored
+    kept = {kind.renamed.get(name, name): value for name, value in stored.items() if name not in kind.retired or value != kind.retired[name]}
+    younger = {name: one.default for name, (_, one) in declared(kind).items() if name not in kept and one.default is not MISSING}
+    return {**kept, **json.loads(json.dumps(younger))}
+
+def _read_run(out: Path, system: Trainable) -> dict[str, Any]:
+    "What run.json says, in the words of today. Raises `InputError` when it cannot be read."
+    try: there = dict(json.loads((out/"run.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{out/'run.json'} cannot be read ({error}). Restore it, or choose another out folder.") from error
+    there["settings"] = {name: value for name, value in _as_today(there.get("settings"), TrainSettings).items() if name not in _FREE} if isinstance(there.get("settings"), dict) else None
+    config = there["system"].get("config") if isinstance(there.get("system"), dict) else None
+    if isinstance(config, dict) and "options" in config: config["options"] = _as_today(config["options"], getattr(system, "Options", object))
+    if isinstance(there.get("identity"), dict): there["identity"] = {"resize_range" if name == "scale" else name: value for name, value in there["identity"].items()}
+    return there
 
 def _complete_best(out: Path, saved: Checkpoint) -> None:
     "Write best.safetensors when `saved` is the best and was killed before it could say so."
