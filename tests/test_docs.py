@@ -13,7 +13,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "nbs" / "index.md", *(ROOT / "nbs" / "guide").glob("*.md")])
-SYSTEMS = "weclip|wtclip|dfa|ffr|zegclip|sptseg"
 
 
 # ---- the guide ------------------------------------------------------------------------------------------------------
@@ -36,12 +35,12 @@ ALL_COMMANDS = [pytest.param(words, id=f"{page.stem}: {' '.join(words)[:60]}") f
 @pytest.mark.parametrize("words", [words for words in ALL_COMMANDS if words.values[0] != ["--help"]])
 def test_a_command_of_the_guide_is_one_that_freqseg_takes(words: list[str]) -> None:
     from freqseg.faces.cli import build_parser
-    from freqseg.work.experiments import PRESETS, plan
+    from freqseg.work.experiments import plan, presets_of
     from freqseg.faces.training_cli import _axes, given_parameters
     numbers = {"$SLURM_NNODES": "2", "$SLURM_NODEID": "0"}
     args = build_parser().parse_args([numbers.get(word, word) for word in words])
     if words[0] in ("train", "sweep"):
-        assert (args.preset or "smoke") in PRESETS[args.system]
+        assert (args.preset or "smoke") in presets_of(args.system)
         plan(args.system, given_parameters(args))   # every -p is a parameter, and its value one that it can have
     if words[0] == "sweep": assert _axes(args.system, args.grid)
     if words[0] == "run": assert (ROOT / args.notebook).is_file()
@@ -55,8 +54,9 @@ def test_python_in_the_guide_compiles_and_imports_what_there_is(page: Path) -> N
 
 
 def test_options_that_the_page_on_systems_names_are_options() -> None:
+    from freqseg.systems.segmenter import known_systems
     from freqseg.work.experiments import known_parameters
-    known = {name for system in SYSTEMS.split("|") for names in known_parameters(system).values() for name in names}
+    known = {name for system in known_systems() for names in known_parameters(system).values() for name in names}
     named = re.findall(r"`(\w+)=[\w.-]+`", (ROOT / "nbs" / "guide" / "systems.md").read_text(encoding="utf-8"))
     assert len(named) > 10 and not set(named) - known
 

@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from freqseg.files import InputError
+from freqseg.systems.segmenter import known_systems
 from freqseg.work.sweeps import (Design, checked_grid, checked_seeds, comparison_markdown, environments, estimate, extended, finished, in_percent,
                            new_design, paired_difference, read_design, read_sweep, run_name, run_plans, sweep, trained_system)
 from freqseg.work.train import locked
@@ -213,7 +214,7 @@ def test_a_notebook_without_seed_or_out_cannot_be_swept(tmp_path: Path) -> None:
         new_design(tmp_path / "n.ipynb", {"a": [1]}, 1)
 
 
-@pytest.mark.parametrize("name", ["weclip", "wtclip", "dfa", "ffr"])
+@pytest.mark.parametrize("name", known_systems())
 def test_the_system_of_every_training_notebook_is_found(name: str) -> None:
     assert trained_system(ROOT / "nbs" / "train" / f"{name}.ipynb") == name
     design = new_design(ROOT / "nbs" / "train" / f"{name}.ipynb", {"lr": [1e-3, 1e-4]}, 2, {"preset": "world"})

@@ -29,11 +29,11 @@ from torch.utils.data import Subset
 from toy_training import Toy
 
 from freqseg.work import train as room
+from freqseg.work.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
 from freqseg.data import TrainTransform, open_folder
 from freqseg.files import InputError
 from freqseg.metrics import ConfusionMeter, iou_scores
 from freqseg.work.train import (
-    Checkpoint,
     DataPlan,
     OutOfMemory,
     TrainingDiverged,
@@ -43,12 +43,10 @@ from freqseg.work.train import (
     learning_rate,
     locked,
     mixed_seed,
-    read_checkpoint,
     read_log,
     require_same_run,
     seeded,
     segmentation_scores,
-    write_checkpoint,
 )
 from freqseg.world.scenes import write_world
 

@@ -389,8 +389,9 @@ DEMO = dict(preset="world", scenes=(400, 24, 48), iterations=160, warmup=10, val
 def _demo_training(out: Path) -> list[str]:
     "Train DFA on a few hundred scenes; the lines for the summary. Without the repository's notebooks there is nothing to run."
     from freqseg.work.runs import run_notebook
-    from freqseg.faces.training_cli import figures_table, training_notebook
-    try: notebook = training_notebook("dfa")
+    from freqseg.faces.training_cli import figures_table
+    from freqseg.work.experiments import training_notebook
+    try: notebook = training_notebook("dfa", out)
     except InputError as error: return [f"  no training: {error}"]
     run_notebook(notebook, out/"run.ipynb", {**DEMO, "out": str(out)}, live=sys.stderr if sys.stderr.isatty() else None)
     print("\n" + figures_table(out), flush=True)
