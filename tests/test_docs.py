@@ -33,11 +33,13 @@ ALL_COMMANDS = [pytest.param(words, id=f"{page.stem}: {' '.join(words)[:60]}") f
 
 
 @pytest.mark.parametrize("words", [words for words in ALL_COMMANDS if words.values[0] != ["--help"]])
-def test_a_command_of_the_guide_is_one_that_freqseg_takes(words: list[str]) -> None:
+def test_a_command_of_the_guide_is_one_that_freqseg_takes(words: list[str], own_registry: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from freqseg.faces.cli import build_parser
     from freqseg.work.experiments import plan, presets_of
     from freqseg.faces.training_cli import _axes, given_parameters
     numbers = {"$SLURM_NNODES": "2", "$SLURM_NODEID": "0"}
+    (tmp_path / "my_system.py").write_text(blocks(ROOT / "nbs" / "guide" / "own_system.md", "python")[0])   # the file that commands of that page name
+    monkeypatch.chdir(tmp_path)
     args = build_parser().parse_args([numbers.get(word, word) for word in words])
     if words[0] in ("train", "sweep"):
         assert (args.preset or "smoke") in presets_of(args.system)
@@ -120,7 +122,7 @@ def test_every_link_and_picture_of_the_site_is_there(site: Path) -> None:
 def test_the_navigation_begins_with_home_and_the_guide(site: Path) -> None:
     found = [target for target in links(site / "index.html").targets if target.endswith(".html") and "://" not in target]
     inside = list(dict.fromkeys(found))
-    guide = ["guide/first_hour.html", "guide/own_data.html", "guide/own_classes.html", "guide/cluster.html", "guide/crf.html", "guide/systems.html"]
+    guide = ["guide/first_hour.html", "guide/own_data.html", "guide/own_classes.html", "guide/own_system.html", "guide/cluster.html", "guide/crf.html", "guide/systems.html"]
     assert [page for page in inside if page.startswith("guide/")] == guide
     assert inside.index(guide[-1]) < next(place for place, page in enumerate(inside) if page.startswith("explore/"))
 
