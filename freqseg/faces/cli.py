@@ -285,7 +285,7 @@ def _measure_world(path: Path, seed: int) -> int:
 # %% ../../nbs/faces/84_cli.ipynb #e279e94d
 def run_command(args: argparse.Namespace) -> int:
     "Run a notebook with parameters, or say which it has."
-    from freqseg.work.checkpoints import SYSTEMS
+    from freqseg.systems.segmenter import SYSTEMS
     from freqseg.work.experiments import parse_parameters, plain_warnings, plan
     from freqseg.work.runs import notebook_parameters, parse_parameter, run_notebook
     from freqseg.work.sweep_design import trained_system
@@ -429,8 +429,9 @@ DEMO = dict(preset="world", scenes=(400, 24, 48), iterations=160, warmup=10, val
 def _demo_training(out: Path) -> list[str]:
     "Train DFA on a few hundred scenes; the lines for the summary. Without the repository's notebooks there is nothing to run."
     from freqseg.work.runs import run_notebook
-    from freqseg.faces.training_cli import figures_table, training_notebook
-    try: notebook = training_notebook("dfa")
+    from freqseg.faces.training_cli import figures_table
+    from freqseg.work.experiments import training_notebook
+    try: notebook = training_notebook("dfa", out)
     except InputError as error: return [f"  no training: {error}"]
     run_notebook(notebook, out/"run.ipynb", {**DEMO, "out": str(out)}, live=sys.stderr if sys.stderr.isatty() else None)
     print("\n" + figures_table(out), flush=True)
