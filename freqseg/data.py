@@ -20,8 +20,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .files import InputError, unknown_name
-from .lists import (COCO_CLASSES, COCOSTUFF_CLASSES, IGNORE, PICTURE_SUFFIXES, UNLABELLED, VOC_CLASSES, LabelTable, ZeroShotSplit, read_classes, read_ids,
+from .files import InputError, read_json, unknown_name
+from .lists import (COCO_CLASSES, COCOSTUFF_CLASSES, IGNORE, PICTURE_SUFFIXES, UNLABELLED, VOC_CLASSES, Domain, LabelTable, ZeroShotSplit, read_classes, read_ids,
                            read_labels, shipped_labels, shipped_splits, write_labels)
 from .pictures import read_image, read_mask, require_same_size
 
@@ -41,11 +41,22 @@ class Listing:
     labelled: np.ndarray | None         # (n,) bool: which ids the table knows
     mapping: dict[int, int] | None = None  # file value -> class value of the masks
     zero_shot: ZeroShotSplit | None = None # which classes are seen, where some are not
+    domain: Domain = Domain()              # what the folder tells of its pictures
 
     @property
     def num_classes(self) -> int:
         "How many values a mask may hold: C, background included."
         return len(self.classes) + self.background
+
+    @property
+    def title(self) -> str:
+        "The data set for a caption; a folder goes by its own name, not by where it lies."
+        if self.dataset != "folder": return {"voc": "PASCAL VOC 2012", "coco": "COCO 2014", "cocostuff": "COCO-Stuff 164K"}[self.dataset]
+        return ", ".join(filter(None, (self.domain.title, f"folder {self.root.resolve().name}")))
+
+    def told_by(self, domain: Domain) -> "Listing":
+        "The listing itself; where its folder tells nothing and the classes are those of `domain`, with what that tells."
+        return replace(self, domain=domain) if self.domain == Domain() and self.classes == domain.classes else self
 
     @property
     def value_names(self) -> tuple[str, ...]:
@@ -149,7 +160,15 @@ def list_folder(
     classes = read_classes(root/"classes.txt")
     images = _folders(root, ("JPEGImages",), "pictures")
     ids = _ids(root, split, ids, dict)
-    return _listing(root, "folder", split, classes, ids, images, _MASKS, _folder_labels(root, classes))
+    return replace(_listing(root, "folder", split, classes, ids, images, _MASKS, _folder_labels(root, classes)), domain=_folder_domain(root, classes))
+
+def _folder_domain(root: Path, classes: tuple[str, ...]) -> Domain:
+    "What domain.json tells, if there is one. Raises `InputError` for a damaged one."
+    path = root/"domain.json"
+    if not path.exists(): return Domain()
+    told = read_json(path)
+    if not isinstance(told, dict): raise InputError(f"{path} is damaged: it should hold one JSON object. Mend it, or remove it.")
+    return Domain.told({**told, "classes": classes}, path)
 
 _MASKS = ("SegmentationClassAug", "SegmentationClass")
 

@@ -42,7 +42,7 @@ def percent(
 def provenance(report: SystemReport) -> str:
     "What the figures were measured on, in a few words."
     where = f"{report.dataset}, split {report.split}, {report.images:,} pictures"
-    return f"measured on {where}" + (": drawn by a program, so the figures compare systems and say nothing about photographs" if report.world else "")
+    return f"measured on {where}" + (f": {report.caveat}" if report.caveat else "")
 
 # %% ../../nbs/faces/74_report.ipynb #727fe105
 def caption(report: SystemReport) -> list[str]:
@@ -380,7 +380,7 @@ def html(report: SystemReport) -> str:
         f"Pictures of {main.name}": "".join(_gallery(report)) or "<p>None.</p>",
         "Conditions": _conditions_list(report)}
     body = "".join(f"<section><h2>{escape(name)}</h2>{content}</section>" for name, content in sections.items())
-    data = f'<span class="data{" world" * report.world}">{escape(provenance(report))}</span>'
+    data = f'<span class="data{" world" * bool(report.caveat)}">{escape(provenance(report))}</span>'
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
             f'<title>{escape(title)}</title><style>{STYLE}</style></head><body><header><h1>{escape(title)}</h1>{data}</header>{body}</body></html>\n')
 

@@ -25,14 +25,12 @@ from tqdm import tqdm
 from .checkpoints import SYSTEMS, system_named, weights_title
 from ..clip import load_clip, usable_device
 from ..data import Batch
-from ..lists import COCO_CLASSES, COCOSTUFF_CLASSES, VOC_CLASSES
+from ..lists import COCO_CLASSES, COCOSTUFF_CLASSES, VOC_CLASSES, Domain, seen_and_unseen
 from ..conditions import Stopwatch, device_name
 from ..files import InputError
 from ..memory import keep_memory
 from .inference import evaluating
 from ..systems.segmenter import Segmenter, System
-from ..systems.zegclip import PUBLISHED_SPLITS
-from ..faces.terminal import class_list
 from .train import seeded
 from ..world.scenes import WORLD_CLASSES
 
@@ -285,14 +283,18 @@ def _device(device: torch.device) -> str:
 # %% ../../nbs/work/68_cost.ipynb #7ba01e12
 CLASS_LISTS: dict[str, tuple[str, ...]] = {"voc": VOC_CLASSES, "coco": COCO_CLASSES, "cocostuff": COCOSTUFF_CLASSES, "world": WORLD_CLASSES}
 
-def cost_classes(text: str|None, model: str) -> tuple[str, ...]:
-    "Class names: those of a list that ships (voc, coco, cocostuff, world), or comma-separated ones; by default the world model's own, else VOC's."
-    if text is None: text = "world" if model == "world" else "voc"
-    return CLASS_LISTS.get(text.strip().lower()) or tuple(class_list(text))
+def cost_classes(names: Sequence[str] | None, domain: Domain = Domain()) -> tuple[str, ...]:
+    "Class names, or those of the one list of CLASS_LISTS that is named; by default those of the CLIP's domain, else VOC's. Raises `InputError` for a bare text."
+    if isinstance(names, str): raise InputError(f"classes={names!r}: give a list of names, or of one name in {', '.join(CLASS_LISTS)}.")
+    if names is None: return domain.classes or VOC_CLASSES
+    return CLASS_LISTS.get(names[0].lower(), tuple(names)) if len(names) == 1 else tuple(names)
 
-def _class_without_masks(kind: type[System], classes: tuple[str, ...]) -> str|None:
+def _class_without_masks(kind: type[System], classes: tuple[str, ...], domain: Domain) -> str | None:
     "The last class, for a system that learns from masks of some classes, where no split of these is published. Raises `InputError` for one class alone."
-    if kind.supervision != "masks" or any(split.classes == classes for split in PUBLISHED_SPLITS): return None
+    if kind.supervision != "masks": return None
+    try: seen_and_unseen(classes, domain=domain)
+    except InputError: pass
+    else: return None
     if len(classes) > 1: return classes[-1]
     others = ", ".join(name for name, other in SYSTEMS.items() if other.supervision != "masks")
     raise InputError(f"{kind.name} learns from masks of some classes and none of others, so it needs two classes or more; {classes[0]!r} is one. "
@@ -301,7 +303,7 @@ def _class_without_masks(kind: type[System], classes: tuple[str, ...]) -> str|No
 def measure_costs(
     names: Sequence[str] = (),     # of systems, each measured once; none = all
     model: str = "ViT-B-16",       # an open_clip ViT, which gets random weights, world, or a saved model
-    classes: str|None = None,      # see `cost_classes`
+    classes: Sequence[str] | None = None,   # see `cost_classes`
     device: str = "auto",          # "cpu" or "cuda"; auto is CUDA where there is one
     size: int = 512,               # side of a picture, pixels; whole patches
     **options: Any,                # of `measure_cost`
@@ -310,10 +312,11 @@ def measure_costs(
 
     Raises `InputError`, before any system is measured, for an unknown system or model, naming the nearest, for a single class where two are
     needed, and as `measure_cost` does."""
-    kinds, known = [system_named(name) for name in dict.fromkeys(names)] or list(SYSTEMS.values()), cost_classes(classes, model)
-    unseen = [_class_without_masks(kind, known) for kind in kinds]
+    kinds = [system_named(name) for name in dict.fromkeys(names)] or list(SYSTEMS.values())
     _check(size, **options)
     backbone = load_clip(model, None, device=usable_device(device))
+    known = cost_classes(classes, backbone.domain)
+    unseen = [_class_without_masks(kind, known, backbone.domain) for kind in kinds]
     _require_whole_patches(size, backbone.patch_size)
     systems = [kind.build(backbone, known, **({"unseen": (name,)} if name else {})).to(backbone.device) for kind, name in zip(kinds, unseen)]
     bar = tqdm(systems, desc="measuring", unit="system", delay=2, leave=False, disable=None)   # shown in a terminal only

@@ -23,7 +23,7 @@ from ..conditions import device_name, software
 from ..crf import CRFSettings, crf_settings
 from ..data import Listing, SegmentationFolder
 from ..files import InputError, Spool, finite, unknown_name
-from ..lists import ZeroShotSplit
+from ..lists import Domain, ZeroShotSplit
 from ..memory import keep_memory
 from ..metrics import (ConfusionMeter, Interval, Scores, best_threshold, bootstrap_average_precision, bootstrap_interval, boundary_confusion, confusion_matrix,
                              gzss_figures, iou_scores, mean_iou, trimap_confusion)
@@ -31,7 +31,6 @@ from ..pictures import fitted_size, write_mask
 from .corruptions import Corruption
 from .inference import (BIASES, Bands, Inference, Job, Labelled, SeedMaps, Segmenter, check_system, label, mask_path, named_inference, picture_indices, read_truth,
                                     refined, require_keep, shown_image, stream)
-from .seeds import dataset_name, is_world
 from .thresholds import add_sweep, seed_labels, sweep_levels, tuning_split
 
 # %% ../../nbs/work/54_evaluation.ipynb #d4349031
@@ -190,7 +189,7 @@ class SystemReport:
     split: str
     threshold_split: str                   # where the seed's threshold was chosen; the split itself by convention
     names: tuple[str, ...]                 # of the mask values, C
-    world: bool                            # pictures of the embedded world?
+    caveat: str                            # what the pictures are, and figures on them do not say
     images: int                            # pictures scored
     skipped: tuple[str, ...]               # complaints about pictures that were left out
     best: tuple[Example, ...]
@@ -217,7 +216,7 @@ class SystemReport:
 
     def as_dict(self) -> dict[str, Any]:
         "Everything but pictures, as plain values; NaN becomes None."
-        told = {name: getattr(self, name) for name in ("system", "dataset", "split", "threshold_split", "world", "images", "device", "software",
+        told = {name: getattr(self, name) for name in ("system", "dataset", "split", "threshold_split", "caveat", "images", "device", "software",
                                                        "settings", "config", "weights", "training", "command", "level")}
         gallery = {side: [{"id": one.id, "miou": one.miou} for one in getattr(self, side)] for side in ("best", "worst")}
         if self.zero_shot is not None: told["zero_shot"] = self.zero_shot.as_dict()
@@ -391,9 +390,10 @@ def _handicap(job: Job) -> float:
 
 def _report(job: Job, tally: _Tally, dataset: SegmentationFolder, tuning: SegmentationFolder | None, **found: Any) -> SystemReport:
     "The report, with what the job and the data set say of themselves."
-    best, worst = tally.extremes.examples(dataset.listing, job.corrupt)
-    return SystemReport(system=type(job.system).__name__, dataset=dataset_name(dataset), split=dataset.listing.split,
-                        threshold_split=(tuning or dataset).listing.split, names=dataset.listing.value_names, world=is_world(dataset),
+    listing = dataset.listing.told_by(getattr(job.system.backbone, "domain", Domain()))
+    best, worst = tally.extremes.examples(listing, job.corrupt)
+    return SystemReport(system=type(job.system).__name__, dataset=listing.title, split=listing.split,
+                        threshold_split=(tuning or dataset).listing.split, names=listing.value_names, caveat=listing.domain.caveat,
                         images=tally.images, skipped=tuple(job.skipped), best=best, worst=worst, config=dict(getattr(job.system, "config", {})),
                         device=device_name(job.system.backbone.device), software=software(), **found)
 

@@ -23,6 +23,7 @@ from ..files import InputError, atomic_write, finite
 from ..metrics import ConfusionMeter, Interval, bootstrap_interval, mean_iou
 from .evaluation import FIGURES, FigureScores, SystemReport, evaluate_system, main_figure
 from .inference import Segmenter
+from ..world.scenes import recorded_caveat
 
 # %% ../../nbs/work/66_robustness.ipynb #7c4098d6
 def _dense(triples: Tensor, start: int, stop: int, classes: int) -> Tensor:
@@ -47,7 +48,7 @@ def side_by_side(
     return whole
 
 # %% ../../nbs/work/66_robustness.ipynb #a4581bd6
-_CONDITIONS = ("system", "dataset", "split", "world", "images", "settings", "device", "software", "weights", "command", "level")
+_CONDITIONS = ("system", "dataset", "split", "caveat", "images", "settings", "device", "software", "weights", "command", "level")
 
 @dataclass(frozen=True, eq=False)
 class RobustnessRow:
@@ -75,7 +76,7 @@ class Robustness:
     system: str
     dataset: str
     split: str
-    world: bool                       # pictures of the embedded world?
+    caveat: str                       # what the pictures are, and figures on them do not say
     images: int
     settings: dict[str, Any]          # inference, CRF and so on
     device: str
@@ -189,7 +190,7 @@ def _caption(found: Robustness) -> str:
     lines = [f"{found.system} on {found.dataset}, split {found.split}, {found.images:,} pictures: {FIGURES[found.figure]} ({found.figure}).",
              "Strengths 1, 2 and 3 are severities 1, 3 and 5 of ImageNet-C (Hendrycks and Dietterich, 2019), with the blur's width relative to the picture.",
              f"Brackets: {found.level:.0%} bootstrap interval over pictures; drop: clean above corrupted, paired by picture."]
-    if found.world: lines.append("The embedded world is drawn by a program: these figures compare systems on it and say nothing about photographs.")
+    if found.caveat: lines.append(f"The pictures are {found.caveat}.")
     if found.weights: lines.append(f"Weights: {found.weights}.")
     return " ".join(lines + [f"Made by `{found.command}`."]*bool(found.command))
 
@@ -279,7 +280,7 @@ def _parsed(told: Mapping[str, Any]) -> Robustness:
     "What `Robustness.as_dict` tells. Raises `KeyError`, `TypeError` or `InputError` for anything else."
     row = lambda one: RobustnessRow(Corruption(one["kind"], one["strength"]), *(_interval(one[name]) for name in ("miou", "boundary", "drop")), _interval(one.get("hiou")))
     intervals = (_interval(told[name]) for name in ("clean", "clean_boundary", "mean", "mean_drop"))
-    return Robustness(tuple(map(row, told["rows"])), *intervals, told["figure"], **{name: told[name] for name in _CONDITIONS}, clean_hiou=_interval(told.get("clean_hiou")))
+    return Robustness(tuple(map(row, told["rows"])), *intervals, told["figure"], **{name: told[name] for name in _CONDITIONS if name != "caveat"}, caveat=recorded_caveat(told), clean_hiou=_interval(told.get("clean_hiou")))
 
 def read_robustness(
     path: str|Path,   # robustness.json, or its folder

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import InputError, atomic_write, write_json
+from ..world.scenes import recorded_caveat
 from .sweep_design import Design, Run, finished, is_number, read_design, run_figures
 
 # %% ../../nbs/work/64_sweep_statistics.ipynb #22a77119
@@ -80,13 +81,13 @@ class Row:
         return ", ".join(f"{name}={value}" for name, value in self.point.items()) or "as given"
 
 # %% ../../nbs/work/64_sweep_statistics.ipynb #ee52c44a
-def _told(metrics: Mapping[str, Any]) -> tuple[str, bool]:
-    "What a run was measured on, in words, and whether that is the embedded world."
+def _told(metrics: Mapping[str, Any]) -> tuple[str, str]:
+    "What a run was measured on, in words, and what figures on that do not say."
     report = metrics["report"]
-    if "dataset" not in report: return "", bool(report.get("world"))
+    if "dataset" not in report: return "", recorded_caveat(report)
     count = report.get("images")
     return (f"{report['dataset']}, split {report.get('split', '?')}" + (f", {count:,} picture{'s' * (count != 1)}" if is_number(count) else ""),
-            bool(report.get("world")))
+            recorded_caveat(report))
 
 @dataclass(frozen=True)
 class Sweep:
@@ -96,7 +97,7 @@ class Sweep:
     rows: tuple[Row, ...]            # by point, the first one first
     missing: dict[str, str]          # run -> why it has no figures
     data: tuple[str, ...]            # what was measured on: one, unless something went wrong
-    world: bool                      # pictures of the embedded world?
+    caveat: str                      # what the pictures are, and figures on them do not say
     executed: tuple[str, ...] = ()   # runs of the call that gave this
 
     @property
@@ -113,7 +114,7 @@ class Sweep:
         "Plain values: figures are fractions, NaN is None."
         rows = [dict(point=row.point, seeds=list(row.seeds), measures={name: _as_json(one) for name, one in row.measures.items()},
                      gain=row.gain and _as_json(row.gain)) for row in self.rows]
-        return dict(design=asdict(self.design), data=list(self.data), world=self.world, level=LEVEL, rows=rows, missing=self.missing)
+        return dict(design=asdict(self.design), data=list(self.data), caveat=self.caveat, level=LEVEL, rows=rows, missing=self.missing)
 
     def markdown(self) -> str:
         "The table with everything that a reader needs to judge it."
@@ -160,7 +161,7 @@ def _recorded(path: Path) -> Sweep:
         told = json.loads(path.read_text(encoding="utf-8"))
         design = Design(**{**told["design"], "commands": tuple(told["design"]["commands"])})
         rows = tuple(Row(row["point"], tuple(row["seeds"]), {name: _estimate(one) for name, one in row["measures"].items()}, _estimate(row["gain"])) for row in told["rows"])
-        return Sweep(path.parent, design, rows, told["missing"], tuple(told["data"]), told["world"])
+        return Sweep(path.parent, design, rows, told["missing"], tuple(told["data"]), recorded_caveat(told))
     except (OSError, ValueError, KeyError, TypeError) as error: raise InputError(f"{path} is no record of a sweep: {type(error).__name__}: {error}.") from error
 
 def read_sweep(out: str | Path) -> Sweep:
@@ -174,7 +175,7 @@ def read_sweep(out: str | Path) -> Sweep:
     names, told = [name for name in MEASURES if any(name in its for its in measured.values())], dict.fromkeys(map(_told, done.values()))
     return Sweep(out, design, tuple(_row(design, point, measured, names) for point in design.points),
                  {name: _why(out/name) for name in found if name not in done}, tuple(dict.fromkeys(text for text, _ in told if text)),
-                 any(world for _, world in told))
+                 next((caveat for _, caveat in told if caveat), ""))
 
 # %% ../../nbs/work/64_sweep_statistics.ipynb #1380a291
 def _percent(one: Estimate, done: int, sign: str = "") -> str:
@@ -218,7 +219,7 @@ def provenance(sweep: Sweep) -> str:
     if not any(row.seeds for row in sweep.rows): return "No run has finished yet."
     where = "; and ".join(sweep.data) or "data that the runs do not name"
     text = f"Measured on {where}." + " **The runs do not agree on the data: these rows are no comparison.**" * (len(sweep.data) > 1)
-    return text + " **Figures about the embedded world**, which is drawn by a program: they compare runs and say nothing about photographs." * sweep.world
+    return text + (f" **The pictures are {sweep.caveat}.**" if sweep.caveat else "")
 
 def sweep_markdown(sweep: Sweep) -> str:
     "A sweep as Markdown: data, table, what the numbers mean, how to make them again, and what is missing."
@@ -252,4 +253,4 @@ def comparison_markdown(
     lines = [f"| {' | '.join(map(_cell, cells))} |" for cells in (head, ["---", *["---:"]*(len(head) - 1)], *rows)]
     told = [f"- {'; '.join(one.data)}; seeds {', '.join(map(str, one.design.seeds))}; `{one.design.commands[-1]}`" for one in sweeps]
     means = f"Brackets: {LEVEL:.0%} intervals (Student's t) over seeds, none where seeds agree; all runs are judged on the same pictures."
-    return "\n".join([*lines, "", "Figures about the embedded world. "*any(one.world for one in sweeps) + means, "", *told, *(f"- `{one}`" for one in commands)])
+    return "\n".join([*lines, "", "".join(f"The pictures are {caveat}. " for caveat in dict.fromkeys(one.caveat for one in sweeps) if caveat) + means, "", *told, *(f"- `{one}`" for one in commands)])
