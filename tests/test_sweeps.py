@@ -27,7 +27,7 @@ from freqseg.work.sweep_design import (Design, checked_grid, checked_seeds, exte
 from freqseg.work.sweep_processes import environments
 from freqseg.work.sweep_statistics import comparison_markdown, estimate, in_percent, paired_difference, read_sweep
 from freqseg.work.sweeps import sweep
-from freqseg.work.train import locked
+from freqseg.files import locked
 
 ROOT = Path(__file__).resolve().parent.parent
 DFA = ROOT / "nbs" / "train" / "dfa.ipynb"

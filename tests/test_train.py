@@ -31,7 +31,7 @@ from toy_training import Toy
 from freqseg.work import train as room
 from freqseg.data import open_folder
 from freqseg.transforms import TrainTransform
-from freqseg.files import InputError
+from freqseg.files import InputError, locked
 from freqseg.metrics import ConfusionMeter, iou_scores
 from freqseg.work.train import (
     Checkpoint,
@@ -42,7 +42,6 @@ from freqseg.work.train import (
     describe_run,
     fit,
     learning_rate,
-    locked,
     mixed_seed,
     read_checkpoint,
     read_log,
@@ -695,7 +694,7 @@ def test_a_second_run_on_a_folder_is_refused_and_told_who_holds_it(pictures: obj
     with locked(tmp_path / "run"): pass
 
 
-HOLD = "import sys, time; from freqseg.work.train import locked\nwith locked(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+HOLD = "import sys, time; from freqseg.files import locked\nwith locked(sys.argv[1]): print('held', flush=True); time.sleep(60)"
 
 
 @pytest.mark.slow

@@ -16,7 +16,8 @@ from freqseg.pictures import palette
 from freqseg.work.experiments import draw_scenes, known_parameters, parameter_defaults, parse_parameters, plan
 from freqseg.files import InputError
 from freqseg.work.runs import launch_command
-from freqseg.work.train import locked, read_checkpoint
+from freqseg.files import locked
+from freqseg.work.train import read_checkpoint
 
 FEW = ["-p", "iterations=4", "-p", "workers=0"]
 SYSTEMS = ("weclip", "wtclip", "dfa", "ffr", "zegclip", "sptseg")

@@ -309,7 +309,7 @@ def seeds_command(args: argparse.Namespace) -> int:
 # %% ../../nbs/faces/84_cli.ipynb #c057a002
 def _require_file(path: str) -> None:
     "Raise `InputError` for a file that cannot be written, before minutes are spent. Its folder is made when missing."
-    from freqseg.faces.report import require_writable
+    from freqseg.files import require_writable
     if Path(path).is_dir(): raise InputError(f"cannot write {path or Path(path)}: it is a folder. Name a file in it, for example {Path(path)/'cost.json'}.")
     if Path(path).exists() and not Path(path).is_file(): raise InputError(f"cannot write {path}: it is no ordinary file. Name another, for example cost.json.")
     require_writable(Path(path).parent)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ZERO_SHOT', 'LINES', 'STYLE', 'percent', 'provenance', 'caption', 'bias_note', 'markdown', 'to_json', 'Drawing',
            'svg_picture', 'svg_text', 'svg_line', 'trimap_svg', 'bias_svg', 'confusion_svg', 'data_uri',
-           'example_pictures', 'gallery_sheet', 'bias_sheet', 'trimap_sheet', 'html', 'save_report', 'require_writable',
-           'as_scored', 'evaluate_run']
+           'example_pictures', 'gallery_sheet', 'bias_sheet', 'trimap_sheet', 'html', 'save_report', 'as_scored',
+           'evaluate_run']
 
 # %% ../../nbs/faces/74_report.ipynb #ee475626
 import base64, io, json, math, tempfile
@@ -22,7 +22,7 @@ from PIL import Image
 from ..data import SegmentationFolder, open_dataset, zero_shot_view
 from ..lists import IGNORE
 from ..pictures import palette
-from ..files import InputError, atomic_write
+from ..files import InputError, atomic_write, require_writable
 from ..metrics import Interval
 from .plots import Sheet, curve, gallery, overlay, paint_mask
 from ..work.evaluation import Example, FigureScores, SystemReport, ZeroShotScores, evaluate_system
@@ -392,15 +392,6 @@ def save_report(report: SystemReport, folder: str | Path) -> tuple[Path, ...]:
         with atomic_write(Path(folder)/name) as partial: partial.write_text(text, encoding="utf-8")
         written.append(Path(folder)/name)
     return tuple(written)
-
-def require_writable(folder: str | Path) -> None:
-    "Raise `InputError` for a folder that cannot be made or written, or is a file, before hours are spent."
-    if Path(folder).is_file(): raise InputError(f"cannot write into {folder}: it is a file. Name a folder.")
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder): pass
-    except OSError as error:
-        raise InputError(f"cannot write into {folder}: {error.strerror or error}. Get write access, or choose another folder.") from error
 
 # %% ../../nbs/faces/74_report.ipynb #742aad1f
 def as_scored(system: Segmenter, data: SegmentationFolder) -> SegmentationFolder:

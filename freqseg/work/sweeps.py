@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import InputError, read_json, write_json
+from ..files import InputError, locked, read_json, write_json
 from .sweep_design import Design, Run, extended, finished, forget, new_design, read_design, run_plans, settle, value_key
 from .sweep_processes import RunProcess, environments, run_side_by_side
 from .sweep_statistics import Sweep, read_sweep
@@ -64,7 +64,6 @@ def sweep(
     What is done already is not done again, what was interrupted goes on from its checkpoint, what failed is tried again. Runs that fail
     do not stop the others; `Sweep.failed` says why. sweep.md and sweep.json are written to `out`. Raises `InputError`, before
     anything runs, for values that do not fit, a folder that holds another sweep, and one that is in use."""
-    from freqseg.work.train import locked
     if not isinstance(jobs, int) or isinstance(jobs, bool) or jobs < 1: raise InputError(f"jobs={jobs!r}: give a whole number of 1 or more.")
     out, now = Path(out), new_design(notebook, grid, seeds, parameters, command)
     plans = run_plans(now)
