@@ -247,7 +247,7 @@ class Backbone(nn.Module):
     @property
     def domain(self) -> Domain:
         "What the model's file tells of the pictures that it was trained on; empty for CLIPs of photographs."
-        return Domain.told(self.metadata.get("domain", {}), self.name)
+        return Domain.parsed(self.metadata.get("domain", {}), self.name)
 
     @property
     def logit_scale(self) -> float:

@@ -54,7 +54,7 @@ class Listing:
         if self.dataset != "folder": return {"voc": "PASCAL VOC 2012", "coco": "COCO 2014", "cocostuff": "COCO-Stuff 164K"}[self.dataset]
         return ", ".join(filter(None, (self.domain.title, f"folder {self.root.resolve().name}")))
 
-    def told_by(self, domain: Domain) -> "Listing":
+    def with_domain(self, domain: Domain) -> "Listing":
         "The listing itself; where its folder tells nothing and the classes are those of `domain`, with what that tells."
         return replace(self, domain=domain) if self.domain == Domain() and self.classes == domain.classes else self
 
@@ -81,8 +81,8 @@ def _require_folder(root: Path) -> None:
 
 def _folders(root: Path, names: Sequence[str], what: str) -> list[Path]:
     "Those of `names` that exist under `root`; raises `InputError` when none does."
-    found = [root/name for name in names if (root/name).is_dir()]
-    if found: return found
+    folders = [root/name for name in names if (root/name).is_dir()]
+    if folders: return folders
     raise InputError(f"{root} has no folder of {what}: looked for {', '.join(f'{name}/' for name in names)}; "
                      f"found {_contents(root)}. Give the folder that directly holds one of these.")
 
@@ -166,9 +166,9 @@ def _folder_domain(root: Path, classes: tuple[str, ...]) -> Domain:
     "What domain.json tells, if there is one. Raises `InputError` for a damaged one."
     path = root/"domain.json"
     if not path.exists(): return Domain()
-    told = read_json(path)
-    if not isinstance(told, dict): raise InputError(f"{path} is damaged: it should hold one JSON object. Mend it, or remove it.")
-    return Domain.told({**told, "classes": classes}, path)
+    values = read_json(path)
+    if not isinstance(values, dict): raise InputError(f"{path} is damaged: it should hold one JSON object. Mend it, or remove it.")
+    return Domain.parsed({**values, "classes": classes}, path)
 
 _MASKS = ("SegmentationClassAug", "SegmentationClass")
 
@@ -356,8 +356,8 @@ def zero_shot_view(
     if split.classes != listing.classes: raise InputError(_unlike_split(listing, split))
     values = {value: value for value in range(listing.num_classes)} if listing.mapping is None else listing.mapping
     hidden = {} if unseen is None else dict.fromkeys(split.unseen_index, unseen)
-    shown = {value: index - listing.background for value, index in values.items()}
-    mapping = {value: IGNORE if index < 0 else hidden.get(index, index) for value, index in shown.items()}
+    without_background = {value: index - listing.background for value, index in values.items()}
+    mapping = {value: IGNORE if index < 0 else hidden.get(index, index) for value, index in without_background.items()}
     labels = {} if unseen is None else dict(labels=None, labelled=None)
     return replace(listing, background=False, mapping=mapping, zero_shot=split, **labels)
 

@@ -104,7 +104,7 @@ class Domain:
     mu: float | None = None                        # usual cut-off between the bands, cycles per token
 
     @classmethod
-    def told(
+    def parsed(
         cls,
         values: Mapping[str, Any],   # as JSON holds them
         where: str | Path,           # for the message
@@ -260,15 +260,15 @@ def read_labels(
     """Image-level labels written by hand or by `write_labels`. An id with nothing behind it shows background only.
 
     Raises `InputError` for a class that `classes` lacks (with the nearest one) and for an id that stands there twice."""
-    index, rows, found = {name: i for i, name in enumerate(classes)}, {}, []
+    index, rows, columns_of = {name: i for i, name in enumerate(classes)}, {}, []
     for name, labels in _label_lines(Path(path)):
         wrong = [label for label in labels if label not in index]
         if wrong: raise InputError(f"{path}, picture {name}: {unknown_name(wrong[0], classes)}")
         if name in rows: raise InputError(f"{path} lists picture {name} twice. Keep one line for it.")
         rows[name] = len(rows)
-        found.append([index[label] for label in labels])
+        columns_of.append([index[label] for label in labels])
     present = np.zeros((len(rows), len(classes)), bool)
-    for row, columns in enumerate(found): present[row, columns] = True
+    for row, columns in enumerate(columns_of): present[row, columns] = True
     return LabelTable(rows, present)
 
 def write_labels(

@@ -9,7 +9,7 @@ __all__ = ['ZERO_SHOT', 'LINES', 'STYLE', 'percent', 'provenance', 'caption', 'b
            'evaluate_run']
 
 # %% ../../nbs/faces/74_report.ipynb #ee475626
-import base64, io, json, math, tempfile
+import base64, io, json, math
 from dataclasses import replace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
@@ -26,7 +26,7 @@ from ..files import InputError, atomic_write, require_writable
 from ..metrics import Interval
 from .plots import Sheet, curve, gallery, overlay, paint_mask
 from ..work.evaluation import Example, FigureScores, SystemReport, ZeroShotScores, evaluate_system
-from ..work.inference import Inference, Segmenter, named_inference, write_masks
+from ..work.inference import Inference, Predictor, named_inference, write_masks
 
 # %% ../../nbs/faces/74_report.ipynb #01cc9219
 def percent(
@@ -394,7 +394,7 @@ def save_report(report: SystemReport, folder: str | Path) -> tuple[Path, ...]:
     return tuple(written)
 
 # %% ../../nbs/faces/74_report.ipynb #742aad1f
-def as_scored(system: Segmenter, data: SegmentationFolder) -> SegmentationFolder:
+def as_scored(system: Predictor, data: SegmentationFolder) -> SegmentationFolder:
     "The data as a system is scored on it: for a zero-shot system without background, classes told apart into seen and unseen if there are both."
     split = getattr(system, "split", None)
     if split is None or data.listing.zero_shot is not None: return data
@@ -402,7 +402,7 @@ def as_scored(system: Segmenter, data: SegmentationFolder) -> SegmentationFolder
     return SegmentationFolder(view if split.seen and split.unseen else replace(view, zero_shot=None))
 
 def evaluate_run(
-    system: Segmenter,
+    system: Predictor,
     data: str | Path | SegmentationFolder,
     out: str | Path,                             # folder for the report, made when missing
     *,

@@ -44,9 +44,9 @@ def _attention(products: int, query: Sequence[int], key: Sequence[int]) -> int:
     "So many matrix products between queries (..., n, d) and keys (..., m, d), or of their size."
     return 2*products*math.prod(query)*key[-2]
 
-def _convolution_gradient(grad: Sequence[int], x: Sequence[int], weight: Sequence[int], *told: Any, **_: Any) -> int:
+def _convolution_gradient(grad: Sequence[int], x: Sequence[int], weight: Sequence[int], *rest: Any, **_: Any) -> int:
     "As much as the convolution itself, for each of the two gradients that is asked for."
-    transposed, mask = told[4], told[7]
+    transposed, mask = rest[4], rest[7]
     return 2*math.prod(weight)*grad[0]*math.prod((x if transposed else grad)[2:])*(mask[0] + mask[1])
 
 _aten = torch.ops.aten
@@ -98,9 +98,9 @@ class FlopTally:
     @property
     def kinds(self) -> Counter[str]:
         "Operations by kind of operator."
-        found = Counter()
-        for operator, count in self.counter.get_flop_counts().get("Global", {}).items(): found[_kind(str(operator))] += count
-        return found
+        kinds = Counter()
+        for operator, count in self.counter.get_flop_counts().get("Global", {}).items(): kinds[_kind(str(operator))] += count
+        return kinds
 
 _KINDS = {"attention": "fused attention", "conv": "convolutions", "fft": "Fourier transforms"}   # by what is in an operator's name
 
@@ -178,10 +178,10 @@ class Cost:
 
     def as_dict(self) -> dict[str, Any]:
         "Plain values for JSON."
-        told = asdict(self)
-        for effort in (told["predict"], told["step"]):
+        values = asdict(self)
+        for effort in (values["predict"], values["step"]):
             if effort: effort["milliseconds"] = effort["milliseconds"]._asdict()
-        return told
+        return values
 
 def _effort(system: Segmenter, work: Callable[[FlopTally], Any], pictures: int, repeats: int) -> Effort:
     "Operations, then memory, then time; the first pass warms up."
@@ -345,16 +345,16 @@ def _aspects(cost: Cost) -> tuple[str, ...]:
 
 def _by_system(texts: Sequence[tuple[str, str]]) -> list[str]:
     "Texts of systems (system, text), systems with the same text together and those without one left out."
-    told: dict[str, list[str]] = {}
-    for system, text in texts: told.setdefault(text, []).append(system)
-    return [f"{', '.join(names)}: {text}" for text, names in told.items() if text]
+    systems_of: dict[str, list[str]] = {}
+    for system, text in texts: systems_of.setdefault(text, []).append(system)
+    return [f"{', '.join(names)}: {text}" for text, names in systems_of.items() if text]
 
 def conditions(costs: Sequence[Cost]) -> str:
-    "What was measured, in sentences; what differs between systems is told of each. Raises `InputError` for no costs."
+    "What was measured, in sentences; what differs between systems is aspects_of of each. Raises `InputError` for no costs."
     if not costs: raise InputError("no costs to show: measure at least one system.")
-    told = [(cost.system, _aspects(cost)) for cost in costs]
-    shared = [aspect for aspect in told[0][1] if all(aspect in aspects for _, aspects in told)]
-    own = _by_system([(system, ", ".join(aspect for aspect in aspects if aspect not in shared)) for system, aspects in told])
+    aspects_of = [(cost.system, _aspects(cost)) for cost in costs]
+    shared = [aspect for aspect in aspects_of[0][1] if all(aspect in aspects for _, aspects in aspects_of)]
+    own = _by_system([(system, ", ".join(aspect for aspect in aspects if aspect not in shared)) for system, aspects in aspects_of])
     lines = [f"Figures per picture: {'; '.join([*([', '.join(shared)] if shared else []), *own])}; PyTorch {torch.__version__}.",
              "One multiply-add is two FLOP, a Fourier transform 5 n log2 n (half for real values); elementwise operations are not counted.",
              "ms: median and quartiles. MB: peak of PyTorch's allocator beyond the weights. Parameters: both towers of CLIP and everything on top."]
@@ -365,11 +365,11 @@ def conditions(costs: Sequence[Cost]) -> str:
 
 def cost_markdown(costs: Sequence[Cost]) -> str:
     "A table of costs in Markdown, the conditions above it. Raises `InputError` for none."
-    told, steps = conditions(costs), any(cost.step for cost in costs)
+    above, steps = conditions(costs), any(cost.step for cost in costs)
     head = ["system", "parameters M", "trainable M", "GFLOP", "ms", "MB", *(["step GFLOP", "step ms", "step MB"] if steps else [])]
     rows = [[cost.system, f"{cost.parameters/1e6:.1f}", f"{cost.trainable/1e6:.3f}", *_cells(cost.predict),
              *((_cells(cost.step) if cost.step else ["–"]*3) if steps else [])] for cost in costs]
-    return f"{told}\n\n{_rows(head, rows)}\n"
+    return f"{above}\n\n{_rows(head, rows)}\n"
 
 _PARTS = {"tower": "CLIP on the picture", "rest": "what no module does (transforms, losses)", "backward": "gradients of all parts"}
 

@@ -30,7 +30,7 @@ from ..metrics import (ConfusionMeter, Interval, Scores, best_threshold, bootstr
                              gzss_figures, iou_scores, mean_iou, sweep_bias, trimap_confusion)
 from ..pictures import fitted_size, write_mask
 from .corruptions import Corruption
-from .inference import (Bands, Inference, Job, Labelled, Picture, SeedMaps, Segmenter, check_system, label, mask_path, named_inference, picture_indices, read_truth,
+from .inference import (Bands, Inference, Job, LabelledPicture, Picture, SeedMaps, Predictor, check_system, label, mask_path, named_inference, picture_indices, read_truth,
                                     refined, require_keep, shown_image, stream)
 from .thresholds import add_sweep, seed_labels, sweep_levels, tuning_split
 
@@ -53,7 +53,7 @@ class Counts:
     "What has been counted of one figure: memory is some hundred bytes per picture."
     def __init__(self, classes: int) -> None:
         self.classes = classes
-        self.region, self.rim = ConfusionMeter(classes), ConfusionMeter(classes + 1)
+        self.region, self.border = ConfusionMeter(classes), ConfusionMeter(classes + 1)
         self.bands = ConfusionMeter(classes, (len(TRIMAP_ENDS),))
         self.trimap = torch.zeros(TRIMAP, classes, classes, dtype=torch.int64)
         self.scores: list[Tensor] = []                                     # (K,) per picture
@@ -63,7 +63,7 @@ class Counts:
         one = confusion_matrix(labels, truth, self.classes)
         band = trimap_confusion(labels, truth, self.classes, TRIMAP)
         self.region.add(one[None])
-        self.rim.add(boundary_confusion(labels, truth, self.classes)[None])
+        self.border.add(boundary_confusion(labels, truth, self.classes)[None])
         self.bands.add(band[[width - 1 for width in TRIMAP_ENDS]][None])
         self.trimap += band
         return mean_iou(one).item()
@@ -101,9 +101,9 @@ def figure_scores(name: str, counts: Counts, truth: Tensor | None, samples: int,
     "What the counts of a figure say. `truth` (n, K) bool are image labels, for the class scores."
     pick = lambda ends, place: Interval(*(float(end[place]) for end in ends))
     bands = bootstrap_interval(counts.bands, samples=samples, seed=seed)
-    rim = bootstrap_interval(counts.rim, lambda total: mean_iou(total, range(counts.classes)), samples, seed=seed)
+    border = bootstrap_interval(counts.border, lambda total: mean_iou(total, range(counts.classes)), samples, seed=seed)
     if counts.scores and truth is not None: extra["class_map"] = bootstrap_average_precision(torch.stack(counts.scores), truth, samples, seed=seed)
-    return FigureScores(name, bootstrap_interval(counts.region, samples=samples, seed=seed), rim, iou_scores(counts.region.total),
+    return FigureScores(name, bootstrap_interval(counts.region, samples=samples, seed=seed), border, iou_scores(counts.region.total),
                         tuple(mean_iou(counts.trimap).tolist()), {width: pick(bands, place) for place, width in enumerate(TRIMAP_ENDS)},
                         counts.region.total, counts.region, len(counts.region), **extra)
 
@@ -122,8 +122,8 @@ class ZeroShotScores:
 
     def as_dict(self) -> dict[str, Any]:
         "Plain values for JSON."
-        told = {name: finite(getattr(self, name)) for name in ("pixel_accuracy", "miou_seen", "miou_unseen", "hiou", "handicap")}
-        return {**told, "seen": list(self.split.seen), "unseen": list(self.split.unseen), "curve": [[finite(value) for value in point] for point in self.curve],
+        values = {name: finite(getattr(self, name)) for name in ("pixel_accuracy", "miou_seen", "miou_unseen", "hiou", "handicap")}
+        return {**values, "seen": list(self.split.seen), "unseen": list(self.split.unseen), "curve": [[finite(value) for value in point] for point in self.curve],
                 "confused": [[finite(value) for value in row] for row in self.confused.tolist()]}
 
 def _confused(total: Tensor, split: ZeroShotSplit) -> Tensor:
@@ -219,11 +219,11 @@ class SystemReport:
 
     def as_dict(self) -> dict[str, Any]:
         "Everything but pictures, as plain values; NaN becomes None."
-        told = {name: getattr(self, name) for name in ("system", "dataset", "split", "threshold_split", "caveat", "images", "device", "software",
+        values = {name: getattr(self, name) for name in ("system", "dataset", "split", "threshold_split", "caveat", "images", "device", "software",
                                                        "settings", "config", "weights", "training", "command", "level")}
         gallery = {side: [{"id": one.id, "miou": one.miou} for one in getattr(self, side)] for side in ("best", "worst")}
-        if self.zero_shot is not None: told["zero_shot"] = self.zero_shot.as_dict()
-        return {**told, "names": list(self.names), "skipped": list(self.skipped), "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
+        if self.zero_shot is not None: values["zero_shot"] = self.zero_shot.as_dict()
+        return {**values, "names": list(self.names), "skipped": list(self.skipped), "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
                 "figures": {name: figure.as_dict(self.names) for name, figure in self.figures.items()}, **gallery}
 
 def main_figure(names: Iterable[str]) -> str:
@@ -263,7 +263,7 @@ def _tuned(job: Job, seeds: _Seeds, tuning: SegmentationFolder | None, limit: in
         swept = _Seeds(seeds.levels, seeds.variant, seeds.classes)
         _require_labels(tuning)
         other = replace(job, figures=("seed",), skipped=[], corrupt=None)   # a threshold is chosen before pictures get worse
-        for found in stream(other, tuning, picture_indices(tuning, limit), masks=True): swept.add(found.cams, found.picture.mask, keep=False)
+        for prediction in stream(other, tuning, picture_indices(tuning, limit), masks=True): swept.add(prediction.cams, prediction.picture.mask, keep=False)
         job.skipped += other.skipped
     return best_threshold(swept.totals[0], swept.levels)[:2]
 
@@ -299,7 +299,7 @@ class _Tally:
         split, truth = self.zero_shot, torch.from_numpy(picture.mask[strip])
         self.biases = self.biases + sweep_bias(ranked, truth, split.seen_index, split.unseen_index, BIASES)
 
-    def add(self, item: Labelled) -> None:
+    def add(self, item: LabelledPicture) -> None:
         "Count one picture in every figure."
         index, truth = item.picture.index, item.picture.mask
         self.images += 1
@@ -321,7 +321,7 @@ def _figure_names(figures: Sequence[str], crf: bool, answers: Iterable[str]) -> 
     return tuple(name for name in FIGURES if name in wanted)
 
 # %% ../../nbs/work/54_evaluation.ipynb #9731886e
-def _evaluation_job(system: Segmenter, dataset: SegmentationFolder, inference: Inference, figures: Sequence[str], crf: Any, bands: float | None,
+def _evaluation_job(system: Predictor, dataset: SegmentationFolder, inference: Inference, figures: Sequence[str], crf: Any, bands: float | None,
                     cams: Sequence[float], **options: Any) -> Job:
     "The job of an evaluation. Raises `InputError` for what does not fit together."
     check_system(system, dataset)
@@ -333,18 +333,18 @@ def _evaluation_job(system: Segmenter, dataset: SegmentationFolder, inference: I
     return Job(system, inference, tuple(figures), single, None if bands is None else Bands(bands), None if crf is None else crf_settings(crf),
                dataset.listing.background, **options)
 
-def _told_settings(job: Job, crf: Any, seeds: _Seeds | None, limit: int | None) -> dict[str, Any]:
+def _settings_record(job: Job, crf: Any, seeds: _Seeds | None, limit: int | None) -> dict[str, Any]:
     "Conditions of a run, plain."
     shown = {**asdict(job.inference), "scales": list(job.inference.scales), "stride": job.inference.step}
-    told = {"inference": shown, "crf": (crf if isinstance(crf, str) else asdict(crf)) if job.crf else None, "limit": limit}
-    if seeds is not None: told |= {"cam_scales": list(job.cams.scales), "background": seeds.variant}
-    if job.bands: told["band_cutoff"] = job.bands.mu
-    if job.corrupt: told["corrupt"] = job.corrupt.as_dict()
-    return told
+    record = {"inference": shown, "crf": (crf if isinstance(crf, str) else asdict(crf)) if job.crf else None, "limit": limit}
+    if seeds is not None: record |= {"cam_scales": list(job.cams.scales), "background": seeds.variant}
+    if job.bands: record["band_cutoff"] = job.bands.mu
+    if job.corrupt: record["corrupt"] = job.corrupt.as_dict()
+    return record
 
 # %% ../../nbs/work/54_evaluation.ipynb #0898c4d4
 def evaluate_system(
-    system: Segmenter,
+    system: Predictor,
     dataset: SegmentationFolder,
     *,
     figures: Sequence[str] = ("seed", "mask", "seg"),
@@ -384,29 +384,29 @@ def evaluate_system(
     tally = _Tally.begun(_figure_names(figures, job.crf is not None, job.answers), dataset.num_classes, levels, variant, examples)
     if "seg" in figures and (split := dataset.listing.zero_shot): tally.zero_shot, job.look = split, tally.sweep
     tuning, indices = tuning_split(dataset, threshold_split), picture_indices(dataset, limit)
-    for item in refined((label(job, found) for found in stream(job, dataset, indices, masks=True)), job.crf, crf_workers):
+    for item in refined((label(job, prediction) for prediction in stream(job, dataset, indices, masks=True)), job.crf, crf_workers):
         with job.watch.measure("counting"): tally.add(item)
         if save_masks is not None: write_mask(mask_path(save_masks, item.picture.id), dataset.listing.file_values(_main_labels(item, tally.main)))
     scored = _scored(job, tally, dataset, tuning, limit, samples, seed)
     zero_shot = tally.zero_shot and zero_shot_scores(tally.counts["seg"], tally.biases, tally.zero_shot, _handicap(job), samples, seed)
     seconds = {**job.watch.seconds, "in all": time.perf_counter() - begin}
-    return _report(job, tally, dataset, tuning, figures=scored, settings=_told_settings(job, crf, tally.seeds, limit), seconds=seconds, weights=weights, training=training, command=command,
+    return _report(job, tally, dataset, tuning, figures=scored, settings=_settings_record(job, crf, tally.seeds, limit), seconds=seconds, weights=weights, training=training, command=command,
                    zero_shot=zero_shot)
 
 def _handicap(job: Job) -> float:
     "How far the system holds seen classes back."
     return 0. if job.scoring.handicap is None else job.scoring.handicap.max().item()
 
-def _report(job: Job, tally: _Tally, dataset: SegmentationFolder, tuning: SegmentationFolder | None, **found: Any) -> SystemReport:
+def _report(job: Job, tally: _Tally, dataset: SegmentationFolder, tuning: SegmentationFolder | None, **parts: Any) -> SystemReport:
     "The report, with what the job and the data set say of themselves."
-    listing = dataset.listing.told_by(getattr(job.system.backbone, "domain", Domain()))
+    listing = dataset.listing.with_domain(getattr(job.system.backbone, "domain", Domain()))
     best, worst = tally.extremes.examples(listing, job.corrupt)
     return SystemReport(system=type(job.system).__name__, dataset=listing.title, split=listing.split,
                         threshold_split=(tuning or dataset).listing.split, names=listing.value_names, caveat=listing.domain.caveat,
                         images=tally.images, skipped=tuple(job.skipped), best=best, worst=worst, config=dict(getattr(job.system, "config", {})),
-                        device=device_name(job.system.backbone.device), software=software(), **found)
+                        device=device_name(job.system.backbone.device), software=software(), **parts)
 
-def _main_labels(item: Labelled, main: str) -> np.ndarray:
+def _main_labels(item: LabelledPicture, main: str) -> np.ndarray:
     "The labels to save. Raises `InputError` when there are only seeds."
     if main in item.labels: return item.labels[main]
     raise InputError("save_masks: seeds have no labels before their threshold is known; evaluate the figure mask or seg, too.")
@@ -416,10 +416,10 @@ def _scored(job: Job, tally: _Tally, dataset: SegmentationFolder, tuning: Segmen
     "The scores of every figure. Raises `InputError` when no picture could be read."
     if not tally.images:
         raise InputError(f"none of the {len(job.skipped)} pictures could be read; the first: {job.skipped[0]}")
-    truth, found = torch.stack(tally.labels) if tally.labels else None, {}
+    truth, scores = torch.stack(tally.labels) if tally.labels else None, {}
     for name in tally.names:
-        if name != "seed": found[name] = figure_scores(name, tally.counts[name], truth, samples, seed); continue
+        if name != "seed": scores[name] = figure_scores(name, tally.counts[name], truth, samples, seed); continue
         threshold, tuned = _tuned(job, tally.seeds, tuning, limit)
         counts = tally.seeds.counted(threshold, dataset.listing, tally.sizes, tally.extremes if tally.main == "seed" else None, job.progress)
-        found[name] = figure_scores(name, counts, None, samples, seed, threshold=threshold, tuned_miou=tuned)
-    return found
+        scores[name] = figure_scores(name, counts, None, samples, seed, threshold=threshold, tuned_miou=tuned)
+    return scores

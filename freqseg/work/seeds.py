@@ -247,9 +247,9 @@ def _markdown(table: SeedTable) -> str:
 # %% ../../nbs/work/55_seeds.ipynb #c8615a3e
 def _as_dict(table: SeedTable) -> dict[str, Any]:
     "Plain values, figures as fractions."
-    told = {name: getattr(table, name) for name in ("caption", "dataset", "split", "threshold_split", "model", "variant", "size", "caveat", "command", "device", "level")}
+    values = {name: getattr(table, name) for name in ("caption", "dataset", "split", "threshold_split", "model", "variant", "size", "caveat", "command", "device", "level")}
     rows = [{name: finite(getattr(row, name)) for name in SeedRow.__dataclass_fields__} for row in table.rows]
-    return {**told, "background": list(table.background), "settings": table.settings.named(), "rows": rows}
+    return {**values, "background": list(table.background), "settings": table.settings.named(), "rows": rows}
 
 # %% ../../nbs/work/55_seeds.ipynb #66994d40
 def _figure(table: SeedTable) -> Any:
@@ -352,7 +352,7 @@ def evaluate_seeds(
     best = [best_threshold(total, levels) for total in _sweep(job, tuned_on, pictures, levels, variant, kept)]
     maps = seed_maps(job, dataset, count) if kept is None else ((maps, dataset[maps.index].mask) for maps in kept)
     region, border = _score(job, maps, [point.threshold for point in best], variant, dataset.num_classes)
-    rows, listing = tuple(_rows(job, dataset, best, region, border, samples, seed)), dataset.listing.told_by(backbone.domain)
+    rows, listing = tuple(_rows(job, dataset, best, region, border, samples, seed)), dataset.listing.with_domain(backbone.domain)
     return SeedTable(rows, listing.title, listing.split, tuned_on.listing.split, _model_name(backbone, pretrained), wording.background,
                      variant, size, _resolved(backbone, settings), listing.domain.caveat, command, device_name(backbone.device), region)
 

@@ -86,8 +86,8 @@ def _carry_out(design: Design, asked: Sequence[Run], notebook: str | Path, out: 
             folder = (out/run.name).resolve()
             folder.mkdir(exist_ok=True)
             forget(folder)
-            told = {**design.parameters(run), **shared, "out": str(folder)}
-            return RunProcess(run, dict(notebook=str(notebook), out=str(folder), parameters=told), places[place])
+            parameters = {**design.parameters(run), **shared, "out": str(folder)}
+            return RunProcess(run, dict(notebook=str(notebook), out=str(folder), parameters=parameters), places[place])
         def ended(child: RunProcess) -> None:
             complaint = settle(out/child.run.name, design.parameters(child.run), child.verdict())
             if complaint and progress: bar.write(f"{child.run.name}: {complaint}", file=sys.stderr)
