@@ -31,8 +31,8 @@ from toy_training import Toy
 from freqseg.work import train as room
 from freqseg.data import open_folder
 from freqseg.transforms import TrainTransform
+from freqseg.files import InputError, locked
 from freqseg.work.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
-from freqseg.files import InputError
 from freqseg.metrics import ConfusionMeter, iou_scores
 from freqseg.work.train import (
     DataPlan,
@@ -42,7 +42,6 @@ from freqseg.work.train import (
     describe_run,
     fit,
     learning_rate,
-    locked,
     mixed_seed,
     read_log,
     require_same_run,
@@ -693,7 +692,7 @@ def test_a_second_run_on_a_folder_is_refused_and_told_who_holds_it(pictures: obj
     with locked(tmp_path / "run"): pass
 
 
-HOLD = "import sys, time; from freqseg.work.train import locked\nwith locked(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+HOLD = "import sys, time; from freqseg.files import locked\nwith locked(sys.argv[1]): print('held', flush=True); time.sleep(60)"
 
 
 @pytest.mark.slow

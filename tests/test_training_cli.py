@@ -16,9 +16,9 @@ from freqseg.pictures import palette
 from freqseg.work.experiments import draw_scenes, known_parameters, parameter_defaults, parse_parameters, plan
 from freqseg.files import InputError
 from freqseg.work.runs import launch_command
+from freqseg.files import locked
 from freqseg.systems.segmenter import known_systems
 from freqseg.work.checkpoints import read_checkpoint
-from freqseg.work.train import locked
 
 FEW = ["-p", "iterations=4", "-p", "workers=0"]
 
@@ -190,7 +190,7 @@ def test_evaluate_reports_and_writes_masks_in_voc_s_colours(run: Path, tmp_path:
     assert "seg_low" in capsys.readouterr().out
     told = json.loads((tmp_path / "report" / "report.json").read_text())
     assert told["settings"]["inference"]["scales"] == [1.0, 1.5] and told["settings"]["band_cutoff"] == 0.2 and told["command"].startswith("freqseg evaluate")
-    assert told["weights"] == "the world's CLIP"
+    assert told["weights"] == "the CLIP of the embedded world"
     masks = sorted((tmp_path / "masks").iterdir())
     assert len(masks) == told["images"] == 8
     with Image.open(masks[0]) as mask:

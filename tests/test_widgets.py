@@ -25,7 +25,7 @@ import freqseg.faces.explorer
 import freqseg.faces.widgets as room
 from freqseg.systems.segmenter import system_named
 from freqseg.work.checkpoints import save_system
-from freqseg.clip import Backbone, build_world_clip, load_clip, read_metadata, save_clip
+from freqseg.clip import Backbone, build_closed_clip, load_clip, read_metadata, save_clip
 from freqseg.lists import write_labels
 from freqseg.pictures import write_mask
 from freqseg.faces.explorer import AFFINITIES, Analysis, View, explore, patch_cells, spectrum_svg, view_cells
@@ -408,7 +408,7 @@ def test_a_start_that_fails_can_be_mended() -> None:
 def test_towers_deeper_than_twelve_blocks_can_be_looked_through(explorer: FrequencyExplorer, tmp_path: Path) -> None:
     about = read_metadata(shipped("world_clip.safetensors"))
     config = {**about["config"], "vision_cfg": {**about["config"]["vision_cfg"], "layers": 14}}
-    save_clip(build_world_clip(config), tmp_path / "deep.safetensors", config, about["vocabulary"])
+    save_clip(build_closed_clip(config), tmp_path / "deep.safetensors", config, about["vocabulary"])
     explorer.model.value = str(tmp_path / "deep.safetensors")
     assert explorer.analysis.depth == 14 and explorer.options["layers"].max == 14
     for layers in (14, 3, 13):

@@ -13,16 +13,17 @@ from freqseg.work.checkpoints import load_system, save_system
 from freqseg.faces.cli import main
 from freqseg.clip import Backbone, load_clip
 from freqseg.data import Batch, SegmentationFolder, list_folder, zero_shot_view
-from freqseg.lists import UNLABELLED, VOC_CLASSES
+from freqseg.lists import UNLABELLED, VOC_CLASSES, seen_and_unseen
 from freqseg.pictures import palette, write_mask
 from freqseg.files import InputError
 from freqseg.systems.segmenter import known_systems, system_named
 from freqseg.systems.sptseg import SPTSEG
-from freqseg.systems.zegclip import WORLD_ZERO_SHOT, seen_and_unseen
-from freqseg.world.scenes import WORLD_CLASSES, World
+from freqseg.systems.zegclip import ZegCLIP
+from freqseg.world.scenes import WORLD_CLASSES, WORLD_DOMAIN, World
 
 SYSTEMS = [name for name in known_systems() if system_named(name).supervision == "masks"]
 SELF = 3*(4*(512*512 + 512) + 2*512)                                     # of three layers: an attention and a norm that no published forward pass runs
+WORLD_ZERO_SHOT = seen_and_unseen(WORLD_CLASSES, domain=WORLD_DOMAIN)
 BEHIND = 2*(512*512 + 512) + (512*2048 + 2048 + 2048*512 + 512) + 2*2*512   # of the last layer: what follows its scores, which are the answer
 
 

@@ -35,7 +35,7 @@ from torch import Tensor
 from ..affinity import affinity_request, box_mask, propagate
 from ..cam import normalise_cam, pseudo_labels
 from ..work.checkpoints import SHIPPED, load_system, training_title
-from ..clip import Backbone, WorldTokenizer, load_clip, merge_requests, nearest_multiple
+from ..clip import Backbone, load_clip, merge_requests, nearest_multiple
 from ..data import list_dataset, SegmentationFolder
 from ..files import InputError, atomic_write, unknown_name
 from ..lists import IGNORE
@@ -466,8 +466,8 @@ def _spectra(going: Tensor, refined: Tensor|None) -> tuple[Tensor, dict[str, Ten
 
 # %% ../../nbs/faces/76_explorer.ipynb #9cadd8c9
 def usual_side(backbone: Backbone) -> int:
-    "Longest side at which a picture is looked at, pixels: 224 for the embedded world's CLIP, which knows no other, 448 for all else."
-    return 224 if isinstance(backbone.tokenizer, WorldTokenizer) else 448
+    "Longest side at which a picture is looked at, pixels: that of the CLIP's domain, else 448."
+    return backbone.domain.side or 448
 
 def _sides(image: np.ndarray, patch: int, longest: int) -> tuple[int, int]:
     "Height and width that a tower sees: the longest side `longest`, the aspect kept to whole patches."

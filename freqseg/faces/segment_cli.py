@@ -109,7 +109,7 @@ def _write(asked: Asked, name: str, image: "Image.Image", mask: "np.ndarray") ->
 def segment_command(args: argparse.Namespace) -> int:
     "Masks of pictures by a trained system: a palette PNG in VOC's colours, and the picture under its mask with a legend."
     from tqdm import tqdm
-    from freqseg.faces.report import require_writable
+    from freqseg.files import require_writable
     files, failed, wanted = picture_files(args.pictures), [], None if args.classes is None else class_list(args.classes)
     named = list(zip(files, output_names(files, ENDINGS)))
     require_writable(args.out)

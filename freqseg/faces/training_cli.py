@@ -43,7 +43,7 @@ def _check(args: argparse.Namespace, parameters: dict[str, Any]) -> None:
     "Raise `InputError` for what a training would find out late, or in every process: what is missing, and a folder that cannot be written or is in use."
     from freqseg.work.experiments import experiment
     from freqseg.work.runs import launch_command
-    from freqseg.work.train import locked
+    from freqseg.files import locked
     devices, nodes = _processes(parameters)
     launch_command((), devices, **_meeting(args, nodes))
     begun = experiment(args.system, {**parameters, "out": args.out})
