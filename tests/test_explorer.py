@@ -122,8 +122,8 @@ SAME = [
     (View(), "high", "high", dict(mu=.14)),
     (View(mu=.3, shape="disc"), "low", "low", dict(mu=.3, shape="disc")),
     (View(mu=.3, shape="disc"), "high", "high", dict(mu=.3, shape="disc")),
-    (View(affinity="both", lambda_h=1.), "over both affinities", "inverse", {}),
-    (View(affinity="both", lambda_l=.5, lambda_h=.5), "over both affinities", "inverse", {}),   # only their ratio counts
+    (View(affinity="both", lambda_h=1.), "over both affinities", "dual", {}),
+    (View(affinity="both", lambda_l=.5, lambda_h=.5), "over both affinities", "dual", {}),   # only their ratio counts
     (View(maps="patch_text", affinity="none"), "patch and text", "patch_text", {}),
     (View(maps="transport", affinity="both"), "transport", "transport", {}),
     (View(maps="transport", affinity="both", lambda_l=.4, lambda_h=.7, epsilon=.05, layers=3), "transport", "transport",
@@ -237,7 +237,7 @@ def test_spectra_are_shares_of_the_energy_by_radius(look: Look) -> None:
 
 DROPPED = {"mu": (.3, {"bands"}), "shape": ("disc", {"bands"}), "layers": (2, {"relation", "smooth", "invert"}), "source": ("attention", {"relation", "smooth", "invert"}),
            "sharpness": (2., {"invert"}), "similarity": ("intra", {"similarity"}), "contrast": ("prompts", {"similarity"}),
-           "power": (1, set()), "box": (None, set()), "lambda_l": (.5, set()), "lambda_h": (.5, set()), "epsilon": (.2, set())}
+           "walk_steps": (1, set()), "box": (None, set()), "lambda_l": (.5, set()), "lambda_h": (.5, set()), "epsilon": (.2, set())}
 PARTS = ("evidence", "bands", "raw", "value_cosines", "intra_cosines", "relation", "smooth", "invert", "similarity")
 
 
@@ -255,7 +255,7 @@ def parts(backbone: Backbone) -> CamParts:
 
 def test_every_option_and_every_part_is_named_here() -> None:
     assert set(DROPPED) == {field.name for field in fields(CamSettings)}
-    assert set(PARTS) == {name for name, kind in vars(CamParts).items() if isinstance(kind, cams_room.cached_property)}
+    assert set(PARTS) == set(cams_room.PARTS)
 
 
 @pytest.mark.parametrize("option", DROPPED)
@@ -287,7 +287,7 @@ def test_the_tower_runs_once_however_many_views_there_are(encoded: list[int]) ->
 
 def test_moving_the_cut_off_makes_no_affinity_and_no_evidence_again(small: Look, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    for name in ("grad_cam_evidence", "mean_relation", "symmetrise", "patch_embeddings"):
+    for name in ("grad_cam_evidence", "mean_relation", "symmetrise", "prompt_cosines"):
         function = getattr(cams_room, name)
         monkeypatch.setattr(cams_room, name, lambda *args, name=name, function=function, **options: calls.append(name) or function(*args, **options))
     small.shown(View(affinity="both")); small.shown(View(maps="transport", affinity="both"))

@@ -13,8 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..affinity import box_mask, propagate, smoothed_affinity
-from ..cam import normalise_cam
+from ..affinity import smoothed_affinity
+from ..cam import refine_cam
 from ..data import Batch
 from ..decoders import token_affinity
 from ..files import InputError
@@ -58,9 +58,7 @@ class WeCLIP(Segmenter):
     @torch.no_grad()
     def evidence(self, seen: Seen, progress: float) -> Tensor:
         "GradCAM after a walk over the affinity, (B, K, h, w) in [0, 1]."
-        cam = self.grad_cam(seen)
-        box = None if self.options.box is None else box_mask(cam, self.options.box)
-        return normalise_cam(propagate(self.affinity(seen, progress), cam, self.options.walks, box))
+        return refine_cam(self.affinity(seen, progress), self.grad_cam(seen), self.options.walks, self.options.box)
 
     def training_step(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         "Weighted losses of one batch; `progress` is the share of the training that is done. Raises `InputError` without image labels."
