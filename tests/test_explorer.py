@@ -140,6 +140,19 @@ def test_columns_are_the_maps_of_frequency_cams(view: View, title: str, method: 
     torch.testing.assert_close(look.shown(view).columns[title], expected[method][0], atol=2e-5, rtol=1e-4)
 
 
+def test_registered_maps_are_choices_of_the_view(monkeypatch: pytest.MonkeyPatch, look: Look) -> None:
+    monkeypatch.setattr(cams_room.METHODS, "_entries", dict(cams_room.METHODS._entries))
+    assert list(room.MAPS) == ["gradcam", "patch_text", "intra_correlation", "transport", "sclip", "clearclip", "naclip", "clip_surgery", "trained"]
+    with pytest.raises(InputError, match="squared"): View(maps="squared")
+    cams_room.register_map("squared", "GradCAM evidence, squared", needs=("evidence",))(lambda parts: parts.evidence * parts.evidence.abs())
+    assert "squared" in room.MAPS and room.MAPS["squared"] == "GradCAM evidence, squared" and len(room.MAPS) == 10
+    shown = look.shown(View(maps="squared", affinity="none"))
+    torch.testing.assert_close(shown.final, normalise_cam(look.parts.evidence.relu().square())[0], atol=1e-5, rtol=1e-4)
+    for name in ("naclip", "clip_surgery"):
+        shown = look.shown(View(maps=name, affinity="none"))
+        torch.testing.assert_close(shown.columns[cams_room.METHODS[name].title], cams_room.cam_of(look.parts, name)[0], atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("bands", [2, 4, 6])
 @pytest.mark.parametrize("shape", ["square", "disc"])
 def test_a_stack_is_cut_where_its_titles_say_and_sums_to_the_whole(bands: int, shape: str, look: Look) -> None:
@@ -287,7 +300,7 @@ def test_the_tower_runs_once_however_many_views_there_are(encoded: list[int]) ->
 
 def test_moving_the_cut_off_makes_no_affinity_and_no_evidence_again(small: Look, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    for name in ("grad_cam_evidence", "mean_relation", "symmetrise", "prompt_cosines"):
+    for name in ("grad_cam_evidence", "mean_relation", "symmetrise", "inverse_of", "prompt_cosines"):
         function = getattr(cams_room, name)
         monkeypatch.setattr(cams_room, name, lambda *args, name=name, function=function, **options: calls.append(name) or function(*args, **options))
     small.shown(View(affinity="both")); small.shown(View(maps="transport", affinity="both"))
@@ -297,7 +310,7 @@ def test_moving_the_cut_off_makes_no_affinity_and_no_evidence_again(small: Look,
     assert calls == []
     small.related.clear()
     small.shown(View(affinity="both", layers=2))
-    assert calls == ["mean_relation", "symmetrise", "symmetrise"]
+    assert calls == ["mean_relation", "symmetrise", "inverse_of"]
     first = small.shown(View(affinity="both", layers=3))
     small.shown(View(affinity="both", layers=2))
     again = small.shown(View(affinity="both", layers=3))

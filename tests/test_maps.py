@@ -1,7 +1,10 @@
 """All CAMs from one forward pass: each equals its own room's, absent classes are zero, subsets and batches change nothing."""
 
+import os
+import re
+import subprocess
+import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -417,3 +420,18 @@ def test_parts_can_be_put_together_by_hand(backbone: Backbone, batch: tuple, cam
     images, text, present, background = batch
     features = backbone.encode(images, joint=False, last_input=True)
     torch.testing.assert_close(cam_of(CamParts(backbone, features, text, present, background), "gradcam"), cams["gradcam"])
+
+
+# ---- the guide ------------------------------------------------------------------------------------------------------
+
+def test_the_code_of_the_guide_runs_as_it_stands(tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    page = (root / "nbs/guide/own_map.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    files = {named[1]: block for block in blocks if (named := re.match(r"# (\w+\.py)\n", block))}
+    programs = [block for block in blocks if block not in files.values()]
+    assert sorted(files) == ["my_map.py", "my_source.py"] and len(programs) == 2
+    for name, block in files.items(): (tmp_path / name).write_text(block, encoding="utf-8")
+    for program, expected in zip(programs, ("'squared': (1, 2, 28, 28)", "near_tokens")):
+        done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True)
+        assert done.returncode == 0 and expected in done.stdout, done.stderr
