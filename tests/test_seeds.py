@@ -15,6 +15,7 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix as sklearn_confusion
 from torchmetrics.functional.classification import multiclass_jaccard_index
 
+from freqseg.cam import value_path
 from freqseg.clip import Backbone, build_clip, load_clip
 from freqseg.data import Sample, SegmentationFolder, open_folder, open_voc
 from freqseg.lists import write_labels
@@ -23,7 +24,7 @@ from freqseg.work.inference import SeedMaps
 from freqseg.work.seeds import SeedTable, evaluate_seeds, paired_gain
 from freqseg.work.thresholds import THRESHOLDS, add_sweep, seed_labels
 from freqseg.files import InputError
-from freqseg.maps import METHODS, CamSettings, frequency_cams
+from freqseg.maps import METHODS, CamSettings, frequency_cams, register_map
 from freqseg.metrics import ConfusionMeter, bootstrap_interval, boundary_iou, confusion_matrix, mean_iou, sweep_background
 from freqseg.prompts import embed_wording, usual_wording
 from freqseg.world.scenes import WORLD_CLASSES, write_world
@@ -303,6 +304,17 @@ def test_a_picture_without_a_mask_is_named(world: Path, backbone: Backbone) -> N
 
 def test_an_unknown_row_is_named(table: SeedTable) -> None:
     with pytest.raises(InputError, match="no row 'transport'"): table["transport"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_readings_and_maps_of_ones_own_are_scored_like_any_other(precision: str, monkeypatch: pytest.MonkeyPatch, dataset: SegmentationFolder, backbone: Backbone) -> None:
+    monkeypatch.setattr(METHODS, "_entries", dict(METHODS._entries))
+    register_map("own", "patch and text again", tower={"last_input": True}, kind="cosine")(lambda parts: parts.cosines(value_path(parts.backbone, parts.features)))
+    methods = ("patch_text", "own", "sclip", "clearclip", "naclip", "clip_surgery")
+    table = evaluate_seeds(dataset, backbone, methods, batch=4, limit=4, precision=precision, **QUICK)
+    assert [row.method for row in table.rows] == list(methods) and all(0 < row.miou.value < 1 and row.seconds > 0 for row in table.rows)
+    assert table["own"].miou.value == pytest.approx(table["patch_text"].miou.value, abs=1e-6 if precision == "fp32" else 5e-3)
+    with pytest.warns(FutureWarning, match="'dual'"): assert evaluate_seeds(dataset, backbone, ("inverse",), limit=1, **QUICK).rows[0].method == "dual"
 
 
 # ---- photographs ----------------------------------------------------------------------------------------------------

@@ -187,19 +187,14 @@ def cam_settings(backbone: "Backbone", mu: float|None = None) -> "CamSettings":
 def panel_titles(settings: "CamSettings") -> dict[str, str]:
     "Method -> the title of its column; the bands say where they were cut."
     from freqseg.maps import METHODS
-    longer = {"gradcam": "full CAM", "patch_text": "patch-text", "intra_correlation": "intra-correlation",
-              "low": f"low band (to {settings.mu:g})", "high": f"high band (above {settings.mu:g})", "smoothed": "smoothed affinity", "inverse": "inverse affinity"}
-    return {method: longer.get(method, method) for method in METHODS}
+    cut = {"low": f" (to {settings.mu:g})", "high": f" (above {settings.mu:g})"}
+    return {name: method.title + cut.get(name, "") for name, method in METHODS.items()}
 
 # %% ../../nbs/faces/84_cli.ipynb #a8370759
 def method_list(text: str) -> list[str]:
     "`all`, or comma-separated names of maps. Raises `InputError` for an unknown one, naming the nearest."
-    from freqseg.files import unknown_name
-    from freqseg.maps import METHODS
-    names = list(METHODS) if text == "all" else class_list(text)
-    for name in names:
-        if name not in METHODS: raise unknown_name(name, METHODS, "method")
-    return names
+    from freqseg.maps import chosen_methods
+    return [method.name for method in chosen_methods(None if text == "all" else class_list(text))]
 
 def _cam_job(args: argparse.Namespace) -> CamJob:
     "The model, the prompts and the settings that the options name."

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..affinity import box_mask, mean_relation, propagate, relations, symmetrise
-from ..cam import grad_cam, normalise_cam
+from ..affinity import mean_relation, relations, symmetrise
+from ..cam import grad_cam, refine_cam
 from ..clip import Backbone, Features
 from ..files import atomic_write, sha256, shipped
 from ..maps import CamSettings
@@ -130,9 +130,8 @@ def mean_interval(values: Tensor, samples: int = 1000, seed: int = 0) -> list[fl
 def refined_cams(backbone: Backbone, scenes: Scenes, prompts: Prompts) -> dict[str, Tensor]:
     "The raw GradCAM and its refinement by the affinity of every source, as `CamSettings` has it: maps (B, 20, h, w)."
     raw, settings = grad_cam(backbone, scenes.features, prompts.text, scenes.present, prompts.background), CamSettings()
-    box = box_mask(raw, settings.box)
     return dict(raw=raw) | {
-        source: normalise_cam(propagate(affinity, raw, settings.power, box)) for source, affinity in scenes.used.items()
+        source: refine_cam(affinity, raw, settings.walk_steps, settings.box) for source, affinity in scenes.used.items()
     }
 
 class SeedCounts:
