@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 WIDTH = 120
-SECTION = re.compile(r"\s*\n[ \t]*(?:Parameters|Attributes|Returns)\n[ \t]*-{3,}\n.*\Z", re.DOTALL)
+SECTION = re.compile(r"(?:\A|\s*\n)[ \t]*(?:Parameters|Attributes|Returns)\n[ \t]*-{3,}\n.*\Z", re.DOTALL)
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -92,6 +92,7 @@ def offset(source: str, line: int, column: int) -> int:
 def function_sections(node: Function, source: str, notes: dict[int, str]) -> list[str]:
     "`Parameters` and `Returns` of a function, as far as they have notes."
     spec, returned, sections = node.args, "", []
+    notes = {line: text for line, text in notes.items() if line < node.body[0].lineno}  # what follows is about code
     if node.returns is not None:
         returned = notes.get(node.returns.end_lineno or 0, "")
         notes = {line: text for line, text in notes.items() if line != node.returns.end_lineno}
@@ -102,7 +103,7 @@ def function_sections(node: Function, source: str, notes: dict[int, str]) -> lis
     entries = []
     for star, one in [*(("", one) for one in named), *starred]:
         last = defaults.get(id(one), one)  # type: ignore[arg-type]
-        if text := notes.get(last.end_lineno or 0):
+        if one.arg not in ("self", "cls") and (text := notes.get(last.end_lineno or 0)):
             entries.append(entry(star + one.arg, one.annotation, text, source))
     if entries:
         sections.append("Parameters\n----------\n" + "\n".join(entries))

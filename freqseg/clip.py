@@ -39,7 +39,7 @@ def split_qkv(block: nn.Module, ln1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 # %% ../nbs/14_clip.ipynb #b37b3950
 def attention_weights(query: Tensor, key: Tensor) -> Tensor:
-    "softmax(Q K^T / sqrt d) over the keys: (B, heads, n, d) twice -> (B, heads, n, n), rows sum to 1."
+    "softmax(Q K^T / sqrt d) over the keys: `query` and `key`, each (B, heads, n, d) -> (B, heads, n, n), rows sum to 1."
     return ((query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)).softmax(dim=-1)   # scaled where numbers are fewer
 
 # %% ../nbs/14_clip.ipynb #11f76fb3
@@ -55,7 +55,7 @@ def merge_heads(block: nn.Module, context: Tensor) -> Tensor:
 
 # %% ../nbs/14_clip.ipynb #03fcec5b
 def feed_forward(block: nn.Module, x: Tensor) -> Tensor:
-    "Second half of `block`, residual included: (B, n, D) -> (B, n, D)."
+    "Second half of `block`, residual included: `x` (B, n, D) -> (B, n, D)."
     return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 # %% ../nbs/14_clip.ipynb #de9a449c
@@ -166,7 +166,7 @@ class Features:
         return patches / patches.sum(-1, keepdim=True) if renormalise else patches
 
     def of(self, found: Mapping[int, Tensor], block: int, name: str) -> Tensor:
-        "Entry of `block` (negative counts from the last) in one of the dictionaries; `InputError` says what to ask `encode` for."
+        "Entry of `block` (negative counts from the last) in `found`, the dictionary called `name`; `InputError` says what to ask `encode` for."
         index = block % self.depth if -self.depth <= block < self.depth else block
         if index in found: return found[index]
         raise InputError(f"no {name} of block {block} in these features (there: {sorted(found) or 'none'}): "
@@ -255,7 +255,7 @@ class WorldTokenizer:
         return re.findall(r"[a-z0-9]+", text.lower())
 
     def encode(self, text: str) -> list[int]:
-        "Ids of one text: start, words, end, padding."
+        "Ids of one `text`: start, words, end, padding."
         ids = [self.start, *(self.ids.get(word, -1) for word in self.words(text)), self.end]
         if -1 in ids: raise self._unknown(text, self.words(text)[ids.index(-1) - 1])
         if len(ids) > self.context_length:
@@ -291,6 +291,10 @@ class Backbone(nn.Module):
         what to call it in messages and file names
     tokenizer : Any
         texts -> ids (n, context)
+    mean : Sequence[float]
+        of the pixels of each colour, 0 to 1
+    std : Sequence[float]
+        their deviation
     position_resize : str
         "bilinear" or "bicubic"
     metadata : Mapping[str, Any]|None
@@ -303,8 +307,8 @@ class Backbone(nn.Module):
         model: nn.Module,                       # open_clip CLIP with a VisionTransformer tower
         name: str,                              # what to call it in messages and file names
         tokenizer: Any,                         # texts -> ids (n, context)
-        mean: Sequence[float] = OPENAI_DATASET_MEAN,
-        std: Sequence[float] = OPENAI_DATASET_STD,
+        mean: Sequence[float] = OPENAI_DATASET_MEAN,  # of the pixels of each colour, 0 to 1
+        std: Sequence[float] = OPENAI_DATASET_STD,  # their deviation
         position_resize: str = "bilinear",      # "bilinear" or "bicubic"
         metadata: Mapping[str, Any]|None = None, # what the weights file said about itself
         recipe: Mapping[str, Any]|None = None,   # arguments of `load_clip` that give this backbone again
@@ -324,7 +328,7 @@ class Backbone(nn.Module):
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "Backbone":
-        "Stay in eval mode whatever a parent module says."
+        "Stay in eval mode whatever `mode` a parent module asks for."
         return super().train(False)
 
     @property
@@ -341,7 +345,7 @@ class Backbone(nn.Module):
 
 # %% ../nbs/14_clip.ipynb #5cb14bc3
 def native_tower(model: nn.Module, name: str) -> VisionTransformer:
-    "The ViT of an open_clip model. Raises `InputError` for timm, ResNet, attention-pooled and scaled-cosine towers."
+    "The ViT of an open_clip `model`, called `name` in messages. Raises `InputError` for timm, ResNet, attention-pooled and scaled-cosine towers."
     visual = getattr(model, "visual", None)
     reason = None
     if not isinstance(visual, VisionTransformer): reason = f"its image tower is a {type(visual).__name__}"
@@ -415,20 +419,20 @@ def preprocess(self: Backbone,
 
 @patch
 def normalise(self: Backbone, pixels: Tensor) -> Tensor:
-    "Pixels (..., 3, H, W) in [0, 1] to what the tower was trained on: subtract the mean, divide by the deviation."
+    "`pixels` (..., 3, H, W) in [0, 1] to what the tower was trained on: subtract the mean, divide by the deviation."
     mean, std = (pixels.new_tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
     return (pixels - mean) / std
 
 @patch
 def denormalise(self: Backbone, images: Tensor) -> Tensor:
-    "The inverse of `normalise`, clamped to [0, 1]: what PAR, CRF and pictures need."
+    "The inverse of `normalise`: `images` (..., 3, H, W) to [0, 1], clamped: what PAR, CRF and pictures need."
     mean, std = (images.new_tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
     return (images * std + mean).clamp(0, 1)
 
 # %% ../nbs/14_clip.ipynb #73e41a83
 @patch
 def grid_of(self: Backbone, images: Tensor) -> tuple[int, int]:
-    "Patch grid (h, w) of images (B, 3, H, W). Raises `InputError` naming the nearest size that fits."
+    "Patch grid (h, w) of `images` (B, 3, H, W). Raises `InputError` naming the nearest size that fits."
     if images.ndim != 4 or images.shape[1] != 3:
         raise InputError(f"images must have shape (B, 3, H, W), these have {tuple(images.shape)}.")
     (height, width), patch = images.shape[-2:], self.patch_size
@@ -439,7 +443,7 @@ def grid_of(self: Backbone, images: Tensor) -> tuple[int, int]:
 
 @patch
 def embed(self: Backbone, images: Tensor) -> Tensor:
-    "Images (B, 3, H, W) to the input of block 0, (B, N+1, D): patches, CLS in front, resized positions, ln_pre."
+    "`images` (B, 3, H, W) to the input of block 0, (B, N+1, D): patches, CLS in front, resized positions, ln_pre."
     visual, grid = self.model.visual, self.grid_of(images)
     patches = visual.conv1(images.to(visual.conv1.weight.dtype)).flatten(2).transpose(1, 2)
     cls = visual.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
@@ -450,7 +454,7 @@ def embed(self: Backbone, images: Tensor) -> Tensor:
 # %% ../nbs/14_clip.ipynb #b443fba0
 @patch
 def block(self: Backbone, index: int, x: Tensor) -> Tensor:
-    "Block `index` (negative counts from the last) on any token sequence: (B, n, D) -> (B, n, D), fused attention."
+    "Block `index` (negative counts from the last) on any token sequence `x` (B, n, D) -> (B, n, D), fused attention."
     block = self.blocks[index]
     context = F.scaled_dot_product_attention(*split_qkv(block, block.ln_1(x)))
     return feed_forward(block, x + merge_heads(block, context))
@@ -482,13 +486,13 @@ def last_block(self: Backbone,
 
 @patch
 def project(self: Backbone, x: Tensor) -> Tensor:
-    "Tower tokens (B, n, D) to joint space (B, n, E): proj(ln_post(x)), not normalised."
+    "Tower tokens `x` (B, n, D) to joint space (B, n, E): proj(ln_post(x)), not normalised."
     visual = self.model.visual
     return visual.ln_post(x) if visual.proj is None else visual.ln_post(x) @ visual.proj
 
 @patch
 def pool(self: Backbone, x: Tensor) -> Tensor:
-    "Image embedding (B, E) from the last block's output (B, N+1, D), pooled the way the tower was trained."
+    "Image embedding (B, E) from the last block's output `x` (B, N+1, D), pooled the way the tower was trained."
     visual = self.model.visual
     pooled = visual._pool(x)[0]
     return pooled if visual.proj is None else pooled @ visual.proj
@@ -633,7 +637,7 @@ def encode_text(self: Backbone,
 
 # %% ../nbs/14_clip.ipynb #0d4c247f
 def read_weights(path: str|Path) -> dict[str, Tensor]:
-    """Tensors of a .safetensors file or of a torch file that is safe to load, without running any code from it.
+    """Tensors of the file at `path`, a .safetensors file or a torch file that is safe to load, without running any code from it.
 
     Nested `state_dict`s and the `module.` prefix of distributed training are unwrapped. Raises `InputError` for a file
     that is missing, truncated, a TorchScript program, or a pickle that wants to run code."""
@@ -682,7 +686,7 @@ def fit_weights(model: nn.Module, state: Mapping[str, Tensor], source: str|Path)
 
 # %% ../nbs/14_clip.ipynb #61d76888
 def named_config(name: str, quick_gelu: bool) -> dict[str, Any]:
-    "open_clip's configuration called `name`, with the activation asked for. Raises `InputError` naming the nearest ones known."
+    "open_clip's configuration called `name`, with `quick_gelu` (OpenAI's activation) or GELU. Raises `InputError` naming the nearest ones known."
     config = open_clip.get_model_config(name.replace("/", "-")) if ":" not in name else None
     if config is not None: return config | {"quick_gelu": quick_gelu}
     near = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.3)
@@ -690,7 +694,7 @@ def named_config(name: str, quick_gelu: bool) -> dict[str, Any]:
                      "and the other open_clip ViTs.")
 
 def build_clip(config: Mapping[str, Any], name: str = "this model", seed: int = 0) -> nn.Module:
-    """A randomly initialised open_clip model from its configuration, the same for the same seed.
+    """A randomly initialised open_clip model from its `config`, the same for the same `seed`; messages call it `name`.
 
     Raises `InputError` when the configuration asks for a timm, ResNet or Hugging Face tower, or for a captioner."""
     config = dict(config)
@@ -708,7 +712,7 @@ def build_clip(config: Mapping[str, Any], name: str = "this model", seed: int = 
 
 # %% ../nbs/14_clip.ipynb #0cb5f96f
 def build_world_clip(config: Mapping[str, Any], seed: int = 0) -> open_clip.CLIP:
-    """A randomly initialised CLIP whose text tower reads `WorldTokenizer` ids: it pools at the end id and knows the padding.
+    """A CLIP with random weights of this `seed`, whose text tower reads `WorldTokenizer` ids: it pools at the end id and knows the padding.
 
     `config` holds `embed_dim`, `vision_cfg` and `text_cfg` as open_clip names them; `text_cfg["vocab_size"]` is
     `len(tokenizer)`. Raises `InputError` for towers that are not native."""
@@ -746,7 +750,7 @@ def save_clip(
 
 # %% ../nbs/14_clip.ipynb #9c6e2839
 def read_metadata(path: str|Path) -> dict[str, Any]:
-    "The JSON entries in the header of a safetensors file. Raises `InputError` for a damaged or missing file."
+    "The JSON entries in the header of the safetensors file at `path`. Raises `InputError` for a damaged or missing file."
     from safetensors import SafetensorError, safe_open
     if not Path(path).is_file(): raise InputError(f"no weights file at {path}.")
     try:
@@ -760,7 +764,7 @@ def _json_or_text(value: str) -> Any:
     except json.JSONDecodeError: return value
 
 def check_sha256(path: str|Path, expected: str|Path) -> None:
-    "Raise `InputError` unless the file has the digest stored in the file `expected` (first word)."
+    "Raise `InputError` unless the file at `path` has the digest stored in the file `expected` (first word)."
     wanted, found = Path(expected).read_text().split()[0].lower(), sha256(path)
     if wanted != found: raise InputError(f"{path} is damaged: its SHA-256 is {found[:12]}..., {expected} says {wanted[:12]}...")
 
@@ -835,7 +839,7 @@ def load_clip(
     name: str|Path = "ViT-B-16",            # an open_clip ViT, "world" (ships with the package), or a file of `save_clip`
     pretrained: str|Path|None = "openai",   # published tag, weights file, or None for random weights; unused for world and files
     normalise: str = "clip",                # "clip" = the model's own mean and deviation; "imagenet" as WeCLIP and ZegCLIP feed
-    device: str|torch.device = "cpu",
+    device: str|torch.device = "cpu",       # where to compute: "cpu" or "cuda"
     position_resize: str = "bilinear",      # "bilinear" or "bicubic", for image sizes other than the native one
     quick_gelu: bool|None = None,           # None = as published; for bare files and random weights, as OpenAI: True
     seed: int = 0,                          # of random weights
@@ -853,6 +857,8 @@ def load_clip(
         published tag, weights file, or None for random weights; unused for world and files
     normalise : str
         "clip" = the model's own mean and deviation; "imagenet" as WeCLIP and ZegCLIP feed
+    device : str|torch.device
+        where to compute: "cpu" or "cuda"
     position_resize : str
         "bilinear" or "bicubic", for image sizes other than the native one
     quick_gelu : bool|None

@@ -29,6 +29,8 @@ class CRFSettings:
 
     Attributes
     ----------
+    iterations : int
+        of the mean field
     gaussian_sxy : float
         smoothness kernel: standard deviation in pixels
     gaussian_compat : float
@@ -40,7 +42,7 @@ class CRFSettings:
     bilateral_compat : float
         its weight (Potts)
     """
-    iterations: int = 10
+    iterations: int = 10       # of the mean field
     gaussian_sxy: float = 3  # smoothness kernel: standard deviation in pixels
     gaussian_compat: float = 3  # its weight (Potts)
     bilateral_sxy: float = 64  # appearance kernel: standard deviation in pixels
@@ -70,8 +72,16 @@ def require_densecrf():
         ) from error
     return densecrf
 
-def crf_settings(preset: str | CRFSettings) -> CRFSettings:
-    'The settings named "weclip", "toco" or "clip_es", or the given ones. Raises `InputError` for any other name.'
+def crf_settings(
+    preset: str | CRFSettings,  # name of an entry of PRESETS, or settings
+) -> CRFSettings:
+    """The settings named "weclip", "toco" or "clip_es", or the given ones. Raises `InputError` for any other name.
+
+    Parameters
+    ----------
+    preset : str | CRFSettings
+        name of an entry of PRESETS, or settings
+    """
     if isinstance(preset, CRFSettings): return preset
     if preset not in CRF_PRESETS:
         raise InputError(f"unknown CRF preset {preset!r}: use one of {', '.join(CRF_PRESETS)}, or CRFSettings(...)")
@@ -81,7 +91,7 @@ def crf_settings(preset: str | CRFSettings) -> CRFSettings:
 def crf_image(
     image: np.ndarray,  # (H, W, 3) uint8 RGB
     probs: np.ndarray,  # (K, H, W) class probabilities
-    preset: str | CRFSettings = "weclip",
+    preset: str | CRFSettings = "weclip",  # "weclip", "toco", "clip_es", or settings
     labels: bool = False,  # return the best class of each pixel instead of probabilities
 ) -> np.ndarray:  # (K, H, W) float32, or (H, W) uint8 with `labels`
     """Dense CRF on one image, unary energy -log p (Krähenbühl and Koltun, 2011).
@@ -94,6 +104,8 @@ def crf_image(
         (H, W, 3) uint8 RGB
     probs : np.ndarray
         (K, H, W) class probabilities
+    preset : str | CRFSettings
+        "weclip", "toco", "clip_es", or settings
     labels : bool
         return the best class of each pixel instead of probabilities
 
@@ -276,7 +288,7 @@ def _available_cores() -> int:
 def dense_crf(
     images: Iterable,  # (H, W, 3) uint8 RGB arrays or PIL images, sizes may differ
     probs: Iterable,  # (K, H, W) probabilities, arrays or tensors, one per image
-    preset: str | CRFSettings = "weclip",
+    preset: str | CRFSettings = "weclip",  # "weclip", "toco", "clip_es", or settings
     workers: int | None = None,  # processes, never more than images; None = one per available core, 1 = in this process
     labels: bool = False,  # yield the best class of each pixel, (H, W) uint8, instead of probabilities
     progress: bool = True,  # progress bar with remaining time
@@ -293,6 +305,8 @@ def dense_crf(
         (H, W, 3) uint8 RGB arrays or PIL images, sizes may differ
     probs : Iterable
         (K, H, W) probabilities, arrays or tensors, one per image
+    preset : str | CRFSettings
+        "weclip", "toco", "clip_es", or settings
     workers : int | None
         processes, never more than images; None = one per available core, 1 = in this process
     labels : bool

@@ -22,16 +22,39 @@ from .files import InputError
 from .wavelet import WaveletConv2d
 
 # %% ../nbs/30_decoders.ipynb #f1adf40c
-def decoder_blocks(depth: int) -> tuple[int, ...]:
-    "Indices of the blocks that a decoder reads: all but the last, which CLIP has tuned to the whole picture (WeCLIP)."
+def decoder_blocks(
+    depth: int,  # blocks of the tower
+) -> tuple[int, ...]:
+    """Indices of the blocks that a decoder reads: all but the last, which CLIP has tuned to the whole picture (WeCLIP).
+
+    Parameters
+    ----------
+    depth : int
+        blocks of the tower
+    """
     if depth < 2:
         raise InputError(f"a tower of {depth} block(s) has none before its last: the decoder needs at least 2.")
     return tuple(range(depth - 1))
 
 # %% ../nbs/30_decoders.ipynb #261ff2f5
 class BlockLinear(nn.Module):
-    "A linear layer for each block, in one batched product: `(L, M, inputs)` -> `(L, M, outputs)`. Starts like `nn.Linear`."
-    def __init__(self, blocks: int, inputs: int, outputs: int) -> None:
+    """A linear layer for each block, in one batched product: `(L, M, inputs)` -> `(L, M, outputs)`. Starts like `nn.Linear`.
+
+    Parameters
+    ----------
+    blocks : int
+        L, how many layers
+    inputs : int
+        channels that go in
+    outputs : int
+        channels that come out
+    """
+    def __init__(
+        self,
+        blocks: int,   # L, how many layers
+        inputs: int,   # channels that go in
+        outputs: int,  # channels that come out
+    ) -> None:
         super().__init__()
         bound = inputs ** -0.5
         self.weight = nn.Parameter(torch.empty(blocks, outputs, inputs).uniform_(-bound, bound))
@@ -54,12 +77,14 @@ class BlockFusion(nn.Module):
         number L of token maps
     dim : int
         channels of each MLP and of the result
+    gate : bool
+        WTCLIP's gate before the fusion
     """
     def __init__(self,
         width: int,  # channels of the tokens
         blocks: int,  # number L of token maps
         dim: int = 256,  # channels of each MLP and of the result
-        gate: bool = False,
+        gate: bool = False,  # WTCLIP's gate before the fusion
     ) -> None:
         super().__init__()
         self.inner, self.outer = BlockLinear(blocks, width, dim), BlockLinear(blocks, dim, dim)
@@ -87,8 +112,23 @@ class QuickGELU(nn.Module):
     def forward(self, x: Tensor) -> Tensor: return x * (1.702 * x).sigmoid()
 
 class DecoderBlock(nn.Module):
-    "One transformer block over `(B, N, dim)`, as in CLIP; `pre_norm=False` normalises after each residual sum instead."
-    def __init__(self, dim: int, heads: int, pre_norm: bool = True) -> None:
+    """One transformer block over `(B, N, dim)`, as in CLIP; `pre_norm=False` normalises after each residual sum instead.
+
+    Parameters
+    ----------
+    dim : int
+        channels of the tokens
+    heads : int
+        of attention
+    pre_norm : bool
+        normalise before attention and MLP; False = after the sums
+    """
+    def __init__(
+        self,
+        dim: int,               # channels of the tokens
+        heads: int,             # of attention
+        pre_norm: bool = True,  # normalise before attention and MLP; False = after the sums
+    ) -> None:
         super().__init__()
         if dim % heads: raise InputError(f"dim={dim} cannot be split among {heads} heads: choose a multiple.")
         self.heads, self.pre_norm = heads, pre_norm
@@ -148,6 +188,8 @@ class TransformerDecoder(nn.Module):
         channels inside
     layers : int
         transformer blocks
+    heads : int
+        of attention
     dropout : float
         chance of a whole channel of the fused map to be dropped
     gate : bool
@@ -163,7 +205,7 @@ class TransformerDecoder(nn.Module):
         classes: int,  # with background
         dim: int = 256,  # channels inside
         layers: int = 3,  # transformer blocks
-        heads: int = 8,
+        heads: int = 8,         # of attention
         dropout: float = 0.1,  # chance of a whole channel of the fused map to be dropped
         gate: bool = False,  # WTCLIP's gate before the fusion
         refine: nn.Module | None = None,  # (B, dim, h, w) -> the same, before the classifier
@@ -203,7 +245,7 @@ def wtclip_decoder(
     levels: int = 1,  # of the wavelet transform: 1 in the published code, 2 in the paper's figure
     wavelet: str = "haar",  # any name that `filter_bank` knows
     learn_filters: bool = False,  # False as in the code (fixed filters), True as in the paper's text
-    gate: bool = True,
+    gate: bool = True,  # before the fusion
     dim: int = 256,  # channels inside
     kernel: int = 3,  # side of the depthwise kernels
     **options: Any,  # of `TransformerDecoder`
@@ -230,6 +272,8 @@ def wtclip_decoder(
         any name that `filter_bank` knows
     learn_filters : bool
         False as in the code (fixed filters), True as in the paper's text
+    gate : bool
+        before the fusion
     dim : int
         channels inside
     kernel : int
@@ -267,9 +311,17 @@ def token_affinity(
 
 # %% ../nbs/30_decoders.ipynb #9e88421e
 @torch.no_grad()
-def pass_through(conv: nn.Conv2d) -> None:
+def pass_through(
+    conv: nn.Conv2d,  # its weights are changed in place
+) -> None:
     """Start a convolution near the identity: channel c is handed on by output c, and with its sign turned by output c + inputs, so that
-    a ReLU after it loses nothing once there are twice as many outputs. Other weights keep a third of their random start."""
+    a ReLU after it loses nothing once there are twice as many outputs. Other weights keep a third of their random start.
+
+    Parameters
+    ----------
+    conv : nn.Conv2d
+        its weights are changed in place
+    """
     inputs, (row, column) = conv.in_channels, (side // 2 for side in conv.kernel_size)
     conv.weight.div_(3)
     for sign, first in ((1, 0), (-1, inputs)):
@@ -290,17 +342,21 @@ class DualHead(nn.Module):
         channels of the features
     classes : int
         with background
+    hidden : int
+        channels of the convolutions
     dilation : int
         reach of the 3x3 kernels, in patches
+    convolutions : int
+        how many, one after the other
     start : str
         of the convolutions: near the "identity", or "random" as torch makes them
     """
     def __init__(self,
         dim: int,  # channels of the features
         classes: int,  # with background
-        hidden: int = 512,
+        hidden: int = 512,        # channels of the convolutions
         dilation: int = 5,  # reach of the 3x3 kernels, in patches
-        convolutions: int = 1,
+        convolutions: int = 1,    # how many, one after the other
         start: str = "identity",  # of the convolutions: near the "identity", or "random" as torch makes them
     ) -> None:
         super().__init__()
@@ -372,8 +428,6 @@ class RelationshipDescriptor(nn.Module):
         ----------
         text : Tensor
             (C, E), unit norm
-        cls : Tensor
-            (B, E), unit norm
 
         Returns
         -------
@@ -388,8 +442,19 @@ class RelationshipDescriptor(nn.Module):
         return self.linear(torch.cat([cls[:, None] * text, text.expand(len(cls), -1, -1)], -1))
 
 # %% ../nbs/30_decoders.ipynb #33903d51
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    "`(B, N, dim)` -> `(B, heads, N, dim / heads)`."
+def split_heads(
+    x: Tensor,   # (B, N, dim)
+    heads: int,  # how many parts of `dim`
+) -> Tensor:
+    """`(B, N, dim)` -> `(B, heads, N, dim / heads)`.
+
+    Parameters
+    ----------
+    x : Tensor
+        (B, N, dim)
+    heads : int
+        how many parts of `dim`
+    """
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 def mask_scores(
@@ -418,14 +483,18 @@ class CrossAttention(nn.Module):
 
     Parameters
     ----------
+    dim : int
+        channels of queries and tokens
+    heads : int
+        of attention
     dropout : float
         chance of an attention weight to be dropped
     values : bool
         False: only `scores` are wanted
     """
     def __init__(self,
-        dim: int,
-        heads: int,
+        dim: int,             # channels of queries and tokens
+        heads: int,           # of attention
         dropout: float = 0.1,  # chance of an attention weight to be dropped
         values: bool = True,  # False: only `scores` are wanted
     ) -> None:
@@ -448,8 +517,23 @@ class CrossAttention(nn.Module):
         return mask_scores(query * (query.shape[-1] * self.heads) ** -0.5, self.key(tokens))
 
 class QueryUpdate(nn.Module):
-    "What a post-norm transformer layer does with an answer: `q = LN(q + answer)`, then `LN(q + FFN(q))` with a ReLU inside."
-    def __init__(self, dim: int, hidden: int | None = None, dropout: float = 0.1) -> None:
+    """What a post-norm transformer layer does with an answer: `q = LN(q + answer)`, then `LN(q + FFN(q))` with a ReLU inside.
+
+    Parameters
+    ----------
+    dim : int
+        channels of the queries
+    hidden : int | None
+        width of the feed-forward part; None = 4 dim
+    dropout : float
+        chance of a value to be dropped
+    """
+    def __init__(
+        self,
+        dim: int,                   # channels of the queries
+        hidden: int | None = None,  # width of the feed-forward part; None = 4 dim
+        dropout: float = 0.1,       # chance of a value to be dropped
+    ) -> None:
         super().__init__()
         hidden = 4 * dim if hidden is None else hidden
         self.norm_1, self.norm_2, self.dropout = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.Dropout(dropout)
@@ -465,18 +549,24 @@ class CrossAttentionLayer(nn.Module):
 
     Parameters
     ----------
+    dim : int
+        channels of queries and tokens
+    heads : int
+        of attention
     hidden : int | None
         width of the feed-forward part; None = 4 dim
+    dropout : float
+        chance of a value to be dropped
     self_attention : bool
         first among the queries, which mixes classes
     answers : bool
         False: only `scores` are wanted, what they do not need is not created
     """
     def __init__(self,
-        dim: int,
-        heads: int,
+        dim: int,                   # channels of queries and tokens
+        heads: int,                 # of attention
         hidden: int | None = None,  # width of the feed-forward part; None = 4 dim
-        dropout: float = 0.1,
+        dropout: float = 0.1,       # chance of a value to be dropped
         self_attention: bool = False,  # first among the queries, which mixes classes
         answers: bool = True,  # False: only `scores` are wanted, what they do not need is not created
     ) -> None:
@@ -534,6 +624,10 @@ class CrossAttentionDecoder(nn.Module):
     ----------
     dim : int
         width of queries and patches
+    layers : int
+        how many, one after the other
+    heads : int
+        of attention
     hidden : int | None
         width of the feed-forward parts; None = 4 dim
     dropout : float
@@ -545,8 +639,8 @@ class CrossAttentionDecoder(nn.Module):
     """
     def __init__(self,
         dim: int = 512,  # width of queries and patches
-        layers: int = 3,
-        heads: int = 8,
+        layers: int = 3,           # how many, one after the other
+        heads: int = 8,            # of attention
         hidden: int | None = None,  # width of the feed-forward parts; None = 4 dim
         dropout: float = 0.1,  # of attention weights, hidden units and branches
         self_attention: bool = False,  # among the class queries
@@ -609,7 +703,7 @@ def window_partition(
 
 def window_merge(
     windows: Tensor,  # (B, W, side^2, D)
-    side: int,
+    side: int,            # of a window, patches
     grid: Sequence[int],  # (h, w), without the padding
 ) -> Tensor:  # (B, h, w, D)
     """Put the windows of `window_partition` together again.
@@ -618,6 +712,8 @@ def window_merge(
     ----------
     windows : Tensor
         (B, W, side^2, D)
+    side : int
+        of a window, patches
     grid : Sequence[int]
         (h, w), without the padding
 
@@ -635,16 +731,22 @@ class WindowAttention(nn.Module):
 
     Parameters
     ----------
+    dim : int
+        channels of the patches
+    heads : int
+        of attention
     width : int
         channels of the answer, a multiple of the heads
+    window : int
+        side in patches
     mask_padding : bool
         False: padding takes part as zero keys and values
     """
     def __init__(self,
-        dim: int,
-        heads: int,
+        dim: int,                   # channels of the patches
+        heads: int,                 # of attention
         width: int,  # channels of the answer, a multiple of the heads
-        window: int = 3,
+        window: int = 3,            # side in patches
         mask_padding: bool = True,  # False: padding takes part as zero keys and values
     ) -> None:
         super().__init__()
@@ -674,16 +776,22 @@ class PooledAttention(nn.Module):
 
     Parameters
     ----------
+    dim : int
+        channels of the patches
+    heads : int
+        of attention
     width : int
         channels of the answer, a multiple of the heads
+    window : int
+        side in patches
     mask_padding : bool
         False: windows at the edge are divided by window^2 all the same
     """
     def __init__(self,
-        dim: int,
-        heads: int,
+        dim: int,                   # channels of the patches
+        heads: int,                 # of attention
         width: int,  # channels of the answer, a multiple of the heads
-        window: int = 3,
+        window: int = 3,            # side in patches
         mask_padding: bool = True,  # False: windows at the edge are divided by window^2 all the same
     ) -> None:
         super().__init__()
@@ -722,6 +830,8 @@ class SpectralGuidedLayer(nn.Module):
     ----------
     dim : int
         width of queries and patches
+    heads : int
+        of attention
     high_heads : int
         of them; 0 or all leaves one branch
     window : int
@@ -741,7 +851,7 @@ class SpectralGuidedLayer(nn.Module):
     """
     def __init__(self,
         dim: int = 512,  # width of queries and patches
-        heads: int = 8,
+        heads: int = 8,             # of attention
         high_heads: int = 1,  # of them; 0 or all leaves one branch
         window: int = 3,  # side in patches
         mask_padding: bool = True,  # False: where grids are padded to whole windows the zeros count, as in the authors' code
@@ -796,6 +906,10 @@ class SpectralGuidedDecoder(nn.Module):
     ----------
     dim : int
         width of queries and patches
+    layers : int
+        how many, one after the other
+    heads : int
+        of attention
     high_heads : int
         of them; 0 or all leaves one branch
     window : int
@@ -806,6 +920,8 @@ class SpectralGuidedDecoder(nn.Module):
         or "clamp", see `SpectralGuidedLayer`
     hidden : int | None
         width of the feed-forward parts; None = 4 dim
+    dropout : float
+        of the queries' attention weights, hidden units and branches
     reads : str
         what layers filter: patches of the "tower", or the "previous" layer's features
     residual : bool
@@ -813,14 +929,14 @@ class SpectralGuidedDecoder(nn.Module):
     """
     def __init__(self,
         dim: int = 512,  # width of queries and patches
-        layers: int = 3,
-        heads: int = 8,
+        layers: int = 3,            # how many, one after the other
+        heads: int = 8,             # of attention
         high_heads: int = 1,  # of them; 0 or all leaves one branch
         window: int = 3,  # side in patches
         mask_padding: bool = True,  # False: the zeros of a padded grid count, as in the authors' code
         similarity: str = "shifted",  # or "clamp", see `SpectralGuidedLayer`
         hidden: int | None = None,  # width of the feed-forward parts; None = 4 dim
-        dropout: float = 0.1,
+        dropout: float = 0.1,       # of the queries' attention weights, hidden units and branches
         reads: str = "tower",  # what layers filter: patches of the "tower", or the "previous" layer's features
         residual: bool = False,  # around the branches, see `SpectralGuidedLayer`
     ) -> None:

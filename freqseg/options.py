@@ -59,8 +59,16 @@ def option(
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", Path: "a path", types.NoneType: "none"}
 LARGEST_WHOLE = 2**63 - 1
 
-def kinds(hint: Any) -> tuple[Any, ...]:
-    "The alternatives of an annotation: of `int | None` both, of `int` itself."
+def kinds(
+    hint: Any,  # an annotation
+) -> tuple[Any, ...]:
+    """The alternatives of an annotation: of `int | None` both, of `int` itself.
+
+    Parameters
+    ----------
+    hint : Any
+        an annotation
+    """
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 def _members(kind: Any, count: int) -> tuple[Any, ...]:
@@ -139,7 +147,7 @@ def _fitting(value: Any, alternatives: Sequence[Any], about: Mapping[str, Any]) 
 
 def checked(
     name: str,                    # of the option, for the message
-    value: Any,
+    value: Any,                   # what was given
     hint: Any,                    # its annotation
     about: Mapping[str, Any],     # what `option` was told
 ) -> Any:
@@ -149,6 +157,8 @@ def checked(
     ----------
     name : str
         of the option, for the message
+    value : Any
+        what was given
     hint : Any
         its annotation
     about : Mapping[str, Any]

@@ -47,6 +47,8 @@ class PAR(nn.Module):
 
     Parameters
     ----------
+    iterations : int
+        how often scores spread
     dilations : Sequence[int]
         distances of the 8 neighbours each, in pixels
     width : float
@@ -55,7 +57,7 @@ class PAR(nn.Module):
         share of the colour-blind term
     """
     def __init__(self,
-        iterations: int = 20,
+        iterations: int = 20,           # how often scores spread
         dilations: Sequence[int] = (1, 2, 4, 8, 12, 24),  # distances of the 8 neighbours each, in pixels
         width: float = 0.3,  # of the Gaussian, in local standard deviations
         position_weight: float = 0.01,  # share of the colour-blind term

@@ -20,7 +20,7 @@ def radial_frequency(
     h: int,  # rows of the grid
     w: int,  # columns of the grid
     half: bool = False,  # only the columns that a real FFT stores
-    device: torch.device | str | None = None,
+    device: torch.device | str | None = None,  # where the result lies; None = the CPU
 ) -> Tensor:
     """Length of the frequency vector of every Fourier coefficient, in cycles per token.
 
@@ -34,6 +34,8 @@ def radial_frequency(
         columns of the grid
     half : bool
         only the columns that a real FFT stores
+    device : torch.device | str | None
+        where the result lies; None = the CPU
     """
     columns = torch.fft.rfftfreq(w, device=device) if half else torch.fft.fftfreq(w, device=device)
     return torch.hypot(torch.fft.fftfreq(h, device=device)[:, None], columns[None])
@@ -44,7 +46,7 @@ def lowpass_mask(
     w: int,  # columns of the grid
     mu: float = 0.4,  # half-width of the region as a share of the grid, which is its cut-off in cycles per token
     shape: str = "square",  # "square" as in FFR, or "disc"
-    device: torch.device | str | None = None,
+    device: torch.device | str | None = None,  # where the result lies; None = the CPU
 ) -> Tensor:
     """Which Fourier coefficients count as low frequency: bool (h, w), unshifted FFT layout (FFR, region ratio mu).
 
@@ -60,6 +62,8 @@ def lowpass_mask(
         half-width of the region as a share of the grid, which is its cut-off in cycles per token
     shape : str
         "square" as in FFR, or "disc"
+    device : torch.device | str | None
+        where the result lies; None = the CPU
     """
     if mu < 0:
         raise ValueError(f"mu={mu}: the low-frequency region ratio cannot be negative; FFR uses 0.1 to 0.4")

@@ -70,6 +70,8 @@ class DeepPrompts(nn.Module):
         blocks of the tower
     tokens : int
         M: ZegCLIP takes 10 on VOC, 100 on COCO-Stuff
+    dropout : float
+        chance of a prompt value to be dropped
     """
 
     def __init__(self,
@@ -77,7 +79,7 @@ class DeepPrompts(nn.Module):
         patch: int,            # side of a patch in pixels
         blocks: int,           # blocks of the tower
         tokens: int = 10,      # M: ZegCLIP takes 10 on VOC, 100 on COCO-Stuff
-        dropout: float = 0.1,
+        dropout: float = 0.1,  # chance of a prompt value to be dropped
     ):
         super().__init__()
         if tokens < 0:
@@ -143,8 +145,6 @@ def spectral_prompt(
     ----------
     tokens : Tensor
         (B, D, h, w) patch tokens H that enter a block, of any dtype
-    cls : Tensor
-        (B, D) or (B, 1, D) CLS token g at the same depth
     gain : Tensor
         (h, w // 2 + 1, D) complex w_f, as `SpectralFilter.response` gives it
 
@@ -223,8 +223,6 @@ class SpectralPrompts(nn.Module):
             index of the block, 0 is the first
         tokens : Tensor
             (B, N, D) patch tokens that enter it
-        cls : Tensor
-            (B, D) or (B, 1, D) its CLS token
         grid : tuple[int, int]
             (h, w), N = h * w row-major
 
@@ -323,6 +321,8 @@ class PromptedTower(nn.Module):
 
     Parameters
     ----------
+    backbone : Backbone
+        the frozen CLIP
     tokens : int
         M prompts per block, 0 for none
     spectral : str|Sequence[int]
@@ -340,7 +340,7 @@ class PromptedTower(nn.Module):
     """
 
     def __init__(self,
-        backbone: Backbone,
+        backbone: Backbone,                        # the frozen CLIP
         tokens: int = 10,                          # M prompts per block, 0 for none
         spectral: str|Sequence[int] = (0, 1),      # blocks with spectral prompts: indices, or as `prompt_blocks` reads; () for none
         shared: bool = True,                       # one filter for all of them

@@ -18,10 +18,21 @@ from .clip import Backbone
 from .files import InputError
 
 # %% ../nbs/15_unfrozen.ipynb #4580976a
-def resolve_blocks(depth: int, blocks: Sequence[int]|str) -> tuple[int, ...]:
+def resolve_blocks(
+    depth: int,                 # blocks of the tower
+    blocks: Sequence[int]|str,  # "all", or indices; negatives count from the last
+) -> tuple[int, ...]:
     """Block indices 0..depth-1 in rising order from "all" or from indices, negatives counting from the last.
 
-    Raises `InputError` for another word and for a block that does not exist."""
+    Raises `InputError` for another word and for a block that does not exist.
+
+    Parameters
+    ----------
+    depth : int
+        blocks of the tower
+    blocks : Sequence[int]|str
+        "all", or indices; negatives count from the last
+    """
     if isinstance(blocks, str):
         if blocks == "all": return tuple(range(depth))
         raise InputError(f"blocks={blocks!r}: give 'all' or block indices such as (-2, -1).")
@@ -31,8 +42,16 @@ def resolve_blocks(depth: int, blocks: Sequence[int]|str) -> tuple[int, ...]:
     return tuple(sorted({index % depth for index in blocks}))
 
 # %% ../nbs/15_unfrozen.ipynb #307bf250
-def positions_are_weights(visual: nn.Module) -> bool:
-    "Was the position table of an open_clip image tower learned? A sine-cosine table is a constant and has to stay one."
+def positions_are_weights(
+    visual: nn.Module,  # image tower of an open_clip model
+) -> bool:
+    """Was the position table of an open_clip image tower learned? A sine-cosine table is a constant and has to stay one.
+
+    Parameters
+    ----------
+    visual : nn.Module
+        image tower of an open_clip model
+    """
     (h, w), width = visual.grid_size, visual.positional_embedding.shape[1]
     if h != w or width % 4: return True   # such towers have no sine-cosine table
     table = torch.from_numpy(get_2d_sincos_pos_embed(width, h, cls_token=True)).to(visual.positional_embedding)
