@@ -10,7 +10,7 @@ __all__ = ['decoder_blocks', 'BlockLinear', 'BlockFusion', 'QuickGELU', 'Decoder
            'PooledAttention', 'SpectralGuidedLayer', 'SpectralGuidedDecoder']
 
 # %% ../nbs/30_decoders.ipynb #d014e3e5
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -229,8 +229,23 @@ class TransformerDecoder(nn.Module):
             f"this decoder reads {self.blocks} token maps (B, {self.width}, h, w), not {len(shapes)} of shapes {sorted(set(shapes))}."
         )
 
-    def forward(self, tokens: Sequence[Tensor]) -> Decoded:
-        "Token maps `(B, width, h, w)` in the order of the blocks -> `Decoded` on the same grid. Raises `InputError` for others."
+    def forward(
+        self,
+        tokens: Sequence[Tensor] | Mapping[int, Tensor],  # maps (B, width, h, w), lowest block first, or by block
+    ) -> Decoded:  # on the same grid
+        """Features and logits of the pictures. Raises `InputError` for another number of maps, or other shapes.
+
+        Parameters
+        ----------
+        tokens : Sequence[Tensor] | Mapping[int, Tensor]
+            maps (B, width, h, w), lowest block first, or by block
+
+        Returns
+        -------
+        Decoded
+            on the same grid
+        """
+        tokens = [tokens[block] for block in sorted(tokens)] if isinstance(tokens, Mapping) else tokens
         self._check(tokens)
         features = self.dropout(self.fusion(tokens))
         x = self.layers(features.flatten(2).mT).mT.unflatten(2, features.shape[2:])
@@ -249,7 +264,7 @@ def wtclip_decoder(
     dim: int = 256,  # channels inside
     kernel: int = 3,  # side of the depthwise kernels
     **options: Any,  # of `TransformerDecoder`
-) -> TransformerDecoder:
+) -> TransformerDecoder:  # called with the blocks' token maps (B, width, h, w), it gives `Decoded`: .logits (B, classes, h, w)
     """WTCLIP's decoder: WeCLIP's with a gate before the fusion and a wavelet convolution before the classifier.
 
     Paper and code disagree on levels and learning; the defaults are the code's, to which the published parameter count
@@ -280,6 +295,11 @@ def wtclip_decoder(
         side of the depthwise kernels
     **options : Any
         of `TransformerDecoder`
+
+    Returns
+    -------
+    TransformerDecoder
+        called with the blocks' token maps (B, width, h, w), it gives `Decoded`: .logits (B, classes, h, w)
     """
     try: refine = WaveletConv2d(dim, kernel, levels, wavelet, learn_filters)
     except ValueError as error: raise InputError(str(error)) from error
@@ -503,16 +523,40 @@ class CrossAttention(nn.Module):
         self.query, self.key = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.value, self.out = (nn.Linear(dim, dim), nn.Linear(dim, dim)) if values else (None, None)
 
-    def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
-        "What the queries find: `(B, C, dim)`."
+    def forward(
+        self,
+        queries: Tensor,  # (B, C, dim)
+        tokens: Tensor,   # (B, N, dim)
+    ) -> Tensor:
+        """What the queries find: `(B, C, dim)`.
+
+        Parameters
+        ----------
+        queries : Tensor
+            (B, C, dim)
+        tokens : Tensor
+            (B, N, dim)
+        """
         query, key, value = (
             split_heads(x, self.heads) for x in (self.query(queries), self.key(tokens), self.value(tokens))
         )
         answer = F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout if self.training else 0.0)
         return self.out(answer.transpose(1, 2).flatten(2))
 
-    def scores(self, queries: Tensor, tokens: Tensor) -> Tensor:
-        "Mean over heads of `q . k / sqrt d` before the softmax, `(B, C, N)`: one product over all channels, the heads being parts of the sum."
+    def scores(
+        self,
+        queries: Tensor,  # (B, C, dim)
+        tokens: Tensor,   # (B, N, dim)
+    ) -> Tensor:
+        """Mean over heads of `q . k / sqrt d` before the softmax, `(B, C, N)`: one product over all channels, the heads being parts of the sum.
+
+        Parameters
+        ----------
+        queries : Tensor
+            (B, C, dim)
+        tokens : Tensor
+            (B, N, dim)
+        """
         query = self.query(queries)
         return mask_scores(query * (query.shape[-1] * self.heads) ** -0.5, self.key(tokens))
 
@@ -879,8 +923,17 @@ class SpectralGuidedLayer(nn.Module):
         z = torch.cat([branch(patches) for branch in (self.high, self.low) if branch is not None], -1)
         return z + patches.flatten(2).mT if self.residual else z
 
-    def forward(self, patches: Tensor) -> Tensor:
-        "z^: patches `(B, dim, h, w)` -> the same shape."
+    def forward(
+        self,
+        patches: Tensor,  # (B, dim, h, w)
+    ) -> Tensor:
+        """z^: patches `(B, dim, h, w)` -> the same shape.
+
+        Parameters
+        ----------
+        patches : Tensor
+            (B, dim, h, w)
+        """
         z = self.branches(patches)
         cosine = F.cosine_similarity(z, self.task, dim=-1)[..., None]
         kept = (1 + cosine) / 2 if self.similarity == "shifted" else cosine.clamp(0, 1)
