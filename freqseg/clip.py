@@ -14,14 +14,14 @@ import difflib, hashlib, json, pickle, re, zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.constants import IMAGENET_MEAN, IMAGENET_STD, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-from open_clip.transformer import VisionTransformer
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from fastcore.basics import patch
 from PIL import Image
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from .files import InputError, atomic_write, sha256, shipped
 
 # %% ../nbs/14_clip.ipynb #85d3a7bf
-def split_qkv(block: nn.Module, ln1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def split_qkv(block: ResidualAttentionBlock, ln1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     "Queries, keys and values, each (B, heads, n, d), of `block` from the output of its first LayerNorm `ln1` (B, n, D)."
     attn = block.attn
     fused = F.linear(ln1, attn.in_proj_weight, attn.in_proj_bias)
@@ -43,7 +43,7 @@ def attention_weights(query: Tensor, key: Tensor) -> Tensor:
     return ((query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)).softmax(dim=-1)   # scaled where numbers are fewer
 
 # %% ../nbs/14_clip.ipynb #11f76fb3
-def merge_heads(block: nn.Module, context: Tensor) -> Tensor:
+def merge_heads(block: ResidualAttentionBlock, context: Tensor) -> Tensor:
     "The attention branch of `block` after mixing the values: `context` (B, heads, n, d) -> (B, n, D), to be added to the residual."
     attn = block.attn
     if getattr(attn, "head_scale", None) is not None: context = context * attn.head_scale
@@ -54,7 +54,7 @@ def merge_heads(block: nn.Module, context: Tensor) -> Tensor:
     return block.ls_1(x)
 
 # %% ../nbs/14_clip.ipynb #03fcec5b
-def feed_forward(block: nn.Module, x: Tensor) -> Tensor:
+def feed_forward(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
     "Second half of `block`, residual included: `x` (B, n, D) -> (B, n, D)."
     return x + block.ls_2(block.mlp(block.ln_2(x)))
 
@@ -302,6 +302,9 @@ class Backbone(nn.Module):
     recipe : Mapping[str, Any]|None
         arguments of `load_clip` that give this backbone again
     """
+    model: Any   # open_clip declares no types
+    if TYPE_CHECKING:   # the steps that `patch` adds below, which no type checker sees
+        def __getattr__(self, name: str) -> Any: ...
 
     def __init__(self,
         model: nn.Module,                       # open_clip CLIP with a VisionTransformer tower
@@ -670,7 +673,7 @@ def _broken(path: Path, error: Exception) -> InputError:
     return InputError(f"{path} is truncated or not a weights file ({str(error).splitlines()[0]}). Fetch it again.")
 
 # %% ../nbs/14_clip.ipynb #e7e1a515
-def fit_weights(model: nn.Module, state: Mapping[str, Tensor], source: str|Path) -> None:
+def fit_weights(model: nn.Module, state: dict[str, Tensor], source: str|Path) -> None:
     """Load `state` into `model`, strictly. Raises `InputError` naming `source` and what does not fit."""
     state = {k: v for k, v in state.items() if k not in ("input_resolution", "context_length", "vocab_size", "attn_mask")}
     if hasattr(model, "text"): state = open_clip.model.convert_to_custom_text_state_dict(state)
@@ -798,15 +801,16 @@ def _load_saved(path: Path, **settings: Any) -> Backbone:
     words = stored.get("vocabulary")
     model = (build_clip if words is None else build_world_clip)(stored["config"])
     fit_weights(model, read_weights(path), path)
-    context = model.context_length
+    context: Any = model.context_length
     tokenizer = open_clip.SimpleTokenizer(context_length=context) if words is None else WorldTokenizer(words, context)
     colours = {key: stored[key] for key in ("mean", "std") if key in stored}
-    return Backbone(model, path.stem, tokenizer, metadata=stored, **{**colours, **settings})
+    return Backbone(model, path.stem, tokenizer, metadata=stored, **(colours | settings))
 
 # %% ../nbs/14_clip.ipynb #1130a93b
 def _load_named(name: str, pretrained: str|Path|None, quick_gelu: bool|None, seed: int, **settings: Any) -> Backbone:
     "A backbone of a named open_clip architecture with published, local or random weights."
-    path, published = None, {}
+    path: Path|None = None
+    published: dict[str, Any] = {}
     if pretrained is not None and Path(pretrained).suffix in (".safetensors", ".pt", ".pth", ".bin"): path = Path(pretrained)
     elif pretrained is not None and Path(pretrained).is_file(): path = Path(pretrained)
     quick = True if quick_gelu is None else quick_gelu
@@ -818,7 +822,7 @@ def _load_named(name: str, pretrained: str|Path|None, quick_gelu: bool|None, see
     if path is not None: fit_weights(model, read_weights(path), path)
     tokenizer = open_clip.get_tokenizer(name.replace("/", "-"))
     colours = {key: published[key] for key in ("mean", "std") if key in published}
-    return Backbone(model, name.replace("/", "-"), tokenizer, **{**colours, **settings})
+    return Backbone(model, name.replace("/", "-"), tokenizer, **(colours | settings))
 
 # %% ../nbs/14_clip.ipynb #513a01b1
 def usable_device(

@@ -12,7 +12,7 @@ __all__ = ['decoder_blocks', 'BlockLinear', 'BlockFusion', 'QuickGELU', 'Decoder
 # %% ../nbs/30_decoders.ipynb #d014e3e5
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -347,7 +347,7 @@ def pass_through(
     for sign, first in ((1, 0), (-1, inputs)):
         handed = torch.arange(min(inputs, max(0, conv.out_channels - first)))
         conv.weight[first + handed, handed, row, column] += sign
-    nn.init.zeros_(conv.bias)
+    nn.init.zeros_(cast(Tensor, conv.bias))
 
 class DualHead(nn.Module):
     """FFR's segmentation head: a dilated convolution shared by two 1x1 classifiers, for features and for high frequencies.
@@ -521,7 +521,8 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.heads, self.dropout = heads, dropout
         self.query, self.key = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.value, self.out = (nn.Linear(dim, dim), nn.Linear(dim, dim)) if values else (None, None)
+        self.value: Any = nn.Linear(dim, dim) if values else None   # with the next, None where nobody asks for answers
+        self.out: Any = nn.Linear(dim, dim) if values else None
 
     def forward(
         self,
@@ -616,11 +617,10 @@ class CrossAttentionLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.among = CrossAttention(dim, heads, dropout) if self_attention else None
-        self.among_norm, self.among_dropout = (
-            (nn.LayerNorm(dim), nn.Dropout(dropout)) if self_attention else (None, None)
-        )
+        self.among_norm: Any = nn.LayerNorm(dim) if self_attention else None
+        self.among_dropout: Any = nn.Dropout(dropout) if self_attention else None
         self.attention = CrossAttention(dim, heads, dropout, values=answers)
-        self.update = QueryUpdate(dim, hidden, dropout) if answers else None
+        self.update: Any = QueryUpdate(dim, hidden, dropout) if answers else None
 
     def _exchange(self, queries: Tensor) -> Tensor:
         "Attention among the classes, residual and norm, where there is any."
@@ -720,7 +720,7 @@ class CrossAttentionDecoder(nn.Module):
         _check_question(queries, patches, self.dim)
         tokens = patches.flatten(2).mT
         for layer in self.layers[:-1]: queries = layer(queries, tokens)
-        return self.layers[-1].scores(queries, tokens).unflatten(2, patches.shape[2:])
+        return cast(CrossAttentionLayer, self.layers[-1]).scores(queries, tokens).unflatten(2, patches.shape[2:])
 
 # %% ../nbs/30_decoders.ipynb #8d56aa79
 def window_partition(
@@ -915,7 +915,8 @@ class SpectralGuidedLayer(nn.Module):
         )
         self.similarity, self.dropout, self.residual = similarity, dropout, residual
         self.task, self.transform = nn.Parameter(torch.randn(dim)), nn.Parameter(torch.eye(dim))
-        self.out, self.update = (nn.Linear(dim, dim), QueryUpdate(dim, hidden, dropout)) if answers else (None, None)
+        self.out: Any = nn.Linear(dim, dim) if answers else None
+        self.update: Any = QueryUpdate(dim, hidden, dropout) if answers else None
         truncated_normal_start(self)
 
     def branches(self, patches: Tensor) -> Tensor:
@@ -1027,5 +1028,5 @@ class SpectralGuidedDecoder(nn.Module):
         features = patches
         for layer in self.layers:
             features = layer(features if self.reads == "previous" else patches)
-            if layer.out is not None: queries = layer.ask(queries, features)
+            if layer.out is not None: queries = cast(SpectralGuidedLayer, layer).ask(queries, features)
         return mask_scores(queries, features.flatten(2).mT).unflatten(2, patches.shape[2:])

@@ -8,7 +8,7 @@ __all__ = ['PIECE', 'balanced_cross_entropy', 'nearest_labels', 'neighbour_windo
            'ssim_loss', 'mask_losses']
 
 # %% ../nbs/34_losses.ipynb #eed1eb47
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -268,7 +268,7 @@ def dense_energy_loss(
         scalar
     """
     _check_energy(image, probs, scale, form)
-    size = tuple(max(1, round(side * scale)) for side in image.shape[-2:])
+    size = (max(1, round(image.shape[-2] * scale)), max(1, round(image.shape[-1] * scale)))
     dtype = torch.promote_types(probs.dtype, torch.float32)
     features = _place_and_colour(F.adaptive_avg_pool2d(image.to(dtype), size), sigma_xy * scale, sigma_rgb)
     probs = F.interpolate(probs.to(dtype), size, mode="bilinear", align_corners=False).flatten(2)
@@ -529,5 +529,5 @@ def mask_losses(
         raise InputError(f"weights {weights}: none may be negative, one must be above 0.")
     targets = class_targets(labels, classes, ignored_as_negative)
     logits = _at_size(logits, targets)
-    terms = {"focal": focal_loss, "dice": dice_loss, "ssim": partial(ssim_loss, over=over)}
+    terms: dict[str, Callable[..., Tensor]] = {"focal": focal_loss, "dice": dice_loss, "ssim": partial(ssim_loss, over=over)}
     return {name: weight * terms[name](logits, targets) for name, weight in weights.items() if weight}

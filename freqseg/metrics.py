@@ -129,9 +129,9 @@ def _counts(
 ) -> Tensor:  # (..., C, C) float64
     "The counts that are given, or those of a prediction with as many classes as occur. Raises `InputError` for what is neither."
     if target is not None:
-        pair = [_tensor(labels) for labels in (confusion, target)]
-        highest = [int(labels[labels != IGNORE].max()) for labels in pair if labels.numel() and (labels != IGNORE).any()]
-        return confusion_matrix(*pair, max(highest, default=0) + 1).to(torch.float64)
+        pred, truth = _tensor(confusion), _tensor(target)
+        highest = [int(labels[labels != IGNORE].max()) for labels in (pred, truth) if (labels != IGNORE).any()]
+        return confusion_matrix(pred, truth, max(highest, default=0) + 1).to(torch.float64)
     counts = _tensor(confusion).to(torch.float64)
     if counts.ndim >= 2 and counts.shape[-1] == counts.shape[-2]: return counts
     raise InputError(f"{tuple(counts.shape)} are no counts (..., C, C): give a confusion matrix, or a prediction and its ground truth.")
@@ -339,7 +339,7 @@ def boundary_confusion(
     pred, target = _label_pair(pred, target, classes)
     void = target == IGNORE
     pred = pred.masked_fill(void, IGNORE)
-    width = boundary_width(*pred.shape[-2:], fraction)
+    width = boundary_width(pred.shape[-2], pred.shape[-1], fraction)
     pred = pred.masked_fill(~boundary_band(pred, width) | void, classes)
     target = target.masked_fill(~boundary_band(target, width) & ~void, classes)
     return confusion_matrix(pred, target, classes + 1, per_image)
@@ -678,7 +678,7 @@ def sweep_background(
     classes = cam.shape[1] + 1
     target = _label_map(mask, classes, "mask", void=True).to(cam.device)
     _check_sweep(cam, present, target, variant == "power")
-    score, label = _strongest(cam, present.to(cam.device), tuple(target.shape[1:]))
+    score, label = _strongest(cam, present.to(cam.device), (target.shape[1], target.shape[2]))
     if variant == "power": score, values = -_critical_power(score), -values
     ascending, order = values.to(score).sort()
     confusions = _cumulative_confusions(score, label, target, ascending, classes)

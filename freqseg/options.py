@@ -12,7 +12,7 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dat
 from functools import cache
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from .files import InputError, unknown_name
 
@@ -115,7 +115,7 @@ class _Misfit(Exception):
 def _number(value: Any, kind: type, about: Mapping[str, Any]) -> int | float:
     "A number of this kind within its range. Raises `_Misfit`."
     if isinstance(value, bool) or not isinstance(value, Integral if kind is int else Real): raise _Misfit
-    try: number = int(value) if kind is int else float(value)
+    try: number: int | float = int(cast(int, value)) if kind is int else float(value)   # numpy has integers of its own
     except OverflowError: raise _Misfit from None
     if not math.isfinite(number) or abs(number) > LARGEST_WHOLE and kind is int: raise _Misfit
     low, high, above, below = (about.get(name) for name in ("low", "high", "above", "below"))
@@ -199,7 +199,7 @@ class Options:
 
     def __post_init__(self) -> None:
         for one in fields(self):   # type: ignore[arg-type]   # every subclass is a dataclass
-            value = checked(one.name, getattr(self, one.name), _hints(type(self))[one.name], one.metadata)
+            value = checked(one.name, getattr(self, one.name), _hints(cast(type, type(self)))[one.name], one.metadata)
             object.__setattr__(self, one.name, value)
         self.check()
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from open_clip.pos_embed import get_2d_sincos_pos_embed
+from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .clip import Backbone
@@ -43,13 +44,13 @@ def resolve_blocks(
 
 # %% ../nbs/15_unfrozen.ipynb #307bf250
 def positions_are_weights(
-    visual: nn.Module,  # image tower of an open_clip model
+    visual: VisionTransformer,  # image tower of an open_clip model
 ) -> bool:
     """Was the position table of an open_clip image tower learned? A sine-cosine table is a constant and has to stay one.
 
     Parameters
     ----------
-    visual : nn.Module
+    visual : VisionTransformer
         image tower of an open_clip model
     """
     (h, w), width = visual.grid_size, visual.positional_embedding.shape[1]
@@ -57,14 +58,14 @@ def positions_are_weights(
     table = torch.from_numpy(get_2d_sincos_pos_embed(width, h, cls_token=True)).to(visual.positional_embedding)
     return not torch.equal(table, visual.positional_embedding)
 
-def _embedding(visual: nn.Module) -> Iterator[nn.Parameter]:
+def _embedding(visual: VisionTransformer) -> Iterator[nn.Parameter]:
     "What turns pixels into the input of block 0."
     yield from visual.conv1.parameters()
     yield visual.class_embedding
     if positions_are_weights(visual): yield visual.positional_embedding
     yield from visual.ln_pre.parameters()
 
-def _projection(visual: nn.Module) -> Iterator[nn.Parameter]:
+def _projection(visual: VisionTransformer) -> Iterator[nn.Parameter]:
     "What turns the last block's output into joint embeddings."
     yield from visual.ln_post.parameters()
     if visual.proj is not None: yield visual.proj

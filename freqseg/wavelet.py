@@ -306,7 +306,7 @@ def wavedec2(
         [LL_n, details_n, ..., details_1], details (..., 3, h, w), coarsest first
     """
     if levels < 1: raise ValueError(f"levels must be at least 1, got {levels}")
-    coefficients = []
+    coefficients: list[Tensor] = []
     for _ in range(levels):
         x, details = dwt2(x, wavelet, mode)
         coefficients.insert(0, details)
@@ -462,6 +462,7 @@ class WaveletConv2d(nn.Module):
         self.filters = LearnableWavelet(wavelet) if learn_filters else None
         # A buffer, because a compiled graph cannot ask PyWavelets; not persistent, because the wavelet's name says it all.
         fixed = None if learn_filters else filter_bank(wavelet).to(torch.get_default_dtype(), copy=True)
+        self.fixed_taps: Tensor
         self.register_buffer("fixed_taps", fixed, persistent=False)
         self.base = ScaledDepthwise(dim, kernel)
         self.bands = nn.ModuleList(ScaledDepthwise(4 * dim, kernel, scale=0.1, bias=False) for _ in range(levels))
