@@ -14,14 +14,14 @@ import difflib, hashlib, json, pickle, re, zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.constants import IMAGENET_MEAN, IMAGENET_STD, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-from open_clip.transformer import VisionTransformer
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from fastcore.basics import patch
 from PIL import Image
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from .files import InputError, atomic_write, sha256, shipped
 from .lists import Domain
 
 # %% ../nbs/14_clip.ipynb #85d3a7bf
-def split_qkv(block: nn.Module, ln1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def split_qkv(block: ResidualAttentionBlock, ln1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     "Queries, keys and values, each (B, heads, n, d), of `block` from the output of its first LayerNorm `ln1` (B, n, D)."
     attn = block.attn
     fused = F.linear(ln1, attn.in_proj_weight, attn.in_proj_bias)
@@ -40,11 +40,11 @@ def split_qkv(block: nn.Module, ln1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 # %% ../nbs/14_clip.ipynb #b37b3950
 def attention_weights(query: Tensor, key: Tensor) -> Tensor:
-    "softmax(Q K^T / sqrt d) over the keys: (B, heads, n, d) twice -> (B, heads, n, n), rows sum to 1."
+    "softmax(Q K^T / sqrt d) over the keys: `query` and `key`, each (B, heads, n, d) -> (B, heads, n, n), rows sum to 1."
     return ((query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)).softmax(dim=-1)   # scaled where numbers are fewer
 
 # %% ../nbs/14_clip.ipynb #11f76fb3
-def merge_heads(block: nn.Module, context: Tensor) -> Tensor:
+def merge_heads(block: ResidualAttentionBlock, context: Tensor) -> Tensor:
     "The attention branch of `block` after mixing the values: `context` (B, heads, n, d) -> (B, n, D), to be added to the residual."
     attn = block.attn
     if getattr(attn, "head_scale", None) is not None: context = context * attn.head_scale
@@ -55,8 +55,8 @@ def merge_heads(block: nn.Module, context: Tensor) -> Tensor:
     return block.ls_1(x)
 
 # %% ../nbs/14_clip.ipynb #03fcec5b
-def feed_forward(block: nn.Module, x: Tensor) -> Tensor:
-    "Second half of `block`, residual included: (B, n, D) -> (B, n, D)."
+def feed_forward(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
+    "Second half of `block`, residual included: `x` (B, n, D) -> (B, n, D)."
     return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 # %% ../nbs/14_clip.ipynb #de9a449c
@@ -167,7 +167,7 @@ class Features:
         return patches / patches.sum(-1, keepdim=True) if renormalise else patches
 
     def of(self, found: Mapping[int, Tensor], block: int, name: str) -> Tensor:
-        "Entry of `block` (negative counts from the last) in one of the dictionaries; `InputError` says what to ask `encode` for."
+        "Entry of `block` (negative counts from the last) in `found`, the dictionary called `name`; `InputError` says what to ask `encode` for."
         index = block % self.depth if -self.depth <= block < self.depth else block
         if index in found: return found[index]
         raise InputError(f"no {name} of block {block} in these features (there: {sorted(found) or 'none'}): "
@@ -256,7 +256,7 @@ class ClosedVocabulary:
         return re.findall(r"[a-z0-9]+", text.lower())
 
     def encode(self, text: str) -> list[int]:
-        "Ids of one text: start, words, end, padding."
+        "Ids of one `text`: start, words, end, padding."
         ids = [self.start, *(self.ids.get(word, -1) for word in self.words(text)), self.end]
         if -1 in ids: raise self._unknown(text, self.words(text)[ids.index(-1) - 1])
         if len(ids) > self.context_length:
@@ -292,6 +292,10 @@ class Backbone(nn.Module):
         what to call it in messages and file names
     tokenizer : Any
         texts -> ids (n, context)
+    mean : Sequence[float]
+        of the pixels of each colour, 0 to 1
+    std : Sequence[float]
+        their deviation
     position_resize : str
         "bilinear" or "bicubic"
     metadata : Mapping[str, Any]|None
@@ -299,13 +303,16 @@ class Backbone(nn.Module):
     recipe : Mapping[str, Any]|None
         arguments of `load_clip` that give this backbone again
     """
+    model: Any   # open_clip declares no types
+    if TYPE_CHECKING:   # the steps that `patch` adds below, which no type checker sees
+        def __getattr__(self, name: str) -> Any: ...
 
     def __init__(self,
         model: nn.Module,                       # open_clip CLIP with a VisionTransformer tower
         name: str,                              # what to call it in messages and file names
         tokenizer: Any,                         # texts -> ids (n, context)
-        mean: Sequence[float] = OPENAI_DATASET_MEAN,
-        std: Sequence[float] = OPENAI_DATASET_STD,
+        mean: Sequence[float] = OPENAI_DATASET_MEAN,  # of the pixels of each colour, 0 to 1
+        std: Sequence[float] = OPENAI_DATASET_STD,  # their deviation
         position_resize: str = "bilinear",      # "bilinear" or "bicubic"
         metadata: Mapping[str, Any]|None = None, # what the weights file said about itself
         recipe: Mapping[str, Any]|None = None,   # arguments of `load_clip` that give this backbone again
@@ -325,7 +332,7 @@ class Backbone(nn.Module):
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "Backbone":
-        "Stay in eval mode whatever a parent module says."
+        "Stay in eval mode whatever `mode` a parent module asks for."
         return super().train(False)
 
     @property
@@ -347,7 +354,7 @@ class Backbone(nn.Module):
 
 # %% ../nbs/14_clip.ipynb #5cb14bc3
 def native_tower(model: nn.Module, name: str) -> VisionTransformer:
-    "The ViT of an open_clip model. Raises `InputError` for timm, ResNet, attention-pooled and scaled-cosine towers."
+    "The ViT of an open_clip `model`, called `name` in messages. Raises `InputError` for timm, ResNet, attention-pooled and scaled-cosine towers."
     visual = getattr(model, "visual", None)
     reason = None
     if not isinstance(visual, VisionTransformer): reason = f"its image tower is a {type(visual).__name__}"
@@ -421,20 +428,20 @@ def preprocess(self: Backbone,
 
 @patch
 def normalise(self: Backbone, pixels: Tensor) -> Tensor:
-    "Pixels (..., 3, H, W) in [0, 1] to what the tower was trained on: subtract the mean, divide by the deviation."
+    "`pixels` (..., 3, H, W) in [0, 1] to what the tower was trained on: subtract the mean, divide by the deviation."
     mean, std = (pixels.new_tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
     return (pixels - mean) / std
 
 @patch
 def denormalise(self: Backbone, images: Tensor) -> Tensor:
-    "The inverse of `normalise`, clamped to [0, 1]: what PAR, CRF and pictures need."
+    "The inverse of `normalise`: `images` (..., 3, H, W) to [0, 1], clamped: what PAR, CRF and pictures need."
     mean, std = (images.new_tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
     return (images * std + mean).clamp(0, 1)
 
 # %% ../nbs/14_clip.ipynb #73e41a83
 @patch
 def grid_of(self: Backbone, images: Tensor) -> tuple[int, int]:
-    "Patch grid (h, w) of images (B, 3, H, W). Raises `InputError` naming the nearest size that fits."
+    "Patch grid (h, w) of `images` (B, 3, H, W). Raises `InputError` naming the nearest size that fits."
     if images.ndim != 4 or images.shape[1] != 3:
         raise InputError(f"images must have shape (B, 3, H, W), these have {tuple(images.shape)}.")
     (height, width), patch = images.shape[-2:], self.patch_size
@@ -445,7 +452,7 @@ def grid_of(self: Backbone, images: Tensor) -> tuple[int, int]:
 
 @patch
 def embed(self: Backbone, images: Tensor) -> Tensor:
-    "Images (B, 3, H, W) to the input of block 0, (B, N+1, D): patches, CLS in front, resized positions, ln_pre."
+    "`images` (B, 3, H, W) to the input of block 0, (B, N+1, D): patches, CLS in front, resized positions, ln_pre."
     visual, grid = self.model.visual, self.grid_of(images)
     patches = visual.conv1(images.to(visual.conv1.weight.dtype)).flatten(2).transpose(1, 2)
     cls = visual.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
@@ -456,7 +463,7 @@ def embed(self: Backbone, images: Tensor) -> Tensor:
 # %% ../nbs/14_clip.ipynb #b443fba0
 @patch
 def block(self: Backbone, index: int, x: Tensor) -> Tensor:
-    "Block `index` (negative counts from the last) on any token sequence: (B, n, D) -> (B, n, D), fused attention."
+    "Block `index` (negative counts from the last) on any token sequence `x` (B, n, D) -> (B, n, D), fused attention."
     block = self.blocks[index]
     context = F.scaled_dot_product_attention(*split_qkv(block, block.ln_1(x)))
     return feed_forward(block, x + merge_heads(block, context))
@@ -488,13 +495,13 @@ def last_block(self: Backbone,
 
 @patch
 def project(self: Backbone, x: Tensor) -> Tensor:
-    "Tower tokens (B, n, D) to joint space (B, n, E): proj(ln_post(x)), not normalised."
+    "Tower tokens `x` (B, n, D) to joint space (B, n, E): proj(ln_post(x)), not normalised."
     visual = self.model.visual
     return visual.ln_post(x) if visual.proj is None else visual.ln_post(x) @ visual.proj
 
 @patch
 def pool(self: Backbone, x: Tensor) -> Tensor:
-    "Image embedding (B, E) from the last block's output (B, N+1, D), pooled the way the tower was trained."
+    "Image embedding (B, E) from the last block's output `x` (B, N+1, D), pooled the way the tower was trained."
     visual = self.model.visual
     pooled = visual._pool(x)[0]
     return pooled if visual.proj is None else pooled @ visual.proj
@@ -639,7 +646,7 @@ def encode_text(self: Backbone,
 
 # %% ../nbs/14_clip.ipynb #0d4c247f
 def read_weights(path: str|Path) -> dict[str, Tensor]:
-    """Tensors of a .safetensors file or of a torch file that is safe to load, without running any code from it.
+    """Tensors of the file at `path`, a .safetensors file or a torch file that is safe to load, without running any code from it.
 
     Nested `state_dict`s and the `module.` prefix of distributed training are unwrapped. Raises `InputError` for a file
     that is missing, truncated, a TorchScript program, or a pickle that wants to run code."""
@@ -672,7 +679,7 @@ def _broken(path: Path, error: Exception) -> InputError:
     return InputError(f"{path} is truncated or not a weights file ({str(error).splitlines()[0]}). Fetch it again.")
 
 # %% ../nbs/14_clip.ipynb #e7e1a515
-def fit_weights(model: nn.Module, state: Mapping[str, Tensor], source: str|Path) -> None:
+def fit_weights(model: nn.Module, state: dict[str, Tensor], source: str|Path) -> None:
     """Load `state` into `model`, strictly. Raises `InputError` naming `source` and what does not fit."""
     state = {k: v for k, v in state.items() if k not in ("input_resolution", "context_length", "vocab_size", "attn_mask")}
     if hasattr(model, "text"): state = open_clip.model.convert_to_custom_text_state_dict(state)
@@ -690,7 +697,7 @@ def fit_weights(model: nn.Module, state: Mapping[str, Tensor], source: str|Path)
 SHIPPED_CLIPS: dict[str, str] = {"world": "world_clip.safetensors"}   # files that ship with the package, by name
 
 def named_config(name: str, quick_gelu: bool) -> dict[str, Any]:
-    "open_clip's configuration called `name`, with the activation asked for. Raises `InputError` naming the nearest ones known."
+    "open_clip's configuration called `name`, with `quick_gelu` (OpenAI's activation) or GELU. Raises `InputError` naming the nearest ones known."
     config = open_clip.get_model_config(name.replace("/", "-")) if ":" not in name else None
     if config is not None: return config | {"quick_gelu": quick_gelu}
     near = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.3)
@@ -698,7 +705,7 @@ def named_config(name: str, quick_gelu: bool) -> dict[str, Any]:
                      "and the other open_clip ViTs.")
 
 def build_clip(config: Mapping[str, Any], name: str = "this model", seed: int = 0) -> nn.Module:
-    """A randomly initialised open_clip model from its configuration, the same for the same seed.
+    """A randomly initialised open_clip model from its `config`, the same for the same `seed`; messages call it `name`.
 
     Raises `InputError` when the configuration asks for a timm, ResNet or Hugging Face tower, or for a captioner."""
     config = dict(config)
@@ -716,7 +723,7 @@ def build_clip(config: Mapping[str, Any], name: str = "this model", seed: int = 
 
 # %% ../nbs/14_clip.ipynb #0cb5f96f
 def build_closed_clip(config: Mapping[str, Any], seed: int = 0) -> open_clip.CLIP:
-    """A randomly initialised CLIP whose text tower reads `ClosedVocabulary` ids: it pools at the end id and knows the padding.
+    """A CLIP with random weights of this `seed`, whose text tower reads `ClosedVocabulary` ids: it pools at the end id and knows the padding.
 
     `config` holds `embed_dim`, `vision_cfg` and `text_cfg` as open_clip names them; `text_cfg["vocab_size"]` is
     `len(tokenizer)`. Raises `InputError` for towers that are not native."""
@@ -754,7 +761,7 @@ def save_clip(
 
 # %% ../nbs/14_clip.ipynb #9c6e2839
 def read_metadata(path: str|Path) -> dict[str, Any]:
-    "The JSON entries in the header of a safetensors file. Raises `InputError` for a damaged or missing file."
+    "The JSON entries in the header of the safetensors file at `path`. Raises `InputError` for a damaged or missing file."
     from safetensors import SafetensorError, safe_open
     if not Path(path).is_file(): raise InputError(f"no weights file at {path}.")
     try:
@@ -768,7 +775,7 @@ def _json_or_text(value: str) -> Any:
     except json.JSONDecodeError: return value
 
 def check_sha256(path: str|Path, expected: str|Path) -> None:
-    "Raise `InputError` unless the file has the digest stored in the file `expected` (first word)."
+    "Raise `InputError` unless the file at `path` has the digest stored in the file `expected` (first word)."
     wanted, found = Path(expected).read_text().split()[0].lower(), sha256(path)
     if wanted != found: raise InputError(f"{path} is damaged: its SHA-256 is {found[:12]}..., {expected} says {wanted[:12]}...")
 
@@ -802,15 +809,16 @@ def _load_saved(path: Path, **settings: Any) -> Backbone:
     words = stored.get("vocabulary")
     model = (build_clip if words is None else build_closed_clip)(stored["config"])
     fit_weights(model, read_weights(path), path)
-    context = model.context_length
+    context: Any = model.context_length
     tokenizer = open_clip.SimpleTokenizer(context_length=context) if words is None else ClosedVocabulary(words, context)
     colours = {key: stored[key] for key in ("mean", "std") if key in stored}
-    return Backbone(model, path.stem, tokenizer, metadata=stored, **{**colours, **settings})
+    return Backbone(model, path.stem, tokenizer, metadata=stored, **(colours | settings))
 
 # %% ../nbs/14_clip.ipynb #1130a93b
 def _load_named(name: str, pretrained: str|Path|None, quick_gelu: bool|None, seed: int, **settings: Any) -> Backbone:
     "A backbone of a named open_clip architecture with published, local or random weights."
-    path, published = None, {}
+    path: Path|None = None
+    published: dict[str, Any] = {}
     if pretrained is not None and Path(pretrained).suffix in (".safetensors", ".pt", ".pth", ".bin"): path = Path(pretrained)
     elif pretrained is not None and Path(pretrained).is_file(): path = Path(pretrained)
     quick = True if quick_gelu is None else quick_gelu
@@ -822,7 +830,7 @@ def _load_named(name: str, pretrained: str|Path|None, quick_gelu: bool|None, see
     if path is not None: fit_weights(model, read_weights(path), path)
     tokenizer = open_clip.get_tokenizer(name.replace("/", "-"))
     colours = {key: published[key] for key in ("mean", "std") if key in published}
-    return Backbone(model, name.replace("/", "-"), tokenizer, **{**colours, **settings})
+    return Backbone(model, name.replace("/", "-"), tokenizer, **(colours | settings))
 
 # %% ../nbs/14_clip.ipynb #513a01b1
 def usable_device(
@@ -843,7 +851,7 @@ def load_clip(
     name: str|Path = "ViT-B-16",            # an open_clip ViT, one of SHIPPED_CLIPS ("world"), or a file of `save_clip`
     pretrained: str|Path|None = "openai",   # published tag, weights file, or None for random weights; unused for what ships and for files
     normalise: str = "clip",                # "clip" = the model's own mean and deviation; "imagenet" as WeCLIP and ZegCLIP feed
-    device: str|torch.device = "cpu",
+    device: str|torch.device = "cpu",       # where to compute: "cpu" or "cuda"
     position_resize: str = "bilinear",      # "bilinear" or "bicubic", for image sizes other than the native one
     quick_gelu: bool|None = None,           # None = as published; for bare files and random weights, as OpenAI: True
     seed: int = 0,                          # of random weights
@@ -861,6 +869,8 @@ def load_clip(
         published tag, weights file, or None for random weights; unused for what ships and for files
     normalise : str
         "clip" = the model's own mean and deviation; "imagenet" as WeCLIP and ZegCLIP feed
+    device : str|torch.device
+        where to compute: "cpu" or "cuda"
     position_resize : str
         "bilinear" or "bicubic", for image sizes other than the native one
     quick_gelu : bool|None

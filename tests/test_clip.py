@@ -194,7 +194,7 @@ def test_padding_reaches_whole_patches_and_crops_back(h, w, patch):
 
 def test_preprocess_accepts_pil_and_arrays_and_inverts(little):
     array = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    from_array, from_pil = little.preprocess(array), little.preprocess([Image.fromarray(array)])
+    from_array, from_pil = little.preprocess(array, 32), little.preprocess([Image.fromarray(array)], 32)
     assert torch.equal(from_array, from_pil) and from_array.shape == (1, 3, 32, 32)
     assert torch.allclose(little.denormalise(from_array)[0].permute(1, 2, 0) * 255, torch.from_numpy(array).float(), atol=1e-3)
 

@@ -69,6 +69,8 @@ class RobustnessRow:
 
     Attributes
     ----------
+    corruption : Corruption
+        kind and strength
     miou : Interval
         with its bootstrap interval over pictures
     boundary : Interval
@@ -78,7 +80,7 @@ class RobustnessRow:
     hiou : Interval|None
         of seen and unseen classes, where there are such
     """
-    corruption: Corruption
+    corruption: Corruption  # kind and strength
     miou: Interval       # with its bootstrap interval over pictures
     boundary: Interval   # boundary IoU (Cheng et al.)
     drop: Interval       # mIoU of clean pictures above this one, paired
@@ -99,14 +101,30 @@ class Robustness:
         by kind, strengths rising
     clean : Interval
         mIoU of the pictures as they are
+    clean_boundary : Interval
+        boundary IoU of the same
     mean : Interval
         mIoU, mean over all rows
+    mean_drop : Interval
+        mIoU of clean pictures above that mean, paired
     figure : str
         which one: a key of FIGURES
+    system : str
+        its name
+    dataset : str
+        its name
+    split : str
+        which list was scored
     caveat : str
         what the pictures are, and figures on them do not say
+    images : int
+        pictures scored
     settings : dict[str, Any]
         inference, CRF and so on
+    device : str
+        what it ran on
+    software : dict[str, str]
+        versions by package
     weights : str
         where the weights come from, in words
     command : str
@@ -118,18 +136,18 @@ class Robustness:
     """
     rows: tuple[RobustnessRow, ...]   # by kind, strengths rising
     clean: Interval                   # mIoU of the pictures as they are
-    clean_boundary: Interval
+    clean_boundary: Interval          # boundary IoU of the same
     mean: Interval                    # mIoU, mean over all rows
-    mean_drop: Interval
+    mean_drop: Interval               # mIoU of clean pictures above that mean, paired
     figure: str                       # which one: a key of FIGURES
-    system: str
-    dataset: str
-    split: str
+    system: str                       # its name
+    dataset: str                      # its name
+    split: str                        # which list was scored
     caveat: str                       # what the pictures are, and figures on them do not say
-    images: int
+    images: int                       # pictures scored
     settings: dict[str, Any]          # inference, CRF and so on
-    device: str
-    software: dict[str, str]
+    device: str                       # what it ran on
+    software: dict[str, str]          # versions by package
     weights: str = ""                 # where the weights come from, in words
     command: str = ""                 # how to make it again
     level: float = .95                # of the intervals
@@ -175,16 +193,16 @@ def _checked(kinds: Sequence[str], strengths: Sequence[int]) -> list[Corruption]
     return [Corruption(kind, strength) for kind in kinds for strength in sorted(strengths)]
 
 def robustness(
-    system: Predictor,
-    dataset: SegmentationFolder,
-    kinds: Sequence[str] = tuple(CORRUPTIONS),
-    strengths: Sequence[int] = (1, 2, 3),
+    system: Predictor,                     # a trained system
+    dataset: SegmentationFolder,           # with masks
+    kinds: Sequence[str] = tuple(CORRUPTIONS),  # of corruption: blur, noise, jpeg, contrast
+    strengths: Sequence[int] = (1, 2, 3),  # 1 is weak, 3 strong
     *,
     figures: Sequence[str] = ("seg",),     # what is evaluated; the table is about that which says most
     clean: SystemReport|None = None,       # of the pictures as they are, evaluated with the same options; None = evaluate them, too
     samples: int = 1000,                   # of the bootstrap
     seed: int = 0,                         # of the bootstrap
-    progress: bool = True,
+    progress: bool = True,                 # show a bar
     **options: Any,                        # of `evaluate_system`
 ) -> Robustness:
     """A figure of a system under every kind and strength of corruption, and its drop against clean pictures (after Hendrycks and Dietterich, 2019).
@@ -193,6 +211,14 @@ def robustness(
 
     Parameters
     ----------
+    system : Predictor
+        a trained system
+    dataset : SegmentationFolder
+        with masks
+    kinds : Sequence[str]
+        of corruption: blur, noise, jpeg, contrast
+    strengths : Sequence[int]
+        1 is weak, 3 strong
     figures : Sequence[str]
         what is evaluated; the table is about that which says most
     clean : SystemReport|None
@@ -201,6 +227,8 @@ def robustness(
         of the bootstrap
     seed : int
         of the bootstrap
+    progress : bool
+        show a bar
     **options : Any
         of `evaluate_system`
     """

@@ -35,13 +35,29 @@ SINGULAR = {plural(name): name for name in WORLD_CLASSES}
 VOCABULARY = tuple(sorted({*FILLERS, *WORLD_CLASSES, *SINGULAR, *HUES, *WORLD_BACKGROUNDS}))
 CLIP_DOMAIN = replace(WORLD_DOMAIN, fillers=FILLERS, templates=("a picture of a {}", "a photo of a {}", "we see a {}"), background_templates=("{}",))   # what the weights say of themselves
 
-def phrases(caption: str) -> list[str]:
-    "The parts of a caption between its opening, its 'and's and its 'on'."
+def phrases(
+    caption: str,  # of a scene
+) -> list[str]:
+    """The parts of a caption between its opening, its 'and's and its 'on'.
+
+    Parameters
+    ----------
+    caption : str
+        of a scene
+    """
     body = re.sub(r"^(a picture of|a photo of|a drawing of|we see) ", "", caption)
     return re.split(r" and | on ", body)
 
-def content_words(texts: Sequence[str]) -> Tensor:
-    "Which content words each text has: (len(texts), len(VOCABULARY)) of 0 and 1, plurals counted as singulars, fillers left out."
+def content_words(
+    texts: Sequence[str],  # captions or phrases
+) -> Tensor:
+    """Which content words each text has: (len(texts), len(VOCABULARY)) of 0 and 1, plurals counted as singulars, fillers left out.
+
+    Parameters
+    ----------
+    texts : Sequence[str]
+        captions or phrases
+    """
     index = {word: i for i, word in enumerate(VOCABULARY)}
     found = torch.zeros(len(texts), len(VOCABULARY))
     for row, text in zip(found, texts):
@@ -49,16 +65,40 @@ def content_words(texts: Sequence[str]) -> Tensor:
             if word not in FILLERS: row[index[SINGULAR.get(word, word)]] = 1
     return found
 
-def true_of(texts: Tensor, captions: Tensor) -> Tensor:
-    "Is each text (T, V) true of each picture with this caption (B, V)? Gives (B, T) of 0 and 1."
+def true_of(
+    texts: Tensor,     # (T, V), of `content_words`
+    captions: Tensor,  # (B, V), of `content_words`
+) -> Tensor:  # (B, T) of 0 and 1
+    """Is each text (T, V) true of each picture with this caption (B, V)? Gives (B, T) of 0 and 1.
+
+    Parameters
+    ----------
+    texts : Tensor
+        (T, V), of `content_words`
+    captions : Tensor
+        (B, V), of `content_words`
+
+    Returns
+    -------
+    Tensor
+        (B, T) of 0 and 1
+    """
     return ((1 - captions) @ texts.T == 0).float()
 
 # %% ../../nbs/world/48_clip.ipynb #bd47505a
 @dataclass(frozen=True)
 class SceneCache:
-    "Scenes drawn once: pictures (n, H, W, 3) uint8, memory-mapped, and their captions."
-    pictures: np.ndarray
-    captions: list[str]
+    """Scenes drawn once: pictures (n, H, W, 3) uint8, memory-mapped, and their captions.
+
+    Attributes
+    ----------
+    pictures : np.ndarray
+        (n, H, W, 3) uint8, memory-mapped
+    captions : list[str]
+        one a picture
+    """
+    pictures: np.ndarray  # (n, H, W, 3) uint8, memory-mapped
+    captions: list[str]  # one a picture
 
 def _draw_range(job: tuple[World, str, int, int]) -> list[str]:
     "Draw scenes `start` to `stop` into the file; gives their captions."
@@ -72,9 +112,9 @@ def _draw_range(job: tuple[World, str, int, int]) -> list[str]:
 
 def scene_cache(
     folder: str|Path,  # where the two files go
-    world: World,
+    world: World,      # what is drawn
     count: int,        # scenes 0..count-1 of the world
-    workers: int|None = None,
+    workers: int|None = None,  # processes; None = one per core
 ) -> SceneCache:
     """Draw `count` scenes into `folder`, or reuse them when they are there. Captions are written last and mark the cache complete.
 
@@ -82,8 +122,12 @@ def scene_cache(
     ----------
     folder : str|Path
         where the two files go
+    world : World
+        what is drawn
     count : int
         scenes 0..count-1 of the world
+    workers : int|None
+        processes; None = one per core
     """
     path = Path(folder)/f"{world.split}-{world.seed}-{count}-{world.size}-{_digest(world)}.npy"
     notes = path.with_suffix(".json")
@@ -119,7 +163,7 @@ def view(
     pictures: np.ndarray,      # (n, H, W, 3) uint8
     indices: np.ndarray,       # (B,)
     side: int,                 # side of the result in pixels
-    rng: np.random.Generator,
+    rng: np.random.Generator,  # of crops and flips
     smallest: float = .65,     # smallest crop, as a share of the side
 ) -> Tensor:
     """One random crop window, resized, each picture flipped or not: normalised pixels (B, 3, side, side).
@@ -132,6 +176,8 @@ def view(
         (B,)
     side : int
         side of the result in pixels
+    rng : np.random.Generator
+        of crops and flips
     smallest : float
         smallest crop, as a share of the side
     """
@@ -149,14 +195,42 @@ def view(
     return (x/255 - torch.tensor(MEAN)[:, None, None])/torch.tensor(STD)[:, None, None]
 
 # %% ../../nbs/world/48_clip.ipynb #73ffd8f4
-def world_config(width: int = 128, layers: int = 6, side: int = 112, head_width: int = 32) -> dict:
-    "open_clip configuration of the world's CLIP."
+def world_config(
+    width: int = 128,      # channels of the image tower
+    layers: int = 6,       # blocks
+    side: int = 112,       # of a picture, pixels
+    head_width: int = 32,  # channels of a head
+) -> dict:
+    """open_clip configuration of the world's CLIP.
+
+    Parameters
+    ----------
+    width : int
+        channels of the image tower
+    layers : int
+        blocks
+    side : int
+        of a picture, pixels
+    head_width : int
+        channels of a head
+    """
     text = dict(context_length=24, vocab_size=len(VOCABULARY) + 3, width=128, heads=4, layers=3)
     vision = dict(layers=layers, width=width, head_width=head_width, patch_size=8, image_size=side)
     return dict(embed_dim=128, vision_cfg=vision, text_cfg=text, init_logit_scale=math.log(10), init_logit_bias=-4.)
 
-def new_world_clip(config: dict, seed: int = 0) -> nn.Module:
-    "A world CLIP to be trained: random, but with every block's key projection a copy of its (orthogonal) query projection."
+def new_world_clip(
+    config: dict,   # of `world_config`
+    seed: int = 0,  # of the random weights
+) -> nn.Module:
+    """A world CLIP to be trained: random, but with every block's key projection a copy of its (orthogonal) query projection.
+
+    Parameters
+    ----------
+    config : dict
+        of `world_config`
+    seed : int
+        of the random weights
+    """
     model = build_closed_clip(config, seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -168,8 +242,19 @@ def new_world_clip(config: dict, seed: int = 0) -> nn.Module:
     return model
 
 # %% ../../nbs/world/48_clip.ipynb #498bd8f3
-def keep_patches(tokens: Tensor, share: float) -> Tensor:
-    "A random `share` of the patch tokens (B, N, D) of each picture; the same number for all."
+def keep_patches(
+    tokens: Tensor,  # (B, N, D)
+    share: float,    # that is kept, 0 to 1
+) -> Tensor:
+    """A random `share` of the patch tokens (B, N, D) of each picture; the same number for all.
+
+    Parameters
+    ----------
+    tokens : Tensor
+        (B, N, D)
+    share : float
+        that is kept, 0 to 1
+    """
     if share >= 1: return tokens
     count = max(1, int(share*tokens.shape[1]))
     chosen = torch.rand(tokens.shape[:2], device=tokens.device).argsort(1)[:, :count]
@@ -220,7 +305,8 @@ def caption_loss(
     embeddings: Tensor,  # (B, E) of the pictures
     texts: Tensor,       # (T, E) of the texts
     truth: Tensor,       # (B, T) of 0 and 1
-    scale: Tensor, bias: Tensor,
+    scale: Tensor,       # factor on the cosines
+    bias: Tensor,        # added to them
 ) -> Tensor:
     """Sigmoid loss of all picture-text pairs, summed over texts, averaged over pictures (SigLIP, with many positives a row).
 
@@ -232,6 +318,10 @@ def caption_loss(
         (T, E) of the texts
     truth : Tensor
         (B, T) of 0 and 1
+    scale : Tensor
+        factor on the cosines
+    bias : Tensor
+        added to them
     """
     logits = scale*F.normalize(embeddings, dim=-1) @ F.normalize(texts, dim=-1).T + bias
     return F.binary_cross_entropy_with_logits(logits, truth, reduction="sum")/len(embeddings)
@@ -245,6 +335,8 @@ class Stage:
     ----------
     until : float
         share of the steps at which it ends
+    difficulty : str
+        of the scenes
     side : int
         pixels
     keep : float
@@ -253,19 +345,44 @@ class Stage:
         smallest crop
     """
     until: float      # share of the steps at which it ends
-    difficulty: str
+    difficulty: str   # of the scenes
     side: int         # pixels
     keep: float       # share of the patches
     smallest: float   # smallest crop
 
 STAGES = (Stage(.12, "easy", 96, .6, .8), Stage(.7, "medium", 112, .5, .7), Stage(1., "medium", 160, .5, .65))
 
-def learning_rate(step: int, steps: int, peak: float = 2e-3, warmup: int = 100) -> float:
-    "Linear warm-up, plateau until 30% of the steps, linear decay to 1e-5."
+def learning_rate(
+    step: int,           # counted from 0
+    steps: int,          # of the whole training
+    peak: float = 2e-3,  # highest rate
+    warmup: int = 100,   # steps until it is reached
+) -> float:
+    """Linear warm-up, plateau until 30% of the steps, linear decay to 1e-5.
+
+    Parameters
+    ----------
+    step : int
+        counted from 0
+    steps : int
+        of the whole training
+    peak : float
+        highest rate
+    warmup : int
+        steps until it is reached
+    """
     return max(1e-5, peak*min(1, (step + 1)/warmup)*(1 - max(0, (step/steps - .3)/.7)))
 
-def optimisers(model: nn.Module) -> list[torch.optim.Optimizer]:
-    "Muon for the matrices of the transformer blocks, AdamW for the rest (no decay on vectors)."
+def optimisers(
+    model: nn.Module,  # the CLIP that learns
+) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the transformer blocks, AdamW for the rest (no decay on vectors).
+
+    Parameters
+    ----------
+    model : nn.Module
+        the CLIP that learns
+    """
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "resblocks" in name]
     taken = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in taken]
@@ -283,24 +400,34 @@ class WorldClipTrainer:
 
     Attributes
     ----------
+    model : nn.Module
+        the CLIP that learns
+    config : dict
+        of `world_config`
     caches : dict[str, SceneCache]
         by difficulty
+    steps : int
+        of the whole training
+    batch : int
+        pictures a step
     bank_size : int
         phrases drawn per step
     evenness : float
         weight of the key imbalance
     tied : bool
         queries and keys stay equal
+    step : int
+        how many are done
     """
-    model: nn.Module
-    config: dict
+    model: nn.Module               # the CLIP that learns
+    config: dict                   # of `world_config`
     caches: dict[str, SceneCache]  # by difficulty
-    steps: int
-    batch: int = 64
+    steps: int                     # of the whole training
+    batch: int = 64                # pictures a step
     bank_size: int = 48            # phrases drawn per step
     evenness: float = 2.           # weight of the key imbalance
     tied: bool = True              # queries and keys stay equal
-    step: int = 0
+    step: int = 0                  # how many are done
 
     def __post_init__(self) -> None:
         self.tokenizer = ClosedVocabulary(VOCABULARY, self.config["text_cfg"]["context_length"])
@@ -323,8 +450,16 @@ class WorldClipTrainer:
         return self.tokenizer(whole + [self.bank[i] for i in drawn]), true_of(words, content_words(captions))
 
 # %% ../../nbs/world/48_clip.ipynb #0a3509d8
-def train_step(trainer: WorldClipTrainer) -> dict[str, float]:
-    "One step of both losses; gives their values. The trainer's step number is advanced."
+def train_step(
+    trainer: WorldClipTrainer,  # of `world_clip_trainer`
+) -> dict[str, float]:
+    """One step of both losses; gives their values. The trainer's step number is advanced.
+
+    Parameters
+    ----------
+    trainer : WorldClipTrainer
+        of `world_clip_trainer`
+    """
     self, stage, device = trainer, trainer.stage, trainer.model.logit_scale.device
     rng = np.random.default_rng([1, self.step])
     torch.manual_seed(self.step)
@@ -341,8 +476,16 @@ def train_step(trainer: WorldClipTrainer) -> dict[str, float]:
     _descend(self, captions + self.evenness*uneven)
     return dict(captions=float(captions.detach()), imbalance=float(uneven.detach()))
 
-def tie_queries_and_keys(visual: nn.Module) -> None:
-    "Give queries and keys of every block the mean of their gradients: projections that start equal stay equal."
+def tie_queries_and_keys(
+    visual: nn.Module,  # the image tower
+) -> None:
+    """Give queries and keys of every block the mean of their gradients: projections that start equal stay equal.
+
+    Parameters
+    ----------
+    visual : nn.Module
+        the image tower
+    """
     for block in visual.transformer.resblocks:
         for parameter in (block.attn.in_proj_weight, block.attn.in_proj_bias):
             query, key, _ = parameter.grad.chunk(3)
@@ -366,8 +509,19 @@ def _descend(trainer: WorldClipTrainer, loss: Tensor) -> None:
     trainer.step += 1
 
 # %% ../../nbs/world/48_clip.ipynb #9c5bb66a
-def save_state(trainer: WorldClipTrainer, path: Path) -> None:
-    "Write everything that a continued run needs, whole or not at all."
+def save_state(
+    trainer: WorldClipTrainer,  # of `world_clip_trainer`
+    path: Path,                 # file to write
+) -> None:
+    """Write everything that a continued run needs, whole or not at all.
+
+    Parameters
+    ----------
+    trainer : WorldClipTrainer
+        of `world_clip_trainer`
+    path : Path
+        file to write
+    """
     state = dict(
         model=trainer.model.state_dict(),
         optimisers=[o.state_dict() for o in trainer.optimisers],
@@ -376,8 +530,19 @@ def save_state(trainer: WorldClipTrainer, path: Path) -> None:
     )
     with atomic_write(path) as partial: torch.save(state, partial)
 
-def load_state(trainer: WorldClipTrainer, path: Path) -> None:
-    "Continue where `path` left off. Raises `InputError` when it belongs to a run of another length."
+def load_state(
+    trainer: WorldClipTrainer,  # of `world_clip_trainer`
+    path: Path,                 # a file of `save_state`
+) -> None:
+    """Continue where `path` left off. Raises `InputError` when it belongs to a run of another length.
+
+    Parameters
+    ----------
+    trainer : WorldClipTrainer
+        of `world_clip_trainer`
+    path : Path
+        a file of `save_state`
+    """
     state = torch.load(path, weights_only=True, map_location=trainer.model.logit_scale.device)
     if state["steps"] != trainer.steps:
         raise InputError(
@@ -390,13 +555,13 @@ def load_state(trainer: WorldClipTrainer, path: Path) -> None:
 def train_world_clip(
     out: str|Path,                 # folder for the scene cache and the checkpoint
     steps: int = 3500,             # of `batch` pictures
-    batch: int = 64,
+    batch: int = 64,               # pictures a step
     scenes: int = 60_000,          # drawn once, seen several times
-    width: int = 128,
+    width: int = 128,              # channels of the image tower
     evenness: float = 2.,          # weight of the key imbalance; 0 = captions alone
     tied: bool = True,             # keep queries and keys of the vision tower equal
-    seed: int = 0,
-    device: str = "cpu",
+    seed: int = 0,                 # of weights and scenes
+    device: str = "cpu",           # where to compute: "cpu" or "cuda"
     save_every: int = 250,         # steps between checkpoints
 ) -> tuple[WorldClipTrainer, list[dict]]:
     """Train, or continue the training in `out`. Gives the trainer and a log of the smoothed losses every 25 steps.
@@ -409,12 +574,20 @@ def train_world_clip(
         folder for the scene cache and the checkpoint
     steps : int
         of `batch` pictures
+    batch : int
+        pictures a step
     scenes : int
         drawn once, seen several times
+    width : int
+        channels of the image tower
     evenness : float
         weight of the key imbalance; 0 = captions alone
     tied : bool
         keep queries and keys of the vision tower equal
+    seed : int
+        of weights and scenes
+    device : str
+        where to compute: "cpu" or "cuda"
     save_every : int
         steps between checkpoints
     """
@@ -444,10 +617,24 @@ def _read_log(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 # %% ../../nbs/world/48_clip.ipynb #acea20c1
-def ship_world_clip(trainer: WorldClipTrainer, path: str|Path, attention_source: str = "attention") -> str:
+def ship_world_clip(
+    trainer: WorldClipTrainer,            # of `world_clip_trainer`
+    path: str|Path,                       # a .safetensors file
+    attention_source: str = "attention",  # see `freqseg.affinity.SOURCES`
+) -> str:
     """Write the trained model as fp16 safetensors to `path` and its SHA-256 beside it; gives the SHA-256.
 
-    `attention_source` is the affinity source that `load_clip(path)` proposes to the systems."""
+    `attention_source` is the affinity source that `load_clip(path)` proposes to the systems.
+
+    Parameters
+    ----------
+    trainer : WorldClipTrainer
+        of `world_clip_trainer`
+    path : str|Path
+        a .safetensors file
+    attention_source : str
+        see `freqseg.affinity.SOURCES`
+    """
     path = Path(path)
     half = {name: value.half() for name, value in trainer.model.state_dict().items()}
     model = build_closed_clip(trainer.config).half()
