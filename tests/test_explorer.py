@@ -35,7 +35,7 @@ from freqseg.world.scenes import WORLD_CLASSES, World
 SMALL = 96   # longest side, pixels, where the size does not matter: 12 x 12 patches of the world's CLIP
 plain = pytest.mark.usefixtures("plain_figures")
 USUAL = View()
-VARIED = View(maps="transport", affinity="both", lambda_h=.3, epsilon=.05, band="stack", bands=3, scale="shared", opacity=.7, cmap="viridis")
+VARIED = View(maps="transport", affinity="both", lambda_h=.3, epsilon=.05, band="stack", bands=3, colour_scale="shared", opacity=.7, cmap="viridis")
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,7 @@ def test_a_stack_is_cut_where_its_titles_say_and_sums_to_the_whole(bands: int, s
 
 
 def test_on_the_shared_scale_bands_add_up(look: Look) -> None:
-    shown = look.shown(View(scale="shared")).columns
+    shown = look.shown(View(colour_scale="shared")).columns
     top = look.parts.evidence.relu().amax((2, 3))[0][:, None, None]
     for title, band in zip(("low", "high"), look.parts.bands, strict=True):
         torch.testing.assert_close(shown[title], (band[0] / top).clamp(0, 1), atol=1e-6, rtol=1e-5)
@@ -637,7 +637,7 @@ def test_a_backbone_has_no_maps_of_its_own(small: Look) -> None:
 # ---- options --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("option, value", [
-    ("maps", "gradcm"), ("maps", ""), ("maps", None), ("maps", 3), ("maps", ["gradcam"]), ("shape", "round"), ("band", "mid"), ("affinity", "both affinities"), ("scale", None),
+    ("maps", "gradcm"), ("maps", ""), ("maps", None), ("maps", 3), ("maps", ["gradcam"]), ("shape", "round"), ("band", "mid"), ("affinity", "both affinities"), ("colour_scale", None),
     ("cmap", "jet"), ("layers", 0), ("layers", -1), ("layers", 2.5), ("layers", True), ("layers", "3"), ("layers", None), ("mu", -.01), ("mu", .51), ("mu", float("nan")), ("mu", ".2"),
     ("mu", None), ("mu", True), ("bands", 1), ("bands", 7), ("bands", 2.5), ("lambda_l", -.1), ("lambda_l", 2.1), ("lambda_h", float("inf")), ("boxes", "no"), ("boxes", None),
     ("epsilon", 0.), ("epsilon", 1.1), ("threshold", -.1), ("threshold", 1.1), ("opacity", 2.), ("opacity", None)])
