@@ -128,7 +128,7 @@ def allowed(
     if "choices" in about: return f"one of {', '.join('none' if one is None else str(one) for one in about['choices'])}"
     return " or ".join(_kind_words(kind, about) for kind in kinds(hint))
 
-# %% ../nbs/06_options.ipynb #3b839821
+# %% ../nbs/06_options.ipynb #6943c158
 def described(
     about: Mapping[str, Any],     # what `option` was told
 ) -> str:

@@ -555,7 +555,7 @@ def test_losses_come_only_with_something_to_learn_from(features):
     assert module(features, 3 * decoded, labels).statistics["alpha"] == alpha and module.threshold.updates == updates == 2
 
 def test_state_is_saved_and_settings_survive_json(features):
-    one = DualAffinity(4, DualAffinitySettings(layers=(0, 1, 2, 3), window=None, inversion="butterworth"))
+    one = DualAffinity(4, DualAffinitySettings(layers=(0, 1, 2, 3), vote_window=None, inversion="butterworth"))
     trained(one.high)
     one(features, *teaching())
     other = DualAffinity(4, DualAffinitySettings(**json.loads(json.dumps(one.settings.named()))))
@@ -581,10 +581,9 @@ def test_combined_affinities_keep_rows_that_sum_to_one(seed):
         assert torch.allclose(combine_affinities(low, high, how).sum(-1), torch.ones(1, 8), atol=2e-4)
     assert combine_affinities(low, None) is low and torch.allclose(combine_affinities(low, high), (low + high) / 2)
 
-@pytest.mark.parametrize("options", [{"source": "keys"}, {"layers": 0}, {"layers": ()}, {"mu": 0.7}, {"window": 8}, {"momentum": 1.0},
+@pytest.mark.parametrize("options", [{"source": "keys"}, {"layers": 0}, {"layers": ()}, {"mu": 0.7}, {"vote_window": 8},
                                      {"relation_scale": "sigmoid"}, {"align_scale": "x"}, {"align_within": "x"}, {"inverse": False},
-                                     {"align_reduction": "sum"}, {"low_init": "signed"}, {"high_init": "x"}, {"inversion": "wavelet"},
-                                     {"majority": 1.0}, {"cutoff": 0}, {"border": "x"}, {"normalise_features": True}, {"sharpness": 0}])
+                                     {"align_reduction": "sum"}, {"inversion": "wavelet"}, {"normalise_features": True}, {"hidden": 0}, {"per_head": True, "source": "tokens"}])
 def test_settings_that_cannot_be_are_named(options):
     name = "rectify" if "inverse" in options else next(iter(options))
     with pytest.raises(InputError, match=f"{name}="): DualAffinitySettings(**options)

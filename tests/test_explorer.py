@@ -37,7 +37,7 @@ from freqseg.world.scenes import WORLD_CLASSES, World
 SMALL = 96   # longest side, pixels, where the size does not matter: 12 x 12 patches of the world's CLIP
 plain = pytest.mark.usefixtures("plain_figures")
 USUAL = View()
-VARIED = View(maps="transport", affinity="both", lambda_h=.3, epsilon=.05, band="stack", bands=3, scale="shared", opacity=.7, cmap="viridis")
+VARIED = View(maps="transport", affinity="both", lambda_h=.3, epsilon=.05, band="stack", bands=3, colour_scale="shared", opacity=.7, cmap="viridis")
 
 
 @pytest.fixture(scope="module")
@@ -142,17 +142,17 @@ def test_columns_are_the_maps_of_frequency_cams(view: View, title: str, method: 
     torch.testing.assert_close(analysis.shown(view).columns[title], expected[method][0], atol=2e-5, rtol=1e-4)
 
 
-def test_registered_maps_are_choices_of_the_view(monkeypatch: pytest.MonkeyPatch, look: Look) -> None:
+def test_registered_maps_are_choices_of_the_view(monkeypatch: pytest.MonkeyPatch, analysis: Analysis) -> None:
     monkeypatch.setattr(cams_room.METHODS, "_entries", dict(cams_room.METHODS._entries))
     assert list(room.MAPS) == ["gradcam", "patch_text", "intra_correlation", "transport", "sclip", "clearclip", "naclip", "clip_surgery", "trained"]
     with pytest.raises(InputError, match="squared"): View(maps="squared")
     cams_room.register_map("squared", "GradCAM evidence, squared", needs=("evidence",))(lambda parts: parts.evidence * parts.evidence.abs())
     assert "squared" in room.MAPS and room.MAPS["squared"] == "GradCAM evidence, squared" and len(room.MAPS) == 10
-    shown = look.shown(View(maps="squared", affinity="none"))
-    torch.testing.assert_close(shown.final, normalise_cam(look.parts.evidence.relu().square())[0], atol=1e-5, rtol=1e-4)
+    shown = analysis.shown(View(maps="squared", affinity="none"))
+    torch.testing.assert_close(shown.final, normalise_cam(analysis.parts.evidence.relu().square())[0], atol=1e-5, rtol=1e-4)
     for name in ("naclip", "clip_surgery"):
-        shown = look.shown(View(maps=name, affinity="none"))
-        torch.testing.assert_close(shown.columns[cams_room.METHODS[name].title], cams_room.cam_of(look.parts, name)[0], atol=1e-5, rtol=1e-4)
+        shown = analysis.shown(View(maps=name, affinity="none"))
+        torch.testing.assert_close(shown.columns[cams_room.METHODS[name].title], cams_room.cam_of(analysis.parts, name)[0], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("bands", [2, 4, 6])
@@ -175,7 +175,7 @@ def test_a_stack_is_cut_where_its_titles_say_and_sums_to_the_whole(bands: int, s
 
 
 def test_on_the_shared_scale_bands_add_up(analysis: Analysis) -> None:
-    shown = analysis.shown(View(scale="shared")).columns
+    shown = analysis.shown(View(colour_scale="shared")).columns
     top = analysis.parts.evidence.relu().amax((2, 3))[0][:, None, None]
     for title, band in zip(("low", "high"), analysis.parts.bands, strict=True):
         torch.testing.assert_close(shown[title], (band[0] / top).clamp(0, 1), atol=1e-6, rtol=1e-5)
@@ -652,7 +652,7 @@ def test_a_backbone_has_no_maps_of_its_own(small: Analysis) -> None:
 # ---- options --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("option, value", [
-    ("maps", "gradcm"), ("maps", ""), ("maps", None), ("maps", 3), ("maps", ["gradcam"]), ("shape", "round"), ("band", "mid"), ("affinity", "both affinities"), ("scale", None),
+    ("maps", "gradcm"), ("maps", ""), ("maps", None), ("maps", 3), ("maps", ["gradcam"]), ("shape", "round"), ("band", "mid"), ("affinity", "both affinities"), ("colour_scale", None),
     ("cmap", "jet"), ("layers", 0), ("layers", -1), ("layers", 2.5), ("layers", True), ("layers", "3"), ("layers", None), ("mu", -.01), ("mu", .51), ("mu", float("nan")), ("mu", ".2"),
     ("mu", None), ("mu", True), ("bands", 1), ("bands", 7), ("bands", 2.5), ("lambda_l", -.1), ("lambda_l", 2.1), ("lambda_h", float("inf")), ("boxes", "no"), ("boxes", None),
     ("epsilon", 0.), ("epsilon", 1.1), ("threshold", -.1), ("threshold", 1.1), ("opacity", 2.), ("opacity", None)])

@@ -201,7 +201,7 @@ def test_jobs_is_a_number_of_processes(toy: Path, tmp_path: Path, jobs: object) 
     ({"lambda_hi": [0.1]}, {}, "no parameter 'lambda_hi'. Did you mean 'lambda_h'"),
     ({"lr": [1e-3, -1.0]}, {}, "lr=-1.0: give"),
     ({"iterations": [2, 100]}, {}, "warmup=2 leaves nothing of iterations=2"),
-    ({"maps": ["transport", "transprot"]}, {}, "maps='transprot': use one of"),
+    ({"maps": ["transport", "transprot"]}, {}, "maps='transprot': did you mean 'transport'"),
     ({"mu": [0.2]}, {"preset": "voc"}, "preset voc needs the data"),
     ({"mu": [0.2]}, {"preset": "wrold"}, "wrold.*world"),
 ])

@@ -11,7 +11,8 @@ from freqseg.clip import load_clip
 from freqseg.files import InputError, sha256, shipped
 from freqseg.metrics import mean_average_precision
 from freqseg.world.scenes import WORLD_CLASSES, World
-from freqseg.world.clip import (STAGES, VOCABULARY, ClosedVocabulary, caption_loss, content_words, keep_patches, key_imbalance,
+from freqseg.clip import ClosedVocabulary
+from freqseg.world.clip import (STAGES, VOCABULARY, caption_loss, content_words, keep_patches, key_imbalance,
                                 learning_rate, new_world_clip, phrases, scene_cache, ship_world_clip, train_forward, train_world_clip, true_of,
                                 view, world_config)
 

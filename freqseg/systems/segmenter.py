@@ -92,7 +92,8 @@ class SegmenterOptions(Options):
         if self.reconstruction and not (self.decoder == "wavelet" and self.learn_filters):
             raise InputError(f"reconstruction={self.reconstruction} weighs a penalty on learned taps: it needs decoder='wavelet' and learn_filters=True.")
         try: filter_bank(self.wavelet)
-        except ValueError as error: raise InputError(f"wavelet={self.wavelet!r}: {error}") from error
+        except ValueError as error:
+            raise InputError(f"wavelet={self.wavelet!r}: give haar, db2, sym4, coif1, bior2.2 or another discrete wavelet that PyWavelets knows.") from error
 
 # %% ../../nbs/systems/40_segmenter.ipynb #dcc0e92d
 class System(nn.Module):

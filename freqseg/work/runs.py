@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..files import InputError
+from ..options import parsed
 
 # %% ../../nbs/work/58_runs.ipynb #c9b87a88
 @dataclass(frozen=True)
@@ -148,8 +149,6 @@ def _unknown_parameter(name: str, known: Mapping[str, Parameter]) -> InputError:
     )
 
 # %% ../../nbs/work/58_runs.ipynb #523bca50
-_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-
 def parse_parameter(
     parameter: Parameter,  # of `notebook_parameters`
     text: str,             # as it was typed
@@ -166,10 +165,11 @@ def parse_parameter(
     default = parameter.default
     if isinstance(default, str): return text
     try:
-        if isinstance(default, bool): return _TRUTH[text.lower()]
-        value = float(text) if isinstance(default, float) else ast.literal_eval(text)
+        if isinstance(default, (bool, int, float)): return parsed(parameter.name, text, type(default), {})
+        value = ast.literal_eval(text)
         if _fits(value, default): return value
-    except (ValueError, KeyError, SyntaxError):
+    except InputError: pass   # said below, with the default
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         if default is None: return text
     raise InputError(f"parameter {parameter.name} is {parameter.kind} (default {default!r}), which {text!r} is not.")
 

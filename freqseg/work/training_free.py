@@ -18,7 +18,7 @@ from ..clip import Backbone
 from ..files import InputError
 from ..maps import METHODS, CamSettings, cam_of, cam_parts, raw_map
 from ..prompts import embed_wording, usual_wording
-from .inference import Inference, Picture, merged_strips, scaled_pixels, show
+from .inference import Inference, Picture, merged_strips, scaled_pixels, augmented_views
 
 # %% ../../nbs/work/53_training_free.ipynb #fc9ad480
 class MapSegmentation(NamedTuple):
@@ -112,7 +112,7 @@ def segment_with_map(
 
     inference = usual_showing(backbone) if inference is None else inference
     picture = Picture(0, "the picture", np.array(image), scaled_pixels(image, inference.scales, inference), None, None)
-    views, scores, labels = show(backbone, [picture], answer, inference)[0], [], []
+    views, scores, labels = augmented_views(backbone, [picture], answer, inference)[0], [], []
     for _, merged in merged_strips(views, picture.size):
         own, rest = _shares(merged, len(names), scale or backbone.logit_scale) if compared else (merged, torch.zeros_like(merged[0]))
         scores.append(own)
