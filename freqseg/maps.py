@@ -41,13 +41,13 @@ class CamSettings(Options):
     shape : str
         of the low band
     source : str | None
-        of the affinities, see `affinity.SOURCES`; none = what suits the backbone
+        relations that the affinities are made of, one of `affinity.SOURCES`; none: what suits the backbone
     layers : int | tuple[int, ...]
         the last so many blocks, or block indices (WeCLIP, first half: 8)
     walk_steps : int
         how often a map travels over the affinity (WeCLIP squares it)
     box : float | None
-        only regions in boxes around at least this share of the maximum travel (WeCLIP, VOC); none = all
+        only regions in boxes around at least this share of the maximum travel (WeCLIP, VOC); none: all
     sharpness : float
         factor on the inverted attention before it is made positive
     similarity : str
@@ -64,10 +64,10 @@ class CamSettings(Options):
     renamed: ClassVar[Mapping[str, str]] = {"power": "walk_steps", "walks": "walk_steps", "eps": "epsilon"}
     mu: float = option(0.4, "cut-off between low and high, cycles per token (FFR)", low=0, high=0.5)
     shape: str = option("square", "of the low band", choices={"square": "as in FFR", "disc": "the same in all directions"})
-    source: str | None = option(None, "of the affinities, see `affinity.SOURCES`; none = what suits the backbone")
+    source: str | None = option(None, "relations that the affinities are made of, one of `affinity.SOURCES`; none: what suits the backbone")
     layers: int | tuple[int, ...] = option(8, "the last so many blocks, or block indices (WeCLIP, first half: 8)", least=1)
     walk_steps: int = option(2, "how often a map travels over the affinity (WeCLIP squares it)", low=1)
-    box: float | None = option(0.4, "only regions in boxes around at least this share of the maximum travel (WeCLIP, VOC); none = all",
+    box: float | None = option(0.4, "only regions in boxes around at least this share of the maximum travel (WeCLIP, VOC); none: all",
                                above=0, high=1)
     sharpness: float = option(1.0, "factor on the inverted attention before it is made positive", above=0)
     similarity: str = option("value", "behind the score of transport: patch-text maps, or GradCAM", choices=("value", "intra", "gradcam"))
