@@ -6,32 +6,51 @@
 from __future__ import annotations
 import math, mmap, os, pickle, signal, subprocess, sys, tempfile, traceback
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import astuple, dataclass
 from itertools import zip_longest
 from pathlib import Path
 from queue import SimpleQueue
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 import numpy as np
 import freqseg
 from .files import InputError
 from .memory import keep_memory
+from .options import Options, option
 
 # %% auto #0
 __all__ = ['CRF_PRESETS', 'CRFSettings', 'require_densecrf', 'crf_settings', 'crf_image', 'dense_crf']
 
 # %% ../nbs/31_crf.ipynb #a8e80be3
 @dataclass(frozen=True)
-class CRFSettings:
-    "Mean-field iterations and the two kernels of a dense CRF (Krähenbühl and Koltun, 2011)."
-    iterations: int = 10
-    gaussian_sxy: float = 3  # smoothness kernel: standard deviation in pixels
-    gaussian_compat: float = 3  # its weight (Potts)
-    bilateral_sxy: float = 64  # appearance kernel: standard deviation in pixels
-    bilateral_srgb: float = 5  # and in grey levels, 0..255
-    bilateral_compat: float = 4  # its weight (Potts)
+class CRFSettings(Options):
+    """Mean-field iterations and the two kernels of a dense CRF (Krähenbühl and Koltun, 2011).
+
+    Raises `InputError` for values that cannot be.
+
+    Attributes
+    ----------
+    iterations : int
+        rounds of mean-field inference
+    gaussian_sxy : float
+        smoothness kernel: standard deviation, pixels
+    gaussian_compat : float
+        its weight (Potts)
+    bilateral_sxy : float
+        appearance kernel: standard deviation, pixels
+    bilateral_srgb : float
+        and in grey levels, 0 to 255
+    bilateral_compat : float
+        its weight (Potts)
+    """
+    iterations: int = option(10, "rounds of mean-field inference", low=0, high=100_000)
+    gaussian_sxy: float = option(3., "smoothness kernel: standard deviation, pixels", above=0)
+    gaussian_compat: float = option(3., "its weight (Potts)", low=0)
+    bilateral_sxy: float = option(64., "appearance kernel: standard deviation, pixels", above=0)
+    bilateral_srgb: float = option(5., "and in grey levels, 0 to 255", above=0)
+    bilateral_compat: float = option(4., "its weight (Potts)", low=0)
 
 CRF_PRESETS = {  # read from the evaluation code that accompanies each paper
     "weclip": CRFSettings(),  # final predictions on VOC and COCO
@@ -54,8 +73,16 @@ def require_densecrf():
         ) from error
     return densecrf
 
-def crf_settings(preset: str | CRFSettings) -> CRFSettings:
-    'The settings named "weclip", "toco" or "clip_es", or the given ones. Raises `InputError` for any other name.'
+def crf_settings(
+    preset: str | CRFSettings,  # name of an entry of PRESETS, or settings
+) -> CRFSettings:
+    """The settings named "weclip", "toco" or "clip_es", or the given ones. Raises `InputError` for any other name.
+
+    Parameters
+    ----------
+    preset : str | CRFSettings
+        name of an entry of PRESETS, or settings
+    """
     if isinstance(preset, CRFSettings): return preset
     if preset not in CRF_PRESETS:
         raise InputError(f"unknown CRF preset {preset!r}: use one of {', '.join(CRF_PRESETS)}, or CRFSettings(...)")
@@ -65,12 +92,29 @@ def crf_settings(preset: str | CRFSettings) -> CRFSettings:
 def crf_image(
     image: np.ndarray,  # (H, W, 3) uint8 RGB
     probs: np.ndarray,  # (K, H, W) class probabilities
-    preset: str | CRFSettings = "weclip",
+    preset: str | CRFSettings = "weclip",  # "weclip", "toco", "clip_es", or settings
     labels: bool = False,  # return the best class of each pixel instead of probabilities
 ) -> np.ndarray:  # (K, H, W) float32, or (H, W) uint8 with `labels`
     """Dense CRF on one image, unary energy -log p (Krähenbühl and Koltun, 2011).
 
-    Probabilities below 1e-5 count as 1e-5. Raises `InputError` when pydensecrf is missing or for an unknown preset."""
+    Probabilities below 1e-5 count as 1e-5. Raises `InputError` when pydensecrf is missing or for an unknown preset.
+
+    Parameters
+    ----------
+    image : np.ndarray
+        (H, W, 3) uint8 RGB
+    probs : np.ndarray
+        (K, H, W) class probabilities
+    preset : str | CRFSettings
+        "weclip", "toco", "clip_es", or settings
+    labels : bool
+        return the best class of each pixel instead of probabilities
+
+    Returns
+    -------
+    np.ndarray
+        (K, H, W) float32, or (H, W) uint8 with `labels`
+    """
     settings, (classes, height, width) = crf_settings(preset), probs.shape
     unary = -np.log(np.clip(probs, 1e-5, 1, dtype=np.float32)).reshape(classes, -1)
     field = require_densecrf().DenseCRF2D(width, height, classes)
@@ -78,7 +122,7 @@ def crf_image(
     field.addPairwiseGaussian(sxy=settings.gaussian_sxy, compat=settings.gaussian_compat)
     # PIL hands out read-only arrays, which the compiled code refuses: "W" copies those.
     field.addPairwiseBilateral(sxy=settings.bilateral_sxy, srgb=settings.bilateral_srgb,
-                               rgbim=np.require(image, requirements="CW"), compat=settings.bilateral_compat)
+                               rgbim=np.require(image, requirements=["C", "W"]), compat=settings.bilateral_compat)
     posterior = np.array(field.inference(settings.iterations), dtype=np.float32).reshape(classes, height, width)
     return posterior.argmax(0).astype(np.uint8) if labels else posterior
 
@@ -111,7 +155,9 @@ def _nameless_memory() -> int:
 
 class _SharedArrays:
     "A picture and its scores in memory that two processes share. Only the parent makes it larger."
-    def __init__(self, memory: int) -> None: self.memory, self.map = memory, None   # descriptor; what is mapped of it
+    def __init__(self, memory: int) -> None:
+        self.memory = memory   # descriptor
+        self.map: mmap.mmap | None = None   # what is mapped of it
 
     def arrays(self, image: tuple, probs: tuple) -> tuple[np.ndarray, np.ndarray]:
         "Views of the picture (uint8) and of the scores (float32), by their shapes."
@@ -185,6 +231,8 @@ class _Child:
             [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             pass_fds=[self.shared.memory], start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
         )
+        # both are pipes
+        self.stdin, self.stdout = cast(BinaryIO, self.process.stdin), cast(BinaryIO, self.process.stdout)
 
     def compute(self, image: np.ndarray, probs: np.ndarray, settings: CRFSettings, labels: bool) -> np.ndarray:
         """`crf_image` in the child.
@@ -192,10 +240,10 @@ class _Child:
         Raises what that raises, `OSError` without memory to share, and `RuntimeError` when the process dies."""
         self.shared.write(image, probs)
         try:
-            self.ready = self.ready or any(line.endswith(_READY) for line in self.process.stdout)
+            self.ready = self.ready or any(line.endswith(_READY) for line in self.stdout)
             # As plain numbers: in a notebook that defines the class, the child could not import it.
-            _send(self.process.stdin, (image.shape, probs.shape, astuple(settings), labels))
-            result, trace = pickle.load(self.process.stdout)
+            _send(self.stdin, (image.shape, probs.shape, astuple(settings), labels))
+            result, trace = pickle.load(self.stdout)
         except _CUT_OFF as error: raise RuntimeError(self._exit_report()) from error
         if trace is not None: raise result from RuntimeError(f"in a CRF process:\n{trace}")
         return result if labels else self.shared.arrays(image.shape, probs.shape)[1].copy()
@@ -215,19 +263,20 @@ class _Child:
         self.process.kill()
         self.process.wait()
         self.shared.close()
-        self.process.stdout.close()
-        with suppress(OSError): self.process.stdin.close()  # may hold the rest of a job that is not read any more
+        self.stdout.close()
+        with suppress(OSError): self.stdin.close()  # may hold the rest of a job that is not read any more
 
 # %% ../nbs/31_crf.ipynb #31d4aaad
-def _crf_pool(pairs: Iterator, settings: CRFSettings, labels: bool, workers: int) -> Iterator[np.ndarray]:
+def _crf_pool(pairs: Iterator, settings: CRFSettings, labels: bool, workers: int) -> Generator[np.ndarray, None, None]:
     "`crf_image` of each pair in child processes, in order, with at most `2 * workers` pairs in flight."
     # undone from the last line up: drop what is queued, kill, join the threads, close the pipes
     with ExitStack() as leaving:
         children = [leaving.enter_context(_Child()) for _ in range(workers)]
         threads = leaving.enter_context(ThreadPoolExecutor(workers))
-        leaving.callback(lambda: [child.process.kill() for child in children])
+        for child in children: leaving.callback(child.process.kill)
         leaving.callback(threads.shutdown, wait=False, cancel_futures=True)
-        idle, pending = SimpleQueue(), deque()
+        idle: SimpleQueue[_Child] = SimpleQueue()
+        pending: deque[Any] = deque()
         for child in children: idle.put(child)
 
         def compute(image: np.ndarray, probs: np.ndarray) -> np.ndarray:
@@ -248,7 +297,7 @@ def _available_cores() -> int:
 def dense_crf(
     images: Iterable,  # (H, W, 3) uint8 RGB arrays or PIL images, sizes may differ
     probs: Iterable,  # (K, H, W) probabilities, arrays or tensors, one per image
-    preset: str | CRFSettings = "weclip",
+    preset: str | CRFSettings = "weclip",  # "weclip", "toco", "clip_es", or settings
     workers: int | None = None,  # processes, never more than images; None = one per available core, 1 = in this process
     labels: bool = False,  # yield the best class of each pixel, (H, W) uint8, instead of probabilities
     progress: bool = True,  # progress bar with remaining time
@@ -257,17 +306,40 @@ def dense_crf(
 
     Reads `images` and `probs` only as far as `2 * workers` ahead. Closing the iterator ends its processes. Raises
     `InputError` at once for an unknown preset, a worker count below 1 or a missing pydensecrf, and while iterating for
-    an image whose probabilities do not fit it; `RuntimeError` when a process dies."""
+    an image whose probabilities do not fit it; `RuntimeError` when a process dies.
+
+    Parameters
+    ----------
+    images : Iterable
+        (H, W, 3) uint8 RGB arrays or PIL images, sizes may differ
+    probs : Iterable
+        (K, H, W) probabilities, arrays or tensors, one per image
+    preset : str | CRFSettings
+        "weclip", "toco", "clip_es", or settings
+    workers : int | None
+        processes, never more than images; None = one per available core, 1 = in this process
+    labels : bool
+        yield the best class of each pixel, (H, W) uint8, instead of probabilities
+    progress : bool
+        progress bar with remaining time
+
+    Returns
+    -------
+    Iterator[np.ndarray]
+        (K, H, W) float32 each, in order
+    """
     settings, workers = crf_settings(preset), _available_cores() if workers is None else workers
     if workers < 1: raise InputError(f"workers must be at least 1, got {workers}")
     require_densecrf()
-    pairs, total = _crf_pairs(images, probs), len(images) if hasattr(images, "__len__") else None
+    pairs, total = _crf_pairs(images, probs), len(images) if isinstance(images, Sized) else None
     if total is not None: workers = min(workers, total)
     if workers > 1: results = _crf_pool(pairs, settings, labels, workers)
     else: results = (crf_image(*pair, settings, labels) for pair in pairs)
     return _with_progress(results, total, progress)
 
-def _with_progress(results: Iterator[np.ndarray], total: int | None, progress: bool) -> Iterator[np.ndarray]:
+def _with_progress(
+    results: Generator[np.ndarray, None, None], total: int | None, progress: bool
+) -> Iterator[np.ndarray]:
     "Pass results on under a progress bar; closing it early stops the pool."
     from tqdm import tqdm
     try: yield from tqdm(results, total=total, desc="dense CRF", unit="image", disable=not progress)

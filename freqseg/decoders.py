@@ -10,9 +10,9 @@ __all__ = ['decoder_blocks', 'BlockLinear', 'BlockFusion', 'QuickGELU', 'Decoder
            'PooledAttention', 'SpectralGuidedLayer', 'SpectralGuidedDecoder']
 
 # %% ../nbs/30_decoders.ipynb #d014e3e5
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,16 +22,39 @@ from .files import InputError
 from .wavelet import WaveletConv2d
 
 # %% ../nbs/30_decoders.ipynb #f1adf40c
-def decoder_blocks(depth: int) -> tuple[int, ...]:
-    "Indices of the blocks that a decoder reads: all but the last, which CLIP has tuned to the whole picture (WeCLIP)."
+def decoder_blocks(
+    depth: int,  # blocks of the tower
+) -> tuple[int, ...]:
+    """Indices of the blocks that a decoder reads: all but the last, which CLIP has tuned to the whole picture (WeCLIP).
+
+    Parameters
+    ----------
+    depth : int
+        blocks of the tower
+    """
     if depth < 2:
         raise InputError(f"a tower of {depth} block(s) has none before its last: the decoder needs at least 2.")
     return tuple(range(depth - 1))
 
 # %% ../nbs/30_decoders.ipynb #261ff2f5
 class BlockLinear(nn.Module):
-    "A linear layer for each block, started like `nn.Linear`, in one product: `(L, M, inputs)` -> `(L, M, outputs)`."
-    def __init__(self, blocks: int, inputs: int, outputs: int) -> None:
+    """A linear layer for each block, started like `nn.Linear`, in one product: `(L, M, inputs)` -> `(L, M, outputs)`.
+
+    Parameters
+    ----------
+    blocks : int
+        L, how many layers
+    inputs : int
+        channels that go in
+    outputs : int
+        channels that come out
+    """
+    def __init__(
+        self,
+        blocks: int,   # L, how many layers
+        inputs: int,   # channels that go in
+        outputs: int,  # channels that come out
+    ) -> None:
         super().__init__()
         bound = inputs ** -0.5
         self.weight = nn.Parameter(torch.empty(blocks, outputs, inputs).uniform_(-bound, bound))
@@ -45,12 +68,24 @@ class BlockFusion(nn.Module):
 
     `y_l = W2_l relu(W1_l x_l + b1_l) + b2_l` per block, `F = W_f (g concat_l y_l) + b_f` per patch, with
     `g = sigmoid(w_g concat_l y_l + b_g)` or 1. `W2` and `W_f` are separate parameters, multiplied before they meet the
-    tokens."""
+    tokens.
+
+    Parameters
+    ----------
+    width : int
+        channels of the tokens
+    blocks : int
+        number L of token maps
+    dim : int
+        channels of each MLP and of the result
+    gate : bool
+        WTCLIP's gate before the fusion
+    """
     def __init__(self,
         width: int,  # channels of the tokens
         blocks: int,  # number L of token maps
         dim: int = 256,  # channels of each MLP and of the result
-        gate: bool = False,
+        gate: bool = False,  # WTCLIP's gate before the fusion
     ) -> None:
         super().__init__()
         self.inner, self.outer = BlockLinear(blocks, width, dim), BlockLinear(blocks, dim, dim)
@@ -78,8 +113,23 @@ class QuickGELU(nn.Module):
     def forward(self, x: Tensor) -> Tensor: return x * (1.702 * x).sigmoid()
 
 class DecoderBlock(nn.Module):
-    "One transformer block over `(B, N, dim)`, as in CLIP; `pre_norm=False` normalises after each residual sum instead."
-    def __init__(self, dim: int, heads: int, pre_norm: bool = True) -> None:
+    """One transformer block over `(B, N, dim)`, as in CLIP; `pre_norm=False` normalises after each residual sum instead.
+
+    Parameters
+    ----------
+    dim : int
+        channels of the tokens
+    heads : int
+        of attention
+    pre_norm : bool
+        normalise before attention and MLP; False = after the sums
+    """
+    def __init__(
+        self,
+        dim: int,               # channels of the tokens
+        heads: int,             # of attention
+        pre_norm: bool = True,  # normalise before attention and MLP; False = after the sums
+    ) -> None:
         super().__init__()
         if dim % heads: raise InputError(f"dim={dim} cannot be split among {heads} heads: choose a multiple.")
         self.heads, self.pre_norm = heads, pre_norm
@@ -104,7 +154,17 @@ class DecoderBlock(nn.Module):
 # %% ../nbs/30_decoders.ipynb #4cd18e5d
 @dataclass
 class Decoded:
-    "What a decoder makes of B pictures on a grid of h x w patches, for C classes with background 0."
+    """What a decoder makes of B pictures on a grid of h x w patches, for C classes with background 0.
+
+    Attributes
+    ----------
+    features : Tensor
+        (B, dim, h, w): F, from which affinities are made
+    logits : Tensor
+        (B, C, h, w)
+    high_logits : Tensor | None
+        (B, C, h, w) of a second head that reads high frequencies
+    """
     features: Tensor                    # (B, dim, h, w): F, from which affinities are made
     logits: Tensor                      # (B, C, h, w)
     high_logits: Tensor | None = None   # (B, C, h, w) of a second head that reads high frequencies
@@ -115,14 +175,38 @@ class TransformerDecoder(nn.Module):
 
     5,985,045 trainable parameters for width 768, 11 blocks and 21 classes: every layer has a bias, every transformer
     block two LayerNorms, and there is no other norm. As in the published code, `Decoded.features` is the fused map
-    after dropout. Raises `InputError` for sizes that cannot be built."""
+    after dropout. Raises `InputError` for sizes that cannot be built.
+
+    Parameters
+    ----------
+    width : int
+        channels of the tokens
+    blocks : int
+        number of token maps, see `decoder_blocks`
+    classes : int
+        with background
+    dim : int
+        channels inside
+    layers : int
+        transformer blocks
+    heads : int
+        of attention
+    dropout : float
+        chance of a whole channel of the fused map to be dropped
+    gate : bool
+        WTCLIP's gate before the fusion
+    refine : nn.Module | None
+        (B, dim, h, w) -> the same, before the classifier
+    pre_norm : bool
+        of the transformer blocks
+    """
     def __init__(self,
         width: int,  # channels of the tokens
         blocks: int,  # number of token maps, see `decoder_blocks`
         classes: int,  # with background
         dim: int = 256,  # channels inside
         layers: int = 3,  # transformer blocks
-        heads: int = 8,
+        heads: int = 8,         # of attention
         dropout: float = 0.1,  # chance of a whole channel of the fused map to be dropped
         gate: bool = False,  # WTCLIP's gate before the fusion
         refine: nn.Module | None = None,  # (B, dim, h, w) -> the same, before the classifier
@@ -147,10 +231,23 @@ class TransformerDecoder(nn.Module):
             f"{sorted(set(shapes))}."
         )
 
-    def forward(self, tokens: Sequence[Tensor]) -> Decoded:
-        """Token maps `(B, width, h, w)` in the order of the blocks -> `Decoded` on the same grid.
+    def forward(
+        self,
+        tokens: Sequence[Tensor] | Mapping[int, Tensor],  # maps (B, width, h, w), lowest block first, or by block
+    ) -> Decoded:  # on the same grid
+        """Features and logits of the pictures. Raises `InputError` for another number of maps, or other shapes.
 
-        Raises `InputError` for others."""
+        Parameters
+        ----------
+        tokens : Sequence[Tensor] | Mapping[int, Tensor]
+            maps (B, width, h, w), lowest block first, or by block
+
+        Returns
+        -------
+        Decoded
+            on the same grid
+        """
+        tokens = [tokens[block] for block in sorted(tokens)] if isinstance(tokens, Mapping) else tokens
         self._check(tokens)
         features = self.dropout(self.fusion(tokens))
         x = self.layers(features.flatten(2).mT).mT.unflatten(2, features.shape[2:])
@@ -165,18 +262,47 @@ def wtclip_decoder(
     levels: int = 1,  # of the wavelet transform: 1 in the published code, 2 in the paper's figure
     wavelet: str = "haar",  # any name that `filter_bank` takes
     learn_filters: bool = False,  # False as in the code (fixed filters), True as in the paper's text
-    gate: bool = True,
+    gate: bool = True,  # before the fusion
     dim: int = 256,  # channels inside
     kernel: int = 3,  # side of the depthwise kernels
     **options: Any,  # of `TransformerDecoder`
-) -> TransformerDecoder:
+) -> TransformerDecoder:  # of the blocks' token maps (B, width, h, w) it makes `Decoded`: .logits (B, classes, h, w)
     """WTCLIP's decoder: WeCLIP's with a gate before the fusion and a wavelet convolution before the classifier.
 
     Paper and code disagree on levels and learning; the defaults are the code's, to which the published parameter count
     6,074,646 belongs (width 768, 11 blocks, 21 classes). Of these, 8,192 are fixed Haar taps stored once per channel;
     here they are shared and not stored, which leaves 6,066,454, all trainable. With learned filters add
     `decoder.refine.reconstruction_penalty()` to the loss if they are to stay invertible.
-    Raises `InputError` for an unknown wavelet, fewer than one level, and as `TransformerDecoder`."""
+    Raises `InputError` for an unknown wavelet, fewer than one level, and as `TransformerDecoder`.
+
+    Parameters
+    ----------
+    width : int
+        channels of the tokens
+    blocks : int
+        number of token maps
+    classes : int
+        with background
+    levels : int
+        of the wavelet transform: 1 in the published code, 2 in the paper's figure
+    wavelet : str
+        any name that `filter_bank` takes
+    learn_filters : bool
+        False as in the code (fixed filters), True as in the paper's text
+    gate : bool
+        before the fusion
+    dim : int
+        channels inside
+    kernel : int
+        side of the depthwise kernels
+    **options : Any
+        of `TransformerDecoder`
+
+    Returns
+    -------
+    TransformerDecoder
+        of the blocks' token maps (B, width, h, w) it makes `Decoded`: .logits (B, classes, h, w)
+    """
     try: refine = WaveletConv2d(dim, kernel, levels, wavelet, learn_filters)
     except ValueError as error: raise InputError(str(error)) from error
     return TransformerDecoder(width, blocks, classes, dim, gate=gate, refine=refine, **options)
@@ -186,7 +312,20 @@ def token_affinity(
     features: Tensor,  # (B, D, h, w), the decoder's F
     normalise: bool = False,  # compare directions only: F has unit vectors, A lies in [0.27, 0.73]
 ) -> Tensor:  # (B, N, N) symmetric, in [0, 1], at least float32
-    "A_f = sigmoid(F^T F), the affinity that WeCLIP's decoder learns."
+    """A_f = sigmoid(F^T F), the affinity that WeCLIP's decoder learns.
+
+    Parameters
+    ----------
+    features : Tensor
+        (B, D, h, w), the decoder's F
+    normalise : bool
+        compare directions only: F has unit vectors, A lies in [0.27, 0.73]
+
+    Returns
+    -------
+    Tensor
+        (B, N, N) symmetric, in [0, 1], at least float32
+    """
     x = features.flatten(2)
     if normalise: x = F.normalize(x, dim=1)
     product = x.mT @ x
@@ -194,30 +333,54 @@ def token_affinity(
 
 # %% ../nbs/30_decoders.ipynb #9e88421e
 @torch.no_grad()
-def pass_through(conv: nn.Conv2d) -> None:
+def pass_through(
+    conv: nn.Conv2d,  # its weights are changed in place
+) -> None:
     """Start a convolution near the identity: output c passes channel c on, and output c + inputs its negative.
 
     So a ReLU after it loses no information once there are twice as many outputs. Other weights keep a third of their
-    random start."""
+    random start.
+
+    Parameters
+    ----------
+    conv : nn.Conv2d
+        its weights are changed in place
+    """
     inputs, (row, column) = conv.in_channels, (side // 2 for side in conv.kernel_size)
     conv.weight.div_(3)
     for sign, first in ((1, 0), (-1, inputs)):
         channels = torch.arange(min(inputs, max(0, conv.out_channels - first)))
         conv.weight[first + channels, channels, row, column] += sign
-    nn.init.zeros_(conv.bias)
+    nn.init.zeros_(cast(Tensor, conv.bias))
 
 class DualHead(nn.Module):
     """FFR's segmentation head: a dilated convolution shared by two 1x1 classifiers, of features and high frequencies.
 
     Sizes are not printed in the paper; the defaults are those of ToCo's code, with one convolution instead of two and
     with biases. Nor is the start: by default both heads begin as linear classifiers of their input (`pass_through`),
-    which a short training needs. Raises `InputError` for fewer than one convolution, and an unknown start."""
+    which a short training needs. Raises `InputError` for fewer than one convolution, and an unknown start.
+
+    Parameters
+    ----------
+    dim : int
+        channels of the features
+    classes : int
+        with background
+    hidden : int
+        channels of the convolutions
+    dilation : int
+        reach of the 3x3 kernels, in patches
+    convolutions : int
+        how many, one after the other
+    start : str
+        of the convolutions: near the "identity", or "random" as torch makes them
+    """
     def __init__(self,
         dim: int,  # channels of the features
         classes: int,  # with background
-        hidden: int = 512,
+        hidden: int = 512,        # channels of the convolutions
         dilation: int = 5,  # reach of the 3x3 kernels, in patches
-        convolutions: int = 1,
+        convolutions: int = 1,    # how many, one after the other
         start: str = "identity",  # of the convolutions: near the "identity", or "random" as torch makes them
     ) -> None:
         super().__init__()
@@ -236,7 +399,20 @@ class DualHead(nn.Module):
     ) -> Decoded:  # features (B, hidden, h, w)
         """Logits of both heads, the shared convolution run once over both inputs.
 
-        Raises `InputError` when their shapes differ."""
+        Raises `InputError` when their shapes differ.
+
+        Parameters
+        ----------
+        features : Tensor
+            (B, dim, h, w)
+        high : Tensor | None
+            their high-frequency part, the same shape; None = first head only
+
+        Returns
+        -------
+        Decoded
+            features (B, hidden, h, w)
+        """
         if high is None:
             shared = self.shared(features)
             return Decoded(shared, self.classifier(shared))
@@ -254,7 +430,13 @@ def truncated_normal_start(module: nn.Module) -> None:
             if layer.bias is not None: nn.init.zeros_(layer.bias)
 
 class RelationshipDescriptor(nn.Module):
-    "Class queries of one picture: `t^ = W [g * t ; t] + b`, from text t and the picture's CLS embedding g (ZegCLIP)."
+    """Class queries of one picture: `t^ = W [g * t ; t] + b`, from text t and the picture's CLS embedding g (ZegCLIP).
+
+    Parameters
+    ----------
+    dim : int
+        width E of the joint space
+    """
     def __init__(self,
         dim: int,  # width E of the joint space
     ) -> None:
@@ -266,7 +448,18 @@ class RelationshipDescriptor(nn.Module):
         text: Tensor,  # (C, E), unit norm
         cls: Tensor,  # (B, E), unit norm
     ) -> Tensor:  # (B, C, E)
-        "Raises `InputError` when the widths differ."
+        """Raises `InputError` when the widths differ.
+
+        Parameters
+        ----------
+        text : Tensor
+            (C, E), unit norm
+
+        Returns
+        -------
+        Tensor
+            (B, C, E)
+        """
         width = self.linear.out_features
         if text.shape[-1] != width or cls.shape[-1] != width:
             raise InputError(
@@ -276,48 +469,125 @@ class RelationshipDescriptor(nn.Module):
         return self.linear(torch.cat([cls[:, None] * text, text.expand(len(cls), -1, -1)], -1))
 
 # %% ../nbs/30_decoders.ipynb #33903d51
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    "`(B, N, dim)` -> `(B, heads, N, dim / heads)`."
+def split_heads(
+    x: Tensor,   # (B, N, dim)
+    heads: int,  # how many parts of `dim`
+) -> Tensor:
+    """`(B, N, dim)` -> `(B, heads, N, dim / heads)`.
+
+    Parameters
+    ----------
+    x : Tensor
+        (B, N, dim)
+    heads : int
+        how many parts of `dim`
+    """
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 def mask_scores(
     queries: Tensor,  # (B, C, D)
     features: Tensor,  # (B, N, D)
 ) -> Tensor:  # (B, C, N), at least float32
-    "Masks: products of queries and features, without autocast, as bfloat16 gives one token in sixteen two best names."
+    """Masks: products of queries and features, without autocast, as bfloat16 gives one token in sixteen two best names.
+
+    Parameters
+    ----------
+    queries : Tensor
+        (B, C, D)
+    features : Tensor
+        (B, N, D)
+
+    Returns
+    -------
+    Tensor
+        (B, C, N), at least float32
+    """
     wide = torch.promote_types(torch.promote_types(queries.dtype, features.dtype), torch.float32)
     with torch.autocast(queries.device.type, enabled=False): return queries.to(wide) @ features.to(wide).mT
 
 class CrossAttention(nn.Module):
-    "Multi-head attention of class queries `(B, C, dim)` over a sequence `(B, N, dim)`; classes do not mix."
+    """Multi-head attention of class queries `(B, C, dim)` over a sequence `(B, N, dim)`; classes do not mix.
+
+    Parameters
+    ----------
+    dim : int
+        channels of queries and tokens
+    heads : int
+        of attention
+    dropout : float
+        chance of an attention weight to be dropped
+    values : bool
+        False: only `scores` are wanted
+    """
     def __init__(self,
-        dim: int,
-        heads: int,
+        dim: int,             # channels of queries and tokens
+        heads: int,           # of attention
         dropout: float = 0.1,  # chance of an attention weight to be dropped
         values: bool = True,  # False: only `scores` are wanted
     ) -> None:
         super().__init__()
         self.heads, self.dropout = heads, dropout
         self.query, self.key = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.value, self.out = (nn.Linear(dim, dim), nn.Linear(dim, dim)) if values else (None, None)
+        self.value: Any = nn.Linear(dim, dim) if values else None   # with the next, None where nobody asks for answers
+        self.out: Any = nn.Linear(dim, dim) if values else None
 
-    def forward(self, queries: Tensor, sequence: Tensor) -> Tensor:
-        "The attended values: `(B, C, dim)`."
+    def forward(
+        self,
+        queries: Tensor,   # (B, C, dim)
+        sequence: Tensor,  # (B, N, dim)
+    ) -> Tensor:
+        """The attended values: `(B, C, dim)`.
+
+        Parameters
+        ----------
+        queries : Tensor
+            (B, C, dim)
+        sequence : Tensor
+            (B, N, dim)
+        """
         projected = self.query(queries), self.key(sequence), self.value(sequence)
         query, key, value = (split_heads(x, self.heads) for x in projected)
         attended = F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout if self.training else 0.0)
         return self.out(attended.transpose(1, 2).flatten(2))
 
-    def scores(self, queries: Tensor, sequence: Tensor) -> Tensor:
+    def scores(
+        self,
+        queries: Tensor,   # (B, C, dim)
+        sequence: Tensor,  # (B, N, dim)
+    ) -> Tensor:
         """Mean over heads of `q . k / sqrt d` before the softmax, `(B, C, N)`.
 
-        One product over all channels, the heads being parts of the sum."""
+        One product over all channels, the heads being parts of the sum.
+
+        Parameters
+        ----------
+        queries : Tensor
+            (B, C, dim)
+        sequence : Tensor
+            (B, N, dim)
+        """
         query = self.query(queries)
         return mask_scores(query * (query.shape[-1] * self.heads) ** -0.5, self.key(sequence))
 
+# %% ../nbs/30_decoders.ipynb #8878ceda
 class QueryUpdate(nn.Module):
-    "The rest of a post-norm transformer layer after its attention: `q = LN(q + attended)`, then `LN(q + FFN(q))`."
-    def __init__(self, dim: int, hidden: int | None = None, dropout: float = 0.1) -> None:
+    """The rest of a post-norm transformer layer after its attention: `q = LN(q + attended)`, then `LN(q + FFN(q))`.
+
+    Parameters
+    ----------
+    dim : int
+        channels of the queries
+    hidden : int | None
+        width of the feed-forward part; None = 4 dim
+    dropout : float
+        chance of a value to be dropped
+    """
+    def __init__(
+        self,
+        dim: int,                   # channels of the queries
+        hidden: int | None = None,  # width of the feed-forward part; None = 4 dim
+        dropout: float = 0.1,       # chance of a value to be dropped
+    ) -> None:
         super().__init__()
         hidden = 4 * dim if hidden is None else hidden
         self.norm_1, self.norm_2, self.dropout = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.Dropout(dropout)
@@ -329,21 +599,37 @@ class QueryUpdate(nn.Module):
 
 # %% ../nbs/30_decoders.ipynb #90450c1f
 class CrossAttentionLayer(nn.Module):
-    "A post-norm layer of ZegCLIP's decoder: queries `(B, C, dim)`, sequence `(B, N, dim)` -> queries or scores."
+    """A post-norm layer of ZegCLIP's decoder: queries `(B, C, dim)`, sequence `(B, N, dim)` -> queries or scores.
+
+    Parameters
+    ----------
+    dim : int
+        channels of queries and tokens
+    heads : int
+        of attention
+    hidden : int | None
+        width of the feed-forward part; None = 4 dim
+    dropout : float
+        chance of a value to be dropped
+    self_attention : bool
+        first among the queries, which mixes classes
+    updates : bool
+        False: only `scores` are wanted, what they do not need is not created
+    """
     def __init__(self,
-        dim: int,
-        heads: int,
+        dim: int,                   # channels of queries and tokens
+        heads: int,                 # of attention
         hidden: int | None = None,  # width of the feed-forward part; None = 4 dim
-        dropout: float = 0.1,
+        dropout: float = 0.1,       # chance of a value to be dropped
         self_attention: bool = False,  # first among the queries, which mixes classes
         updates: bool = True,  # False: only `scores` are wanted, what they do not need is not created
     ) -> None:
         super().__init__()
         self.among = CrossAttention(dim, heads, dropout) if self_attention else None
-        extra = (nn.LayerNorm(dim), nn.Dropout(dropout)) if self_attention else (None, None)
-        self.among_norm, self.among_dropout = extra
+        self.among_norm: Any = nn.LayerNorm(dim) if self_attention else None
+        self.among_dropout: Any = nn.Dropout(dropout) if self_attention else None
         self.attention = CrossAttention(dim, heads, dropout, values=updates)
-        self.update = QueryUpdate(dim, hidden, dropout) if updates else None
+        self.update: Any = QueryUpdate(dim, hidden, dropout) if updates else None
 
     def _exchange(self, queries: Tensor) -> Tensor:
         "Attention among the classes, residual and norm, where there is any."
@@ -382,11 +668,29 @@ class CrossAttentionDecoder(nn.Module):
     uses it, and then classes do mix. Nor is that part of the last layer created which comes after its scores and on
     which no mask depends (2,627,072 parameters that the published code counts and never trains); `whole_last=True`
     creates it. With both the decoder has the published 12,612,096 parameters. Raises `InputError` for sizes that cannot
-    be built."""
+    be built.
+
+    Parameters
+    ----------
+    dim : int
+        width of queries and patches
+    layers : int
+        how many, one after the other
+    heads : int
+        of attention
+    hidden : int | None
+        width of the feed-forward parts; None = 4 dim
+    dropout : float
+        of attention weights, hidden units and branches
+    self_attention : bool
+        among the class queries
+    whole_last : bool
+        create the untrained rest of the last layer too, as published
+    """
     def __init__(self,
         dim: int = 512,  # width of queries and patches
-        layers: int = 3,
-        heads: int = 8,
+        layers: int = 3,           # how many, one after the other
+        heads: int = 8,            # of attention
         hidden: int | None = None,  # width of the feed-forward parts; None = 4 dim
         dropout: float = 0.1,  # of attention weights, hidden units and branches
         self_attention: bool = False,  # among the class queries
@@ -405,39 +709,94 @@ class CrossAttentionDecoder(nn.Module):
         queries: Tensor,  # (B, C, dim), from a `RelationshipDescriptor`
         patches: Tensor,  # (B, dim, h, w), unit norm in ZegCLIP
     ) -> Tensor:  # (B, C, h, w) mask logits
-        "Raises `InputError` for shapes that do not fit."
+        """Raises `InputError` for shapes that do not fit.
+
+        Parameters
+        ----------
+        queries : Tensor
+            (B, C, dim), from a `RelationshipDescriptor`
+        patches : Tensor
+            (B, dim, h, w), unit norm in ZegCLIP
+
+        Returns
+        -------
+        Tensor
+            (B, C, h, w) mask logits
+        """
         _check_queries(queries, patches, self.dim)
         tokens = patches.flatten(2).mT
         for layer in self.layers[:-1]: queries = layer(queries, tokens)
-        return self.layers[-1].scores(queries, tokens).unflatten(2, patches.shape[2:])
+        return cast(CrossAttentionLayer, self.layers[-1]).scores(queries, tokens).unflatten(2, patches.shape[2:])
 
 # %% ../nbs/30_decoders.ipynb #8d56aa79
 def window_partition(
     x: Tensor,  # (B, h, w, D)
     side: int,  # of the windows, in patches
 ) -> Tensor:  # (B, W, side^2, D)
-    "Cut a grid into W windows that do not overlap, row by row; zeros are appended right and below to fill them."
+    """Cut a grid into W windows that do not overlap, row by row; zeros are appended right and below to fill them.
+
+    Parameters
+    ----------
+    x : Tensor
+        (B, h, w, D)
+    side : int
+        of the windows, in patches
+
+    Returns
+    -------
+    Tensor
+        (B, W, side^2, D)
+    """
     height, width = x.shape[1:3]
     x = F.pad(x, (0, 0, 0, -width % side, 0, -height % side))
     return x.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 def window_merge(
     windows: Tensor,  # (B, W, side^2, D)
-    side: int,
+    side: int,            # of a window, patches
     grid: Sequence[int],  # (h, w), without the padding
 ) -> Tensor:  # (B, h, w, D)
-    "Put the windows of `window_partition` together again."
+    """Put the windows of `window_partition` together again.
+
+    Parameters
+    ----------
+    windows : Tensor
+        (B, W, side^2, D)
+    side : int
+        of a window, patches
+    grid : Sequence[int]
+        (h, w), without the padding
+
+    Returns
+    -------
+    Tensor
+        (B, h, w, D)
+    """
     x = windows.unflatten(1, (-(-grid[0] // side), -1)).unflatten(3, (side, side)).transpose(2, 3)
     return x.flatten(3, 4).flatten(1, 2)[:, :grid[0], :grid[1]]
 
 # %% ../nbs/30_decoders.ipynb #e45fdc26
 class WindowAttention(nn.Module):
-    "High frequencies: self-attention within windows of patches, `(B, dim, h, w)` -> `(B, N, width)` (LITv2's Hi-Fi)."
+    """High frequencies: self-attention within windows of patches, `(B, dim, h, w)` -> `(B, N, width)` (LITv2's Hi-Fi).
+
+    Parameters
+    ----------
+    dim : int
+        channels of the patches
+    heads : int
+        of attention
+    width : int
+        channels of the result, a multiple of the heads
+    window : int
+        side in patches
+    mask_padding : bool
+        False: padding takes part as zero keys and values
+    """
     def __init__(self,
-        dim: int,
-        heads: int,
+        dim: int,                   # channels of the patches
+        heads: int,                 # of attention
         width: int,  # channels of the result, a multiple of the heads
-        window: int = 3,
+        window: int = 3,            # side in patches
         mask_padding: bool = True,  # False: padding takes part as zero keys and values
     ) -> None:
         super().__init__()
@@ -460,12 +819,26 @@ class WindowAttention(nn.Module):
         return self.out(window_merge(windows, self.window, patches.shape[2:])).flatten(1, 2)
 
 class PooledAttention(nn.Module):
-    "Low frequencies: patches attend to the means of all windows, `(B, dim, h, w)` -> `(B, N, width)` (LITv2's Lo-Fi)."
+    """Low frequencies: patches attend to the means of all windows, `(B, dim, h, w)` -> `(B, N, width)` (LITv2's Lo-Fi).
+
+    Parameters
+    ----------
+    dim : int
+        channels of the patches
+    heads : int
+        of attention
+    width : int
+        channels of the result, a multiple of the heads
+    window : int
+        side in patches
+    mask_padding : bool
+        False: windows at the edge are divided by window^2 all the same
+    """
     def __init__(self,
-        dim: int,
-        heads: int,
+        dim: int,                   # channels of the patches
+        heads: int,                 # of attention
         width: int,  # channels of the result, a multiple of the heads
-        window: int = 3,
+        window: int = 3,            # side in patches
         mask_padding: bool = True,  # False: windows at the edge are divided by window^2 all the same
     ) -> None:
         super().__init__()
@@ -500,10 +873,34 @@ class SpectralGuidedLayer(nn.Module):
     the high heads is never applied; here it is, as the paper says. Its equations have no `residual` around the
     branches. But attention starts out even, so z starts as means over windows and over the whole picture, and a short
     training does not recover the places; the blocks that the branches come from (HiLo attention, Pan et al., 2022) do
-    have one. Raises `InputError` for options that cannot be built."""
+    have one. Raises `InputError` for options that cannot be built.
+
+    Parameters
+    ----------
+    dim : int
+        width of queries and patches
+    heads : int
+        of attention
+    high_heads : int
+        of them; 0 or all leaves one branch
+    window : int
+        side in patches
+    mask_padding : bool
+        False: the zeros of a padded grid count, as in the authors' code
+    similarity : str
+        or "clamp"
+    hidden : int | None
+        width of the feed-forward part; None = 4 dim
+    dropout : float
+        of the queries' attention weights, hidden units and branches
+    updates : bool
+        False: `read` is not wanted, what only it needs is not created
+    residual : bool
+        z = [high ; low] + patches
+    """
     def __init__(self,
         dim: int = 512,  # width of queries and patches
-        heads: int = 8,
+        heads: int = 8,             # of attention
         high_heads: int = 1,  # of them; 0 or all leaves one branch
         window: int = 3,  # side in patches
         mask_padding: bool = True,  # False: the zeros of a padded grid count, as in the authors' code
@@ -518,11 +915,11 @@ class SpectralGuidedLayer(nn.Module):
         _check_branches(heads, high_heads, window, similarity)
         width = dim // heads * high_heads
         self.high = WindowAttention(dim, high_heads, width, window, mask_padding) if high_heads else None
-        low_heads = heads - high_heads
-        self.low = PooledAttention(dim, low_heads, dim - width, window, mask_padding) if low_heads else None
+        self.low = PooledAttention(dim, heads - high_heads, dim - width, window, mask_padding) if width < dim else None
         self.similarity, self.dropout, self.residual = similarity, dropout, residual
         self.task, self.transform = nn.Parameter(torch.randn(dim)), nn.Parameter(torch.eye(dim))
-        self.out, self.update = (nn.Linear(dim, dim), QueryUpdate(dim, hidden, dropout)) if updates else (None, None)
+        self.out: Any = nn.Linear(dim, dim) if updates else None
+        self.update: Any = QueryUpdate(dim, hidden, dropout) if updates else None
         truncated_normal_start(self)
 
     def branches(self, patches: Tensor) -> Tensor:
@@ -530,15 +927,36 @@ class SpectralGuidedLayer(nn.Module):
         z = torch.cat([branch(patches) for branch in (self.high, self.low) if branch is not None], -1)
         return z + patches.flatten(2).mT if self.residual else z
 
-    def forward(self, patches: Tensor) -> Tensor:
-        "z^: patches `(B, dim, h, w)` -> the same shape."
+    def forward(
+        self,
+        patches: Tensor,  # (B, dim, h, w)
+    ) -> Tensor:
+        """z^: patches `(B, dim, h, w)` -> the same shape.
+
+        Parameters
+        ----------
+        patches : Tensor
+            (B, dim, h, w)
+        """
         z = self.branches(patches)
         cosine = F.cosine_similarity(z, self.task, dim=-1)[..., None]
         kept = (1 + cosine) / 2 if self.similarity == "shifted" else cosine.clamp(0, 1)
         return F.linear(kept * z, self.transform).mT.unflatten(2, patches.shape[2:])
 
-    def read(self, queries: Tensor, patches: Tensor) -> Tensor:
-        "Queries `(B, C, dim)` after they have attended to z^ `(B, dim, h, w)`."
+    def read(
+        self,
+        queries: Tensor,  # (B, C, dim)
+        patches: Tensor,  # z^, (B, dim, h, w)
+    ) -> Tensor:
+        """Queries `(B, C, dim)` after they have attended to z^ `(B, dim, h, w)`.
+
+        Parameters
+        ----------
+        queries : Tensor
+            (B, C, dim)
+        patches : Tensor
+            z^, (B, dim, h, w)
+        """
         z, dropout = patches.flatten(2).mT[:, None], self.dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(queries[:, None], z, z, dropout_p=dropout, scale=1.0)
         return self.update(queries, self.out(attended[:, 0]))
@@ -549,17 +967,43 @@ class SpectralGuidedDecoder(nn.Module):
 
     Every class gets its mask alone, as in `CrossAttentionDecoder`. The product has no scale: with patches of unit norm
     the masks start near 0. The paper does not say what layers after the first one filter: the "tower"'s patches afresh,
-    as in the authors' code, or the "previous" layer's z^. Raises `InputError` for options that cannot be built."""
+    as in the authors' code, or the "previous" layer's z^. Raises `InputError` for options that cannot be built.
+
+    Parameters
+    ----------
+    dim : int
+        width of queries and patches
+    layers : int
+        how many, one after the other
+    heads : int
+        of attention
+    high_heads : int
+        of them; 0 or all leaves one branch
+    window : int
+        side in patches
+    mask_padding : bool
+        False: the zeros of a padded grid count, as in the authors' code
+    similarity : str
+        or "clamp", see `SpectralGuidedLayer`
+    hidden : int | None
+        width of the feed-forward parts; None = 4 dim
+    dropout : float
+        of the queries' attention weights, hidden units and branches
+    reads : str
+        what layers filter: patches of the "tower", or the "previous" layer's features
+    residual : bool
+        around the branches, see `SpectralGuidedLayer`
+    """
     def __init__(self,
         dim: int = 512,  # width of queries and patches
-        layers: int = 3,
-        heads: int = 8,
+        layers: int = 3,            # how many, one after the other
+        heads: int = 8,             # of attention
         high_heads: int = 1,  # of them; 0 or all leaves one branch
         window: int = 3,  # side in patches
         mask_padding: bool = True,  # False: the zeros of a padded grid count, as in the authors' code
         similarity: str = "shifted",  # or "clamp", see `SpectralGuidedLayer`
         hidden: int | None = None,  # width of the feed-forward parts; None = 4 dim
-        dropout: float = 0.1,
+        dropout: float = 0.1,       # of the queries' attention weights, hidden units and branches
         reads: str = "tower",  # what layers filter: patches of the "tower", or the "previous" layer's features
         residual: bool = False,  # around the branches, see `SpectralGuidedLayer`
     ) -> None:
@@ -578,10 +1022,23 @@ class SpectralGuidedDecoder(nn.Module):
         queries: Tensor,  # (B, C, dim), from a `RelationshipDescriptor`
         patches: Tensor,  # (B, dim, h, w), unit norm in ZegCLIP
     ) -> Tensor:  # (B, C, h, w) mask logits
-        "Raises `InputError` for shapes that do not fit."
+        """Raises `InputError` for shapes that do not fit.
+
+        Parameters
+        ----------
+        queries : Tensor
+            (B, C, dim), from a `RelationshipDescriptor`
+        patches : Tensor
+            (B, dim, h, w), unit norm in ZegCLIP
+
+        Returns
+        -------
+        Tensor
+            (B, C, h, w) mask logits
+        """
         _check_queries(queries, patches, self.dim)
         features = patches
         for layer in self.layers:
             features = layer(features if self.reads == "previous" else patches)
-            if layer.out is not None: queries = layer.read(queries, features)
+            if layer.out is not None: queries = cast(SpectralGuidedLayer, layer).read(queries, features)
         return mask_scores(queries, features.flatten(2).mT).unflatten(2, patches.shape[2:])

@@ -8,7 +8,7 @@ __all__ = ['PIECE', 'balanced_cross_entropy', 'nearest_labels', 'neighbour_windo
            'ssim_loss', 'mask_losses']
 
 # %% ../nbs/34_losses.ipynb #eed1eb47
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
-from .data import IGNORE
+from .lists import IGNORE
 from .files import InputError
 
 # %% ../nbs/34_losses.ipynb #78208f15
@@ -28,13 +28,30 @@ def _mean_over(values: Tensor, chosen: Tensor) -> Tensor:
 def balanced_cross_entropy(
     logits: Tensor,  # (B, C, H, W); another height and width is resized bilinearly to that of the labels
     labels: Tensor,  # (B, H, W) int64, 0..C-1 or `ignore`
-    background: int = 0,
-    ignore: int = IGNORE,
+    background: int = 0,  # label of the background
+    ignore: int = IGNORE,  # label that does not count
 ) -> Tensor:  # scalar
     """Half the mean cross-entropy over background pixels plus half that over foreground pixels of the batch (WeCLIP).
 
     A side without pixels counts 0; with neither the loss is 0, and so is its gradient. Raises torch's `IndexError` on a
-    CPU for labels outside 0..C-1, and `InputError` when batch sizes differ."""
+    CPU for labels outside 0..C-1, and `InputError` when batch sizes differ.
+
+    Parameters
+    ----------
+    logits : Tensor
+        (B, C, H, W); another height and width is resized bilinearly to that of the labels
+    labels : Tensor
+        (B, H, W) int64, 0..C-1 or `ignore`
+    background : int
+        label of the background
+    ignore : int
+        label that does not count
+
+    Returns
+    -------
+    Tensor
+        scalar
+    """
     if len(logits) != len(labels):
         raise InputError(f"{len(logits)} maps of logits for {len(labels)} label maps: pass one per picture.")
     if logits.shape[-2:] != labels.shape[-2:]:
@@ -49,7 +66,22 @@ def nearest_labels(
     grid: Sequence[int],  # (h, w)
     centre: bool = False,  # the pixel in the middle of each cell instead of its upper left one
 ) -> Tensor:  # (B, N), N = h w row-major
-    "One label per cell, of a single pixel: torch's 'nearest', or 'nearest-exact' with `centre` (any integer dtype)."
+    """One label per cell, of a single pixel: torch's 'nearest', or 'nearest-exact' with `centre` (any integer dtype).
+
+    Parameters
+    ----------
+    labels : Tensor
+        (B, H, W)
+    grid : Sequence[int]
+        (h, w)
+    centre : bool
+        the pixel in the middle of each cell instead of its upper left one
+
+    Returns
+    -------
+    Tensor
+        (B, N), N = h w row-major
+    """
     rows, columns = ((2 * torch.arange(cells, device=labels.device) + centre) * side // (2 * cells)
                      for cells, side in zip(grid, labels.shape[-2:]))
     return labels[:, rows[:, None], columns].flatten(1)
@@ -61,7 +93,18 @@ def neighbour_window(
     radius: int,
     device: str | torch.device = "cpu",
 ) -> Tensor:  # (N, N) bool, shared between callers: do not write into it
-    "Which patches lie within Chebyshev distance `radius` of each other, a patch and itself included."
+    """Which patches lie within Chebyshev distance `radius` of each other, a patch and itself included.
+
+    Parameters
+    ----------
+    grid : tuple[int, int]
+        (h, w)
+
+    Returns
+    -------
+    Tensor
+        (N, N) bool, shared between callers: do not write into it
+    """
     with torch.inference_mode(False):
         near = [
             (torch.arange(n, device=device)[:, None] - torch.arange(n, device=device)).abs() <= radius for n in grid
@@ -72,12 +115,31 @@ def pair_labels(
     labels: Tensor,  # (B, H, W) int64, 255 = ignore
     grid: Sequence[int],  # (h, w), the grid of the affinity
     radius: int = 8,  # in patches
-    ignore: int = IGNORE,
+    ignore: int = IGNORE,  # label that does not count
     centre: bool = False,  # where in its cell each patch's label is read, see `nearest_labels`
 ) -> tuple[Tensor, Tensor]:  # positive, negative: (B, N, N) bool, symmetric, never both
     """Pairs of patches with equal and with different labels, within a Chebyshev radius (WeCLIP).
 
-    Pairs further apart or with an ignored side are in neither. Raises `InputError` for a negative radius."""
+    Pairs further apart or with an ignored side are in neither. Raises `InputError` for a negative radius.
+
+    Parameters
+    ----------
+    labels : Tensor
+        (B, H, W) int64, 255 = ignore
+    grid : Sequence[int]
+        (h, w), the grid of the affinity
+    radius : int
+        in patches
+    ignore : int
+        label that does not count
+    centre : bool
+        where in its cell each patch's label is read, see `nearest_labels`
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        positive, negative: (B, N, N) bool, symmetric, never both
+    """
     if radius < 0: raise InputError(f"radius={radius}: give 0 or more patches.")
     y = nearest_labels(labels, grid, centre)
     known = y != ignore
@@ -93,7 +155,22 @@ def affinity_loss(
 ) -> Tensor:  # scalar
     """Half sum_pos (1 - A) / (n_pos + 1) plus half sum_neg A / (n_neg + 1), over the pairs of the whole batch (WeCLIP).
 
-    Without pairs it is 0. Summed in float32 at least. Raises `InputError` when shapes differ."""
+    Without pairs it is 0. Summed in float32 at least. Raises `InputError` when shapes differ.
+
+    Parameters
+    ----------
+    affinity : Tensor
+        (B, N, N) in [0, 1]
+    positive : Tensor
+        (B, N, N) bool
+    negative : Tensor
+        (B, N, N) bool
+
+    Returns
+    -------
+    Tensor
+        scalar
+    """
     if not affinity.shape == positive.shape == negative.shape:
         raise InputError(
             f"affinity {tuple(affinity.shape)}, positive {tuple(positive.shape)} and negative {tuple(negative.shape)} "
@@ -163,9 +240,36 @@ def dense_energy_loss(
     The bilateral kernel k is exact. The gate g_i = 1 - max_c S_ic, 1 at unlabelled pixels, is a constant. "mean"
     averages over the pictures of the batch and does not depend on their size; "sum" is the published
     -1e-7 sum_ij g_i k_ij S_i . S_j, which ToCo weighs with 0.05. Pictures without a valid pixel count 0. Raises
-    `InputError` for unknown options and batch sizes that differ."""
+    `InputError` for unknown options and batch sizes that differ.
+
+    Parameters
+    ----------
+    image : Tensor
+        (B, 3, H, W) in [0, 1], not normalised
+    probs : Tensor
+        (B, C, h, w) class probabilities of any size
+    labels : Tensor | None
+        (B, H, W): pixels labelled `ignore` are always open; None = none is
+    region : Tensor | None
+        (B, H, W) bool: where there is a picture; None = everywhere
+    sigma_rgb : float
+        of colours, on the scale 0..255
+    sigma_xy : float
+        of distances, in pixels of the picture
+    scale : float
+        size to work at, as a share of the picture's sides; published code: 0.5
+    form : str
+        "mean" of the kernel, in [0, 1], or the published "sum"
+    one_sided : bool
+        gradient only to open pixels, as published; False = the gradient of the value
+
+    Returns
+    -------
+    Tensor
+        scalar
+    """
     _check_energy(image, probs, scale, form)
-    size = tuple(max(1, round(side * scale)) for side in image.shape[-2:])
+    size = (max(1, round(image.shape[-2] * scale)), max(1, round(image.shape[-1] * scale)))
     dtype = torch.promote_types(probs.dtype, torch.float32)
     features = _place_and_colour(F.adaptive_avg_pool2d(image.to(dtype), size), sigma_xy * scale, sigma_rgb)
     probs = F.interpolate(probs.to(dtype), size, mode="bilinear", align_corners=False).flatten(2)
@@ -185,7 +289,17 @@ def _energy(probs: Tensor, features: Tensor, valid: Tensor, gate: Tensor, form: 
 
 # %% ../nbs/34_losses.ipynb #27835ab7
 class MaskTargets(NamedTuple):
-    "What per-class masks should be, for B pictures and C classes."
+    """What per-class masks should be, for B pictures and C classes.
+
+    Attributes
+    ----------
+    masks : Tensor
+        (B, C, H, W) bool: the pixels of each class
+    present : Tensor
+        (B, C) bool: which classes have any
+    counted : Tensor | None
+        (B, H, W) bool: pixels that take part; None = all
+    """
     masks: Tensor           # (B, C, H, W) bool: the pixels of each class
     present: Tensor         # (B, C) bool: which classes have any
     counted: Tensor | None  # (B, H, W) bool: pixels that take part; None = all
@@ -197,7 +311,17 @@ def class_targets(
 ) -> MaskTargets:
     """One binary mask for each class. Pixels of any other label value (ignored, unlabelled, other classes) are in none.
 
-    ZegCLIP and SPT-SEG count such pixels as negatives. Raises `InputError` for no classes and for a repeated class."""
+    ZegCLIP and SPT-SEG count such pixels as negatives. Raises `InputError` for no classes and for a repeated class.
+
+    Parameters
+    ----------
+    labels : Tensor
+        (B, H, W) integers
+    classes : Tensor | Sequence[int]
+        (C,) distinct label values, in the order of the channels
+    ignored_as_negative : bool
+        pixels of no class are negatives of every class; False leaves them out
+    """
     values = classes.tolist() if isinstance(classes, Tensor) else list(classes)
     if not values or len(set(values)) < len(values):
         raise InputError(f"classes={values}: give at least one label value, and each once.")
@@ -228,24 +352,54 @@ def _per_pair(losses: Tensor, targets: MaskTargets) -> Tensor:
 # %% ../nbs/34_losses.ipynb #35c9c395
 def focal_loss(
     logits: Tensor,  # (B, C, h, w), resized bilinearly to the targets
-    targets: MaskTargets,
+    targets: MaskTargets,  # of `class_targets`
     alpha: float = 0.25,  # weight of a class's own pixels, 1 - alpha of all others
     gamma: float = 2.0,  # how much less pixels count that are nearly right
 ) -> Tensor:  # scalar
     """Focal loss of every mask: mean over pixels, sum over all masks divided by the number of present ones (ZegCLIP).
 
-    Masks of absent classes count in the sum. Raises `InputError` when logits do not fit the targets."""
+    Masks of absent classes count in the sum. Raises `InputError` when logits do not fit the targets.
+
+    Parameters
+    ----------
+    logits : Tensor
+        (B, C, h, w), resized bilinearly to the targets
+    targets : MaskTargets
+        of `class_targets`
+    alpha : float
+        weight of a class's own pixels, 1 - alpha of all others
+    gamma : float
+        how much less pixels count that are nearly right
+
+    Returns
+    -------
+    Tensor
+        scalar
+    """
     logits = _at_size(logits, targets)
     losses = sigmoid_focal_loss(logits, targets.masks.to(logits.dtype), alpha, gamma)
     return _per_pair(_pixel_mean(losses, None if targets.counted is None else targets.counted[:, None]), targets)
 
 def dice_loss(
     logits: Tensor,  # (B, C, h, w), resized bilinearly to the targets
-    targets: MaskTargets,
+    targets: MaskTargets,  # of `class_targets`
 ) -> Tensor:  # scalar
     """1 - (2 sum pq + 1) / (sum p + sum q + 1), p = sigmoid(logits), masks q, the mean over present masks (ZegCLIP).
 
-    0 when no class is present. Raises `InputError` when logits do not fit the targets."""
+    0 when no class is present. Raises `InputError` when logits do not fit the targets.
+
+    Parameters
+    ----------
+    logits : Tensor
+        (B, C, h, w), resized bilinearly to the targets
+    targets : MaskTargets
+        of `class_targets`
+
+    Returns
+    -------
+    Tensor
+        scalar
+    """
     p, q = _at_size(logits, targets)[targets.present].sigmoid(), targets.masks[targets.present]
     if targets.counted is not None: p = p * targets.counted[targets.present.nonzero()[:, 0]]
     losses = 1 - (2 * (p * q).sum((1, 2)) + 1) / (p.sum((1, 2)) + q.sum((1, 2)) + 1)
@@ -270,7 +424,22 @@ def structural_similarity(
     """SSIM around every pixel: (2 mx my + C1)(2 sxy + C2) / ((mx^2 + my^2 + C1)(sx^2 + sy^2 + C2)) (Wang et al., 2004).
 
     Means, variances and covariance under a gaussian window of 11 x 11 pixels with sigma 1.5; C1 = 0.01^2, C2 = 0.03^2.
-    Pixels beyond the border or not counted have no weight: there the window is cut off and sums to 1 again."""
+    Pixels beyond the border or not counted have no weight: there the window is cut off and sums to 1 again.
+
+    Parameters
+    ----------
+    x : Tensor
+        (P, H, W) in [0, 1]
+    y : Tensor
+        (P, H, W) in [0, 1]
+    counted : Tensor | None
+        (P, H, W) bool: pixels that take part; None = all
+
+    Returns
+    -------
+    Tensor
+        (P, H, W) in [-1, 1], at least float32
+    """
     x, y = (m.to(torch.promote_types(m.dtype, torch.float32)) for m in (x, y))
     if not len(x): return x   # torch convolves no empty batch of channels
     counted = torch.ones_like(x[:1]) if counted is None else counted.to(x.dtype)
@@ -284,14 +453,29 @@ def structural_similarity(
 # %% ../nbs/34_losses.ipynb #22101582
 def ssim_loss(
     logits: Tensor,  # (B, C, h, w), resized bilinearly to the targets
-    targets: MaskTargets,
+    targets: MaskTargets,   # of `class_targets`
     over: str = "present",  # masks that count: of classes "present" in a picture, or "all"
 ) -> Tensor:  # scalar
     """1 - SSIM of sigmoid(logits) and masks, the mean over counted pixels and over masks (SPT-SEG).
 
     Over "present" masks the loss is about outlines and does not depend on the number of queried classes; the authors'
     code takes the mean over "all", most of them empty (and pads with zeros, and compares logits where probabilities are
-    meant). 0 when there is no such mask. Raises `InputError` for another `over` and logits that do not fit."""
+    meant). 0 when there is no such mask. Raises `InputError` for another `over` and logits that do not fit.
+
+    Parameters
+    ----------
+    logits : Tensor
+        (B, C, h, w), resized bilinearly to the targets
+    targets : MaskTargets
+        of `class_targets`
+    over : str
+        masks that count: of classes "present" in a picture, or "all"
+
+    Returns
+    -------
+    Tensor
+        scalar
+    """
     if over not in ("present", "all"): raise InputError(f"over={over!r}: use 'present' or 'all'.")
     chosen = targets.present if over == "present" else torch.ones_like(targets.present)
     p, q = _at_size(logits, targets)[chosen].sigmoid(), targets.masks[chosen]
@@ -305,8 +489,8 @@ def mask_losses(
     classes: Tensor | Sequence[int],  # (C,) label values, in the order of the channels
     *,
     focal: float = 100.0,  # weights of the terms; 0 leaves one out
-    dice: float = 1.0,
-    ssim: float = 0.0,
+    dice: float = 1.0,  # weight of the dice loss
+    ssim: float = 0.0,  # weight of 1 - SSIM
     ignored_as_negative: bool = True,  # see `class_targets`
     over: str = "present",  # see `ssim_loss`
 ) -> dict[str, Tensor]:  # weighted terms by name; their sum is the loss
@@ -314,11 +498,38 @@ def mask_losses(
 
     SPT-SEG's paper prints no weights. Logits are enlarged once for all terms, and all counts are those of this batch
     (on several devices: of this process).
-    Raises `InputError` for negative weights, none above 0, and as the terms do."""
+    Raises `InputError` for negative weights, none above 0, and as the terms do.
+
+    Parameters
+    ----------
+    logits : Tensor
+        (B, C, h, w) of the masks, resized bilinearly to the labels
+    labels : Tensor
+        (B, H, W)
+    classes : Tensor | Sequence[int]
+        (C,) label values, in the order of the channels
+    focal : float
+        weights of the terms; 0 leaves one out
+    dice : float
+        weight of the dice loss
+    ssim : float
+        weight of 1 - SSIM
+    ignored_as_negative : bool
+        see `class_targets`
+    over : str
+        see `ssim_loss`
+
+    Returns
+    -------
+    dict[str, Tensor]
+        weighted terms by name; their sum is the loss
+    """
     weights = {"focal": focal, "dice": dice, "ssim": ssim}
     if min(weights.values()) < 0 or not any(weights.values()):
         raise InputError(f"weights {weights}: none may be negative, one must be above 0.")
     targets = class_targets(labels, classes, ignored_as_negative)
     logits = _at_size(logits, targets)
-    terms = {"focal": focal_loss, "dice": dice_loss, "ssim": partial(ssim_loss, over=over)}
+    terms: dict[str, Callable[..., Tensor]] = {
+        "focal": focal_loss, "dice": dice_loss, "ssim": partial(ssim_loss, over=over)
+    }
     return {name: weight * terms[name](logits, targets) for name, weight in weights.items() if weight}

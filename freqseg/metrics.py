@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data import IGNORE
+from .lists import IGNORE
 from .files import InputError
 
 # %% ../nbs/35_metrics.ipynb #7d0bdb78
@@ -106,33 +106,110 @@ def confusion_matrix(
     Returns int64 `(C, C)`, rows = target, columns = prediction, or `(B, C, C)` with `per_image`. Matrices of several
     batches add up to the matrix of all of them. Raises `InputError` on shapes that differ, on values that are no
     class (named, with their pixel count), and on a prediction of 255: a prediction has no ignored pixels.
+
+    Parameters
+    ----------
+    pred : Array
+        class ids (H, W) or (B, H, W), values 0..classes-1
+    target : Array
+        ground truth of the same shape; 255 is dropped
+    classes : int
+        how many classes, background included
+    per_image : bool
+        one matrix per picture instead of their sum
     """
     pred, target = _label_pair(pred, target, classes)
     if per_image: return _joint_histogram(pred, target, classes, _image_index(pred), len(pred))
     return _joint_histogram(pred, target, classes)[0].clone()
 
 # %% ../nbs/35_metrics.ipynb #af6b3982
-def class_iou(
-    confusion: Array,  # counts (..., C, C), rows = target
-) -> Tensor:
-    "Intersection over union of every class, float64 `(..., C)`; NaN where a class is absent (Everingham et al., VOC)."
+def _counts(
+    confusion: Array,  # counts, or a prediction
+    target: Array | None,  # its ground truth
+) -> Tensor:  # (..., C, C) float64
+    """The given counts, or those of a prediction with as many classes as occur.
+
+    Raises `InputError` for what is neither."""
+    if target is not None:
+        pred, truth = _tensor(confusion), _tensor(target)
+        highest = [int(labels[labels != IGNORE].max()) for labels in (pred, truth) if (labels != IGNORE).any()]
+        return confusion_matrix(pred, truth, max(highest, default=0) + 1).to(torch.float64)
     counts = _tensor(confusion).to(torch.float64)
+    if counts.ndim >= 2 and counts.shape[-1] == counts.shape[-2]: return counts
+    raise InputError(
+        f"{tuple(counts.shape)} are no counts (..., C, C): "
+        "give a confusion matrix, or a prediction and its ground truth."
+    )
+
+def class_iou(
+    confusion: Array,  # counts (..., C, C), rows = target; or a prediction, class ids (H, W) or (B, H, W)
+    target: Array | None = None,  # the ground truth of a prediction, of the same shape; 255 is dropped
+) -> Tensor:  # (..., C) float64, 0 to 1
+    """Intersection over union of every class; NaN where a class occurs nowhere (Everingham et al., VOC).
+
+    Raises `InputError` for what is neither a confusion matrix nor a prediction with its ground truth.
+
+    Parameters
+    ----------
+    confusion : Array
+        counts (..., C, C), rows = target; or a prediction, class ids (H, W) or (B, H, W)
+    target : Array | None
+        the ground truth of a prediction, of the same shape; 255 is dropped
+
+    Returns
+    -------
+    Tensor
+        (..., C) float64, 0 to 1
+    """
+    counts = _counts(confusion, target)
     hits = counts.diagonal(dim1=-2, dim2=-1)
     return hits / (counts.sum(-1) + counts.sum(-2) - hits)
 
 # %% ../nbs/35_metrics.ipynb #a8d1a9fb
 def mean_iou(
-    confusion: Array,  # counts (..., C, C)
-    average: Sequence[int] | None = None,  # classes to average; default all of them
-) -> Tensor:
-    "Mean IoU `(...)` over the classes that occur in the ground truth or in the prediction; NaN when none does."
-    iou = class_iou(confusion)
+    confusion: Array,  # counts (..., C, C), rows = target; or a prediction, class ids (H, W) or (B, H, W)
+    target: Array | None = None,  # the ground truth of a prediction, of the same shape; 255 is dropped
+    average: Sequence[int] | None = None,  # classes to average; None = all of them
+) -> Tensor:  # (...) float64, 0 to 1
+    """Mean IoU over the classes that occur in the ground truth or in the prediction; NaN when none does.
+
+    Raises `InputError` for what is neither a confusion matrix nor a prediction with its ground truth.
+
+    Parameters
+    ----------
+    confusion : Array
+        counts (..., C, C), rows = target; or a prediction, class ids (H, W) or (B, H, W)
+    target : Array | None
+        the ground truth of a prediction, of the same shape; 255 is dropped
+    average : Sequence[int] | None
+        classes to average; None = all of them
+
+    Returns
+    -------
+    Tensor
+        (...) float64, 0 to 1
+    """
+    iou = class_iou(confusion, target)
     return (iou if average is None else iou[..., list(average)]).nanmean(-1)
 
 # %% ../nbs/35_metrics.ipynb #c2b6f245
 @dataclass(frozen=True, eq=False)
 class Scores:
-    "What one confusion matrix says; fractions in 0..1. Reads like a dict too: `dict(scores)`, `scores['miou']`."
+    """What one confusion matrix says; fractions in 0..1. Reads like a dict too: `dict(scores)`, `scores['miou']`.
+
+    Attributes
+    ----------
+    miou : float
+        mean of `iou` over the averaged classes that occur
+    iou : Tensor
+        (C,) intersection over union, NaN = class occurs nowhere
+    pixel_accuracy : float
+        share of the labelled pixels (of averaged classes) that are right
+    precision : Tensor
+        (C,) right share of the predicted pixels, NaN = never predicted
+    recall : Tensor
+        (C,) right share of the true pixels, NaN = not in the ground truth
+    """
 
     miou: float  # mean of `iou` over the averaged classes that occur
     iou: Tensor  # (C,) intersection over union, NaN = class occurs nowhere
@@ -160,6 +237,13 @@ def iou_scores(
 
     `average` picks the classes of the mean IoU and the ground truth rows of the pixel accuracy (for instance without
     the background); the vectors per class are always complete. Raises `InputError` if the matrix is not square.
+
+    Parameters
+    ----------
+    confusion : Array
+        counts (C, C), rows = target
+    average : Sequence[int] | None
+        classes that enter the means; default all
     """
     counts = _tensor(confusion).to(torch.float64)
     if counts.ndim != 2 or counts.shape[0] != counts.shape[1]:
@@ -167,13 +251,32 @@ def iou_scores(
     hits, true, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
     rows = list(range(len(counts)) if average is None else average)
     return Scores(
-        miou=mean_iou(counts, average).item(), iou=class_iou(counts),
+        miou=mean_iou(counts, average=average).item(), iou=class_iou(counts),
         pixel_accuracy=(hits[rows].sum() / true[rows].sum()).item(),
         precision=hits / predicted, recall=hits / true)
 
 # %% ../nbs/35_metrics.ipynb #502a068c
-def boundary_width(height: int, width: int, fraction: float = 0.02) -> int:
-    "Border width in pixels: `fraction` of the diagonal, rounded, at least 1 (Boundary IoU, Cheng et al.)."
+def boundary_width(
+    height: int,             # of the picture, pixels
+    width: int,              # of the picture, pixels
+    fraction: float = 0.02,  # share of the diagonal
+) -> int:  # pixels
+    """Border width in pixels: `fraction` of the diagonal, rounded, at least 1 (Boundary IoU, Cheng et al.).
+
+    Parameters
+    ----------
+    height : int
+        of the picture, pixels
+    width : int
+        of the picture, pixels
+    fraction : float
+        share of the diagonal
+
+    Returns
+    -------
+    int
+        pixels
+    """
     return max(1, round(fraction * math.hypot(height, width)))
 
 # %% ../nbs/35_metrics.ipynb #dbe72f9d
@@ -192,6 +295,13 @@ def boundary_band(
 
     Returns bool of the shape of `labels`. Pixels closer than `d` to the picture's edge are always in the band
     (Boundary IoU, Cheng et al.).
+
+    Parameters
+    ----------
+    labels : Array
+        label maps (B, H, W) or (H, W)
+    width : int
+        border width d in pixels
     """
     labels = _tensor(labels)
     height, breadth = labels.shape[-2:]
@@ -207,7 +317,7 @@ def boundary_band(
 def boundary_confusion(
     pred: Array,  # class ids (H, W) or (B, H, W)
     target: Array,  # ground truth, 255 ignored
-    classes: int,
+    classes: int,  # how many classes, background included
     fraction: float = 0.02,  # rim width as a share of the diagonal
     per_image: bool = False,  # one matrix per picture
 ) -> Tensor:
@@ -215,13 +325,26 @@ def boundary_confusion(
 
     Add the matrices over a data set, then `iou_scores(total, average=range(C))` gives boundary IoU (Cheng et al.).
     `(B, C+1, C+1)` with `per_image`. Raises `InputError` like `confusion_matrix`; at most 254 classes.
+
+    Parameters
+    ----------
+    pred : Array
+        class ids (H, W) or (B, H, W)
+    target : Array
+        ground truth, 255 ignored
+    classes : int
+        how many classes, background included
+    fraction : float
+        rim width as a share of the diagonal
+    per_image : bool
+        one matrix per picture
     """
     if classes >= IGNORE:
         raise InputError(f"classes is {classes}: the boundary matrix needs one id below {IGNORE} to spare")
     pred, target = _label_pair(pred, target, classes)
     void = target == IGNORE
     pred = pred.masked_fill(void, IGNORE)
-    width = boundary_width(*pred.shape[-2:], fraction)
+    width = boundary_width(pred.shape[-2], pred.shape[-1], fraction)
     pred = pred.masked_fill(~boundary_band(pred, width) | void, classes)
     target = target.masked_fill(~boundary_band(target, width) & ~void, classes)
     return confusion_matrix(pred, target, classes + 1, per_image)
@@ -230,10 +353,22 @@ def boundary_confusion(
 def boundary_iou(
     pred: Array,  # class ids (H, W) or (B, H, W)
     target: Array,  # ground truth, 255 ignored
-    classes: int,
+    classes: int,  # how many classes, background included
     fraction: float = 0.02,  # rim width as a share of the diagonal
 ) -> Scores:
-    "Boundary IoU of one batch (Cheng et al.): `iou`, `miou` of borders. Over a set, add `boundary_confusion`s instead."
+    """Boundary IoU of one batch (Cheng et al.): `iou`, `miou` of borders. Over a set, add `boundary_confusion`s instead.
+
+    Parameters
+    ----------
+    pred : Array
+        class ids (H, W) or (B, H, W)
+    target : Array
+        ground truth, 255 ignored
+    classes : int
+        how many classes, background included
+    fraction : float
+        rim width as a share of the diagonal
+    """
     return iou_scores(boundary_confusion(pred, target, classes, fraction), average=range(classes))
 
 # %% ../nbs/35_metrics.ipynb #5053426b
@@ -266,6 +401,13 @@ def boundary_distance(
     """Euclidean distance in pixels to the nearest pixel that touches another label (0 there), exact below `limit`.
 
     Returns float32 of the shape of `labels`. The picture's edge is no boundary.
+
+    Parameters
+    ----------
+    labels : Array
+        label maps (B, H, W) or (H, W); ignored pixels are a label like any other
+    limit : int
+        distances from here on are all reported as `limit`
     """
     squared = _column_distance(_touches_other(_tensor(labels)), limit).square()
     padded = F.pad(squared, (limit - 1, limit - 1), value=limit * limit)
@@ -278,7 +420,7 @@ def boundary_distance(
 def trimap_confusion(
     pred: Array,  # class ids (H, W) or (B, H, W)
     target: Array,  # ground truth, 255 ignored
-    classes: int,
+    classes: int,  # how many classes, background included
     widths: int = 20,  # the widest band in pixels
     per_image: bool = False,  # (B, widths, C, C) instead of the sum over the batch
 ) -> Tensor:
@@ -287,6 +429,19 @@ def trimap_confusion(
     The band of width `w` holds the labelled pixels less than `w` from a pixel that touches another label, so width 1
     is those pixels themselves. Matrices add up over a data set; `mean_iou` of them is the trimap curve (Kohli et al.,
     Krähenbühl and Koltun). Raises `InputError` like `confusion_matrix`.
+
+    Parameters
+    ----------
+    pred : Array
+        class ids (H, W) or (B, H, W)
+    target : Array
+        ground truth, 255 ignored
+    classes : int
+        how many classes, background included
+    widths : int
+        the widest band in pixels
+    per_image : bool
+        (B, widths, C, C) instead of the sum over the batch
     """
     if widths < 1: raise InputError(f"widths is {widths}: the widest band needs at least 1 pixel")
     pred, target = _label_pair(pred, target, classes)
@@ -301,15 +456,39 @@ def trimap_confusion(
 def trimap_miou(
     pred: Array,  # class ids (H, W) or (B, H, W)
     target: Array,  # ground truth, 255 ignored
-    classes: int,
+    classes: int,  # how many classes, background included
     widths: int = 20,  # the widest band in pixels
 ) -> Tensor:
-    "Mean IoU `(widths,)` within 1..`widths` pixels of the boundary, of one batch. Over a set, add `trimap_confusion`s."
+    """Mean IoU `(widths,)` within 1..`widths` pixels of the boundary, of one batch. Over a set, add `trimap_confusion`s.
+
+    Parameters
+    ----------
+    pred : Array
+        class ids (H, W) or (B, H, W)
+    target : Array
+        ground truth, 255 ignored
+    classes : int
+        how many classes, background included
+    widths : int
+        the widest band in pixels
+    """
     return mean_iou(trimap_confusion(pred, target, classes, widths))
 
 # %% ../nbs/35_metrics.ipynb #87348cc8
 class GzssScores(NamedTuple):
-    "Figures of generalised zero-shot segmentation, fractions in 0..1."
+    """Figures of generalised zero-shot segmentation, fractions in 0..1.
+
+    Attributes
+    ----------
+    pixel_accuracy : float
+        pAcc over the pixels of seen and unseen classes
+    miou_seen : float
+        mIoU(S)
+    miou_unseen : float
+        mIoU(U)
+    hiou : float
+        harmonic mean 2SU/(S+U)
+    """
 
     pixel_accuracy: float  # pAcc over the pixels of seen and unseen classes
     miou_seen: float  # mIoU(S)
@@ -330,10 +509,25 @@ def gzss_figures(
     seen: Sequence[int],  # ids with training masks
     unseen: Sequence[int],  # ids without
 ) -> Tensor:  # (..., 4): pAcc, mIoU(S), mIoU(U), hIoU
-    "The figures of `gzss_scores` for many matrices at once; hIoU is 0 where both means are."
+    """The figures of `gzss_scores` for many matrices at once; hIoU is 0 where both means are.
+
+    Parameters
+    ----------
+    confusion : Array
+        counts (..., C, C), rows = target
+    seen : Sequence[int]
+        ids with training masks
+    unseen : Sequence[int]
+        ids without
+
+    Returns
+    -------
+    Tensor
+        (..., 4): pAcc, mIoU(S), mIoU(U), hIoU
+    """
     counts, rows = _tensor(confusion).double(), [*seen, *unseen]
     accuracy = counts.diagonal(dim1=-2, dim2=-1)[..., rows].sum(-1) / counts[..., rows, :].sum((-2, -1))
-    s, u = mean_iou(confusion, seen), mean_iou(confusion, unseen)
+    s, u = mean_iou(confusion, average=seen), mean_iou(confusion, average=unseen)
     harmonic = torch.where(s + u > 0, 2 * s * u / (s + u), torch.zeros_like(s)).where(~(s + u).isnan(), torch.nan)
     return torch.stack([accuracy, s, u, harmonic], -1)
 
@@ -346,6 +540,15 @@ def gzss_scores(
 
     Classes in neither list (VOC's background) are not scored: their ground truth pixels do not enter pAcc. Raises
     `InputError` when the lists overlap, are empty, or name classes that the matrix does not have.
+
+    Parameters
+    ----------
+    confusion : Array
+        counts (C, C) over all classes, rows = target
+    seen : Sequence[int]
+        ids with training masks
+    unseen : Sequence[int]
+        ids without
     """
     _check_split(seen, unseen, len(confusion))
     return GzssScores(*gzss_figures(confusion, seen, unseen).tolist())
@@ -361,7 +564,26 @@ def sweep_bias(
 
     The best seen class keeps a pixel while its lead over the best unseen one exceeds the bias; so two histograms over
     the leads, summed up, hold all confusions. Raises `InputError` for lists as `gzss_scores` does, for classes in
-    neither, and for biases that do not rise."""
+    neither, and for biases that do not rise.
+
+    Parameters
+    ----------
+    scores : Array
+        (C, H, W) of one picture
+    target : Array
+        (H, W), 255 ignored
+    seen : Sequence[int]
+        ids with training masks
+    unseen : Sequence[int]
+        ids without
+    biases : Sequence[float]
+        rising
+
+    Returns
+    -------
+    Tensor
+        (n, C, C) counts, rows = target
+    """
     scores, target, classes = _tensor(scores), _tensor(target), len(scores)
     _check_split(seen, unseen, classes)
     if len(seen) + len(unseen) < classes:
@@ -433,6 +655,19 @@ def sweep_background(
     or `(1 - max)^t` as SEAM and its successors sweep it. The CAM is resized bilinearly to the mask. Add the results
     over a data set, then read `best_threshold`. Raises `InputError` on shapes that do not match, NaN, mask values
     that are no class, an unknown variant, or a CAM outside [0, 1] for `power`.
+
+    Parameters
+    ----------
+    cam : Array
+        (K, h, w) or (B, K, h, w) in [0, 1], channel k = class k + 1
+    present : Array
+        bool (K,) or (B, K): classes of the picture's image-level label
+    mask : Array
+        ground truth (H, W) or (B, H, W), 255 ignored
+    thresholds : Sequence[float]
+        background scores, or powers, in any order
+    variant : Literal["threshold", "power"]
+        background score t, or (1 - max)^t
     """
     if variant not in ("threshold", "power"): raise InputError(f"variant is {variant!r}: choose 'threshold' or 'power'")
     cam, present = _tensor(cam).float(), _tensor(present).bool()
@@ -441,7 +676,7 @@ def sweep_background(
     classes = cam.shape[1] + 1
     target = _label_map(mask, classes, "mask", void=True).to(cam.device)
     _check_sweep(cam, present, target, variant == "power")
-    score, label = _strongest(cam, present.to(cam.device), tuple(target.shape[1:]))
+    score, label = _strongest(cam, present.to(cam.device), (target.shape[1], target.shape[2]))
     if variant == "power": score, values = -_critical_power(score), -values
     ascending, order = values.to(score).sort()
     confusions = _cumulative_confusions(score, label, target, ascending, classes)
@@ -449,7 +684,17 @@ def sweep_background(
 
 # %% ../nbs/35_metrics.ipynb #9b1ce79a
 class BestThreshold(NamedTuple):
-    "The best point of a sweep."
+    """The best point of a sweep.
+
+    Attributes
+    ----------
+    threshold : float
+        the background threshold or power
+    miou : float
+        its mean IoU
+    scores : Scores
+        everything else about it
+    """
 
     threshold: float  # the background threshold or power
     miou: float  # its mean IoU
@@ -460,7 +705,15 @@ def best_threshold(
     confusions: Array,  # (T, C, C), summed over the data set
     thresholds: Sequence[float],  # the T values of the sweep
 ) -> BestThreshold:
-    "The point of the sweep with the highest mean IoU (the first of equals). Raises `InputError` if the lengths differ."
+    """The point of the sweep with the highest mean IoU (the first of equals). Raises `InputError` if the lengths differ.
+
+    Parameters
+    ----------
+    confusions : Array
+        (T, C, C), summed over the data set
+    thresholds : Sequence[float]
+        the T values of the sweep
+    """
     if len(confusions) != len(thresholds) or not len(thresholds):
         raise InputError(f"{len(confusions)} confusion matrices for {len(thresholds)} thresholds")
     best = int(mean_iou(confusions).nan_to_num(nan=-1.0).argmax())
@@ -472,7 +725,15 @@ class ConfusionMeter:
     """Collects count matrices of pictures in sparse form, 12 bytes per cell that is not zero; a picture fills 4 to 40.
 
     Give it label maps (`update`) or matrices of any leading shape (`add`), then read `total`, or pass it to
-    `bootstrap_interval`."""
+    `bootstrap_interval`.
+
+    Parameters
+    ----------
+    classes : int
+        C; matrices are (C, C)
+    leading : Sequence[int]
+        axes before them, such as (20,) for a trimap
+    """
 
     def __init__(
         self,
@@ -538,7 +799,17 @@ def _multiplicities(images: int, samples: int, seed: int, block: int) -> Iterato
 
 # %% ../nbs/35_metrics.ipynb #e6e1a439
 class Interval(NamedTuple):
-    "A figure with its bootstrap interval; floats, or tensors when the statistic is a vector."
+    """A figure with its bootstrap interval; floats, or tensors when the statistic is a vector.
+
+    Attributes
+    ----------
+    value : float | Tensor
+        on all pictures
+    low : float | Tensor
+        lower end
+    high : float | Tensor
+        upper end
+    """
 
     value: float | Tensor  # on all pictures
     low: float | Tensor  # lower end
@@ -571,6 +842,17 @@ def bootstrap_interval(
     Pictures are drawn with replacement, their matrices added, and `statistic` applied to each sum: the spread one
     would see with other pictures of the same kind. The same `seed` gives the same interval. Raises `InputError` with
     no pictures, no samples or a level outside (0, 1).
+
+    Parameters
+    ----------
+    confusions : Array | ConfusionMeter
+        per-picture counts (n, ..., C, C), or a meter
+    statistic : Callable[[Tensor], Tensor]
+        counts (b, ..., C, C) -> figures (b, ...)
+    samples : int
+        how many resampled data sets
+    level : float
+        share of them inside the interval
     """
     meter = confusions if isinstance(confusions, ConfusionMeter) else _meter_of(confusions)
     _check_bootstrap(len(meter), samples, level)
@@ -601,6 +883,15 @@ def rank_auc(
     """Exact area under the ROC curve `(...)`, float64, by the Mann-Whitney rank statistic; ties count half.
 
     NaN where there is no positive or no negative entry. Raises `InputError` for scores that are not finite.
+
+    Parameters
+    ----------
+    scores : Array
+        (..., M)
+    positive : Array
+        bool (..., M)
+    valid : Array | None
+        bool (..., M), entries that take part; default all
     """
     scores, positive = _tensor(scores), _tensor(positive).bool()
     if not scores.is_floating_point(): scores = scores.to(torch.float64)
@@ -622,6 +913,15 @@ def patch_labels(
     """Majority label of every patch (the lowest of equals), int64 `(B, N)` row-major; 255 where most are ignored.
 
     One `(H, W)` mask gives `(N,)`. Raises `InputError` for values that are no class.
+
+    Parameters
+    ----------
+    mask : Array
+        label maps (B, H, W) or (H, W), 255 = ignored
+    grid : tuple[int, int]
+        patches (h, w); a pixel belongs to patch floor(y h / H), floor(x w / W)
+    classes : int
+        values allowed: 0..classes-1 and 255
     """
     labels = _label_map(mask, classes, "mask", void=True)
     images, height, width = labels.shape
@@ -643,6 +943,15 @@ def affinity_auc(
     The pair of a patch with itself is left out. `matrix` ranks all pairs of a picture together; `row` averages the
     AUC of every query that has both kinds of partner, which forgives scales that differ between rows. NaN for a
     picture with one class only. Raises `InputError` when shapes do not match.
+
+    Parameters
+    ----------
+    affinity : Array
+        (B, N, N) or (N, N), larger = closer
+    labels : Array
+        patch labels (B, N) or (N,), background a class, 255 dropped
+    per : Literal["matrix", "row"]
+        rank all pairs together, or each query by itself
     """
     affinity, labels = _tensor(affinity), _tensor(labels)
     if affinity.shape != (*labels.shape, labels.shape[-1]):
@@ -666,6 +975,15 @@ def average_precision(
     """Average precision of every class, float64 `(..., C)`: sum over thresholds of (R_k - R_{k-1}) P_k.
 
     NaN for classes without a positive picture. Raises `InputError` on shapes that differ or scores that are not finite.
+
+    Parameters
+    ----------
+    scores : Array
+        (n, C), larger = more likely
+    labels : Array
+        0/1 or bool (n, C)
+    weights : Array | None
+        (..., n): how often each picture counts; default once
     """
     scores, labels = _tensor(scores), _tensor(labels).to(torch.float64)
     if scores.ndim != 2 or scores.shape != labels.shape:
@@ -686,7 +1004,15 @@ def mean_average_precision(
     scores: Array,  # (n, C)
     labels: Array,  # 0/1 or bool (n, C)
 ) -> float:
-    "Multi-label mAP over the classes with a positive picture; NaN without any. Raises as `average_precision`."
+    """Multi-label mAP over the classes with a positive picture; NaN without any. Raises as `average_precision`.
+
+    Parameters
+    ----------
+    scores : Array
+        (n, C)
+    labels : Array
+        0/1 or bool (n, C)
+    """
     return average_precision(scores, labels).nanmean().item()
 
 # %% ../nbs/35_metrics.ipynb #78fef350
@@ -695,12 +1021,25 @@ def bootstrap_average_precision(
     labels: Array,  # 0/1 or bool (n, C)
     samples: int = 1000,  # how many resampled data sets
     level: float = 0.95,  # share of them inside the interval
-    seed: int = 0,
+    seed: int = 0,        # of the bootstrap
 ) -> Interval:
     """mAP with its percentile bootstrap interval over pictures (Efron).
 
     A picture drawn twice ties with itself, which favours the ranking a little: with few positive pictures the interval
     lies slightly high. Errors as in `average_precision` and `bootstrap_interval`.
+
+    Parameters
+    ----------
+    scores : Array
+        (n, C)
+    labels : Array
+        0/1 or bool (n, C)
+    samples : int
+        how many resampled data sets
+    level : float
+        share of them inside the interval
+    seed : int
+        of the bootstrap
     """
     scores, labels = _tensor(scores).cpu(), _tensor(labels).cpu()
     _check_bootstrap(len(scores), samples, level)

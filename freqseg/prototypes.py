@@ -29,7 +29,20 @@ def unit_vectors(
     """Vectors scaled to length 1 along `dim`; zero vectors stay 0.
 
     Divided by their largest entry first: squares of entries beyond 1e19 overflow, and below 1e-23 they vanish. The
-    lower bound on the length afterwards only concerns zero vectors, whose gradient it keeps finite."""
+    lower bound on the length afterwards only concerns zero vectors, whose gradient it keeps finite.
+
+    Parameters
+    ----------
+    x : Tensor
+        (..., D, ...) of any dtype
+    dim : int
+        axis of the channels
+
+    Returns
+    -------
+    Tensor
+        like x, fp32 or fp64
+    """
     x = _precise(x)
     largest = x.detach().abs().amax(dim, keepdim=True)
     x = x / torch.where(largest > 0, largest, 1.0)
@@ -54,7 +67,24 @@ def class_prototypes(
 ) -> tuple[Tensor, Tensor]:        # (B, K, D) fp32 or fp64 without gradient, 0 without a prototype; (B, K) bool
     """Mean of the tokens where a class is certain, p_c = mean of f_i over {CAM_c > threshold}, image by image (FFR).
 
-    Raises `InputError` when maps, tokens and `present` do not fit together."""
+    Raises `InputError` when maps, tokens and `present` do not fit together.
+
+    Parameters
+    ----------
+    tokens : Tensor
+        (B, D, h, w)
+    cam : Tensor
+        (B, K, h, w) in [0, 1]
+    present : Tensor|None
+        (B, K) bool: classes in the picture; None = all
+    threshold : float
+        a token counts where the map exceeds it
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        (B, K, D) fp32 or fp64 without gradient, 0 without a prototype; (B, K) bool
+    """
     _check_maps(tokens, cam, "cam")
     certain = cam > threshold
     if present is not None:
@@ -76,7 +106,22 @@ def attenuation_gap(
 ) -> Tensor:              # (B, K, h, w) in [0, 2], fp32 or fp64, without gradient; 0 for prototypes of 0
     """|cos(f_i, p_c) - cos(f_i^low, p_c)|: what the high frequencies do to each token's class similarity (FFR).
 
-    Raises `InputError` when the low-frequency version is of another shape."""
+    Raises `InputError` when the low-frequency version is of another shape.
+
+    Parameters
+    ----------
+    tokens : Tensor
+        (B, D, h, w)
+    low : Tensor
+        (B, D, h, w) their low-frequency version
+    prototypes : Tensor
+        (B, K, D)
+
+    Returns
+    -------
+    Tensor
+        (B, K, h, w) in [0, 2], fp32 or fp64, without gradient; 0 for prototypes of 0
+    """
     if low.shape != tokens.shape:
         raise InputError(f"low {tuple(low.shape)} must have the shape of tokens {tuple(tokens.shape)}.")
     with torch.autocast(tokens.device.type, enabled=False):
@@ -101,7 +146,24 @@ def attenuated(
     """Omega_c, the tokens whose gap is above the mean of their class's map, or the highest `share` of them.
 
     "mean" is FFR's and the default; "share" is ours. A constant gap selects no token with "mean", a gap of 0 none at
-    all. Raises `InputError` for an unknown selection, a share outside (0, 1], or another shape of `has_prototype`."""
+    all. Raises `InputError` for an unknown selection, a share outside (0, 1], or another shape of `has_prototype`.
+
+    Parameters
+    ----------
+    gap : Tensor
+        (B, K, h, w) of `attenuation_gap`
+    has_prototype : Tensor
+        (B, K) bool: classes with a prototype
+    select : str
+        "mean" (FFR) or "share" (ours)
+    share : float
+        of all tokens, for "share"
+
+    Returns
+    -------
+    Tensor
+        (B, K, h, w) bool, False for classes without a prototype
+    """
     if select not in SELECTIONS: raise InputError(f"select={select!r}: use 'mean' (FFR) or 'share'.")
     if not 0 < share <= 1: raise InputError(f"share={share}: give a part of all tokens, above 0 and at most 1.")
     if has_prototype.shape != gap.shape[:2]:
@@ -121,7 +183,24 @@ def rectification_loss(
 
     A class without a prototype is left out of its image's mean; one that selects no token counts as 0, as does an image
     without classes. So a batch's loss is the mean of its images' losses. A token or target of exactly 0 costs 1/2.
-    Raises `InputError` for shapes that disagree."""
+    Raises `InputError` for shapes that disagree.
+
+    Parameters
+    ----------
+    tokens : Tensor
+        (B, D, h, w): gets the gradient
+    low : Tensor
+        (B, D, h, w) their low-frequency version: a fixed target
+    omega : Tensor
+        (B, K, h, w) bool of `attenuated`
+    has_prototype : Tensor
+        (B, K) bool: classes with a prototype
+
+    Returns
+    -------
+    Tensor
+        scalar in [0, 2], fp32 or fp64
+    """
     if low.shape != tokens.shape:
         raise InputError(f"low {tuple(low.shape)} must have the shape of tokens {tuple(tokens.shape)}.")
     _check_maps(tokens, omega, "omega")
@@ -136,7 +215,25 @@ def rectification_loss(
 # %% ../nbs/26_prototypes.ipynb #88f2ecf3
 @dataclass
 class Rectification:
-    "What `FrequencyRectification` computes for B images with K classes on a grid (h, w) of tokens of width D."
+    """What `FrequencyRectification` computes for B images with K classes on a grid (h, w) of tokens of width D.
+
+    Attributes
+    ----------
+    loss : Tensor
+        scalar, weighted
+    selected : Tensor
+        (B, K, h, w) bool: Omega_c
+    gap : Tensor
+        (B, K, h, w), no gradient
+    low : Tensor
+        (B, D, h, w) low-frequency tokens; a gradient flows here, but none from the loss
+    high : Tensor
+        (B, D, h, w) high-frequency tokens, with gradient
+    prototypes : Tensor
+        (B, K, D), no gradient
+    has_prototype : Tensor
+        (B, K) bool: classes with a prototype
+    """
     loss: Tensor         # scalar, weighted
     selected: Tensor     # (B, K, h, w) bool: Omega_c
     gap: Tensor          # (B, K, h, w), no gradient
@@ -149,7 +246,23 @@ class Rectification:
 class FrequencyRectification(nn.Module):
     """FFR's masking strategy, prototypes, selection and rectification loss in one module without parameters.
 
-    Raises `InputError` for settings outside their range and for shapes that disagree."""
+    Raises `InputError` for settings outside their range and for shapes that disagree.
+
+    Parameters
+    ----------
+    mu : float
+        half-width of the low-frequency region, cycles per token (FFR: 0.4)
+    shape : str
+        of the region: "square" (FFR) or "disc"
+    threshold : float
+        of the activation map, for prototypes
+    weight : float
+        lambda_1 of FFR; the loss is returned weighted
+    select : str
+        of `attenuated`: "mean" (FFR) or "share" (ours)
+    share : float
+        of all tokens, for "share"
+    """
 
     def __init__(self,
         mu: float = 0.4,            # half-width of the low-frequency region, cycles per token (FFR: 0.4)
@@ -180,7 +293,17 @@ class FrequencyRectification(nn.Module):
         cam: Tensor,                   # (B, K, h, w) in [0, 1]
         present: Tensor|None = None,   # (B, K) bool; None = all
     ) -> Rectification:
-        "Cut, find prototypes, select, and take the loss."
+        """Cut, find prototypes, select, and take the loss.
+
+        Parameters
+        ----------
+        tokens : Tensor
+            (B, D, h, w): gets the gradient
+        cam : Tensor
+            (B, K, h, w) in [0, 1]
+        present : Tensor|None
+            (B, K) bool; None = all
+        """
         low, high = split_bands(tokens, self.mu, self.shape)
         prototypes, has_prototype = class_prototypes(tokens, cam, present, self.threshold)
         gap = attenuation_gap(tokens, low, prototypes)

@@ -29,8 +29,8 @@ EPSILON = 1e-8  # keeps flat regions finite: there every difference is zero, and
 def _colour_logits(image: Tensor, dilations: Sequence[int], width: float) -> Tensor:
     "Negative squared colour difference to neighbours in local deviations: `(B, 3, H, W)` -> `(B, n, H, W)`."
     views = _neighbours(image, dilations)
-    mean = sum(views) / len(views)
-    variance = sum((view - mean).square() for view in views) / (len(views) - 1)
+    mean = sum(views[1:], views[0]) / len(views)
+    variance = sum(((view - mean).square() for view in views), torch.zeros_like(image)) / (len(views) - 1)
     scale = 1 / ((variance.sqrt() + EPSILON) * width)
     return torch.stack([-((view - image) * scale).square().mean(1) for view in views], 1)
 
@@ -43,9 +43,21 @@ def _position_logits(dilations: Sequence[int], width: float, like: Tensor) -> Te
 class PAR(nn.Module):
     """Pixel-adaptive refinement as WeCLIP uses it (AFA, Ru et al., 2022): scores spread between pixels of like colour.
 
-    Has no parameters. Standard deviations are over the neighbours, with Bessel's correction."""
+    Has no parameters. Standard deviations are over the neighbours, with Bessel's correction.
+
+    Parameters
+    ----------
+    iterations : int
+        how often scores spread
+    dilations : Sequence[int]
+        distances of the 8 neighbours each, in pixels
+    width : float
+        of the Gaussian, in local standard deviations
+    position_weight : float
+        share of the colour-blind term
+    """
     def __init__(self,
-        iterations: int = 20,
+        iterations: int = 20,           # how often scores spread
         dilations: Sequence[int] = (1, 2, 4, 8, 12, 24),  # distances of the 8 neighbours each, in pixels
         width: float = 0.3,  # of the Gaussian, in local standard deviations
         position_weight: float = 0.01,  # share of the colour-blind term
@@ -66,7 +78,20 @@ class PAR(nn.Module):
     ) -> Tensor:  # (B, K, H, W)
         """Refined scores. The memory beside `probs` is the n weights per pixel, whatever the number of classes K.
 
-        Raises `InputError` when the batch sizes differ."""
+        Raises `InputError` when the batch sizes differ.
+
+        Parameters
+        ----------
+        image : Tensor
+            (B, 3, h, w), in [0, 1] or 0..255: the weights are the same; resized if not (H, W)
+        probs : Tensor
+            (B, K, H, W) class scores
+
+        Returns
+        -------
+        Tensor
+            (B, K, H, W)
+        """
         if len(image) != len(probs):
             raise InputError(f"PAR got {len(image)} images but {len(probs)} score maps: pass one map per image")
         # a processor's cache holds one picture's weights, not four

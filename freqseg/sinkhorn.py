@@ -12,7 +12,19 @@ from torch import Tensor
 
 # %% ../nbs/04_sinkhorn.ipynb #789928eb
 class SinkhornResult(NamedTuple):
-    "What `sinkhorn` returns."
+    """What `sinkhorn` returns.
+
+    Attributes
+    ----------
+    plan : Tensor
+        (..., R, C) the scaled matrix
+    log_plan : Tensor
+        (..., R, C) its logarithm, -inf where a marginal is zero
+    iterations : int
+        rounds done (column, then row)
+    error : Tensor
+        (...) largest |column sum / wanted - 1|, no gradient; rows are exact
+    """
 
     plan: Tensor  # (..., R, C) the scaled matrix
     log_plan: Tensor  # (..., R, C) its logarithm, -inf where a marginal is zero
@@ -243,6 +255,25 @@ def sinkhorn(
     `iterations` is returned as it is, with its error.
     Raises `ValueError` for negative marginals, unknown `gradient`, or "implicit" with `rounds` (there is no solution to
     differentiate at).
+
+    Parameters
+    ----------
+    log_kernel : Tensor
+        (..., R, C) logarithm of the matrix to scale; -inf entries are taken as very small
+    row : Tensor | None
+        (..., R) wanted row sums, uniform 1/R by default
+    col : Tensor | None
+        (..., C) wanted column sums, uniform by default; rescaled to the rows' total
+    iterations : int
+        most rounds
+    tolerance : float
+        stop when every column sum is right within this share of itself
+    rounds : int | None
+        exactly so many rounds, the error is not checked (WeCLIP: 3)
+    mask : Tensor | None
+        (..., C) bool, False gives a column no mass
+    gradient : str
+        "unroll" through the rounds, or "implicit" at the solution
     """
     kernel = log_kernel if log_kernel.dtype == torch.float64 else log_kernel.float()
     row, col, some = _marginals(kernel, row, col, mask)
@@ -295,6 +326,21 @@ def doubly_stochastic(
     rows and columns alike: exactly symmetric, and faster where patches mostly attend to themselves. Zeros are taken as
     the smallest normal number. Raises `ValueError` for negative entries, a matrix that is not square, or unknown
     options.
+
+    Parameters
+    ----------
+    affinity : Tensor
+        (..., N, N) non-negative
+    iterations : int
+        most rounds
+    tolerance : float
+        stop when all rows and columns sum to 1 within this
+    rounds : int | None
+        exactly so many rounds of column, then row normalisation (WeCLIP: 3)
+    symmetric : str | None
+        None; "average" of result and transpose (DFA, WeCLIP); "scaling" alike, see below
+    gradient : str
+        "unroll" or "implicit"
     """
     if affinity.shape[-1] != affinity.shape[-2]:
         raise ValueError(f"affinity {tuple(affinity.shape)}: a doubly stochastic matrix is square")
@@ -330,6 +376,27 @@ def transport(
 
     `col` is rescaled to the mass of the rows after masking. Raises `ValueError` for `epsilon <= 0` and what `sinkhorn`
     raises.
+
+    Parameters
+    ----------
+    score : Tensor
+        (..., N, K) what is gained by moving mass from patch i to class c
+    col : Tensor
+        (..., K) share of the classes
+    row : Tensor | None
+        (..., N) mass of the patches, uniform 1/N by default
+    epsilon : float
+        entropic regularisation, in units of the score
+    mask : Tensor | None
+        (..., K) bool, False for classes that are absent
+    iterations : int
+        most rounds
+    tolerance : float
+        stop when every class is filled within this share of itself
+    rounds : int | None
+        exactly so many rounds instead
+    gradient : str
+        "unroll" or "implicit"
     """
     if not epsilon > 0:
         raise ValueError(

@@ -20,11 +20,22 @@ def radial_frequency(
     h: int,  # rows of the grid
     w: int,  # columns of the grid
     half: bool = False,  # only the columns that a real FFT stores
-    device: torch.device | str | None = None,
+    device: torch.device | str | None = None,  # where the result lies; None = the CPU
 ) -> Tensor:
     """Length of the frequency vector of every Fourier coefficient, in cycles per token.
 
     Returns (h, w) in the layout of `torch.fft.fft2`, or (h, w // 2 + 1) in that of `rfft2` with `half`.
+
+    Parameters
+    ----------
+    h : int
+        rows of the grid
+    w : int
+        columns of the grid
+    half : bool
+        only the columns that a real FFT stores
+    device : torch.device | str | None
+        where the result lies; None = the CPU
     """
     columns = torch.fft.rfftfreq(w, device=device) if half else torch.fft.fftfreq(w, device=device)
     return torch.hypot(torch.fft.fftfreq(h, device=device)[:, None], columns[None])
@@ -35,11 +46,24 @@ def lowpass_mask(
     w: int,  # columns of the grid
     mu: float = 0.4,  # half-width of the region as a share of the grid, which is its cut-off in cycles per token
     shape: str = "square",  # "square" as in FFR, or "disc"
-    device: torch.device | str | None = None,
+    device: torch.device | str | None = None,  # where the result lies; None = the CPU
 ) -> Tensor:
     """Which Fourier coefficients count as low frequency: bool (h, w), unshifted FFT layout (FFR, region ratio mu).
 
     `mu >= 0.5` keeps every coefficient. Raises `ValueError` for a negative `mu` or an unknown `shape`.
+
+    Parameters
+    ----------
+    h : int
+        rows of the grid
+    w : int
+        columns of the grid
+    mu : float
+        half-width of the region as a share of the grid, which is its cut-off in cycles per token
+    shape : str
+        "square" as in FFR, or "disc"
+    device : torch.device | str | None
+        where the result lies; None = the CPU
     """
     if mu < 0:
         raise ValueError(f"mu={mu}: the low-frequency region ratio cannot be negative; FFR uses 0.1 to 0.4")
@@ -57,7 +81,13 @@ def lowpass_mask(
 def to_spectrum(
     x: Tensor,  # (..., h, w) real maps of any dtype
 ) -> Tensor:
-    "Orthonormal real 2-D FFT in fp32 (fp64 stays fp64): complex (..., h, w // 2 + 1)."
+    """Orthonormal real 2-D FFT in fp32 (fp64 stays fp64): complex (..., h, w // 2 + 1).
+
+    Parameters
+    ----------
+    x : Tensor
+        (..., h, w) real maps of any dtype
+    """
     return torch.fft.rfft2(x if x.dtype == torch.float64 else x.float(), norm="ortho")
 
 # %% ../nbs/00_spectra.ipynb #1b567e33
@@ -65,7 +95,15 @@ def from_spectrum(
     spectrum: Tensor,  # (..., h, w // 2 + 1) complex
     like: Tensor,  # the map whose grid and dtype the result takes
 ) -> Tensor:
-    "Inverse of `to_spectrum`: real maps (..., h, w) in the dtype of `like` (fp32 where that is an integer type)."
+    """Inverse of `to_spectrum`: real maps (..., h, w) in the dtype of `like` (fp32 where that is an integer type).
+
+    Parameters
+    ----------
+    spectrum : Tensor
+        (..., h, w // 2 + 1) complex
+    like : Tensor
+        the map whose grid and dtype the result takes
+    """
     x = torch.fft.irfft2(spectrum, s=like.shape[-2:], norm="ortho")
     return x.to(like.dtype) if like.is_floating_point() else x
 
@@ -78,8 +116,17 @@ def low_pass(
     """The low-frequency version of every map (FFR): same shape and dtype; the input itself when `mu >= 0.5`.
 
     Raises `ValueError` for a negative `mu` or an unknown `shape`.
+
+    Parameters
+    ----------
+    x : Tensor
+        (..., h, w)
+    mu : float
+        region ratio: cut-off in cycles per token
+    shape : str
+        "square" or "disc"
     """
-    mask = lowpass_mask(*x.shape[-2:], mu, shape, x.device)
+    mask = lowpass_mask(x.shape[-2], x.shape[-1], mu, shape, x.device)
     if mu >= 0.5:
         return x
     return from_spectrum(to_spectrum(x) * mask[:, : x.shape[-1] // 2 + 1], x)
@@ -93,6 +140,15 @@ def split_bands(
     """Low- and high-frequency parts of every map, each (..., h, w); their sum is the input (FFR; DFA's F_ld and F_hd).
 
     `mu >= 0.5` gives exactly `(x, 0)`. Raises `ValueError` for a negative `mu` or an unknown `shape`.
+
+    Parameters
+    ----------
+    x : Tensor
+        (..., h, w)
+    mu : float
+        region ratio: cut-off in cycles per token
+    shape : str
+        "square" or "disc"
     """
     low = low_pass(x, mu, shape)
     return low, x - low
@@ -106,11 +162,20 @@ def band_stack(
     """Cut maps into `len(edges) + 1` bands, lowest first: (bands, ..., h, w); the bands sum to the input.
 
     Raises `ValueError` when `edges` do not rise.
+
+    Parameters
+    ----------
+    x : Tensor
+        (..., h, w)
+    edges : Sequence[float]
+        rising cut-offs between the bands, cycles per token
+    shape : str
+        "square" or "disc"
     """
     if any(b <= a for a, b in pairwise(edges)):
         raise ValueError(f"edges={tuple(edges)}: band edges must rise, for example (0.1, 0.25)")
     spectrum, full = to_spectrum(x), x if x.dtype == torch.float64 else x.float()
-    masks = [lowpass_mask(*x.shape[-2:], mu, shape, x.device)[:, : spectrum.shape[-1]] for mu in edges]
+    masks = [lowpass_mask(x.shape[-2], x.shape[-1], mu, shape, x.device)[:, : spectrum.shape[-1]] for mu in edges]
     lows = [full if mu >= 0.5 else from_spectrum(spectrum * mask, full) for mu, mask in zip(edges, masks)]
     bands = torch.stack([upper - lower for lower, upper in pairwise([torch.zeros_like(full), *lows, full])])
     return bands.to(x.dtype) if x.is_floating_point() else bands
@@ -121,7 +186,13 @@ Transfer = Callable[[Tensor], Tensor]  # radial frequency in cycles per token ->
 def gaussian_transfer(
     cutoff: float,  # frequency of half power, cycles per token
 ) -> Transfer:
-    "Gaussian low-pass, no ringing: gain exp(-(r/cutoff)^2 ln(2)/2)."
+    """Gaussian low-pass, no ringing: gain exp(-(r/cutoff)^2 ln(2)/2).
+
+    Parameters
+    ----------
+    cutoff : float
+        frequency of half power, cycles per token
+    """
     return lambda r: torch.exp(-0.5 * math.log(2) * (r / cutoff).square())
 
 # %% ../nbs/00_spectra.ipynb #02d0b879
@@ -129,14 +200,28 @@ def butterworth_transfer(
     cutoff: float,  # frequency of half power, cycles per token
     order: int = 2,  # steepness
 ) -> Transfer:
-    "Butterworth low-pass, between a gaussian and a sharp mask: gain (1 + (r/cutoff)^(2 order))^(-1/2)."
+    """Butterworth low-pass, between a gaussian and a sharp mask: gain (1 + (r/cutoff)^(2 order))^(-1/2).
+
+    Parameters
+    ----------
+    cutoff : float
+        frequency of half power, cycles per token
+    order : int
+        steepness
+    """
     return lambda r: (1 + (r / cutoff) ** (2 * order)).rsqrt()
 
 # %% ../nbs/00_spectra.ipynb #4241115d
 def complement(
     transfer: Transfer,  # for example a low-pass
 ) -> Transfer:
-    "The filter that passes what `transfer` stops: gain 1 - transfer(r)."
+    """The filter that passes what `transfer` stops: gain 1 - transfer(r).
+
+    Parameters
+    ----------
+    transfer : Transfer
+        for example a low-pass
+    """
     return lambda r: 1 - transfer(r)
 
 # %% ../nbs/00_spectra.ipynb #c42f582b
@@ -147,15 +232,28 @@ def radial_filter(
     """Multiply the spectrum of every map by a function of radial frequency: same shape and dtype.
 
     The filter has zero phase, so nothing moves; gradients also reach whatever `transfer` is made of.
+
+    Parameters
+    ----------
+    x : Tensor
+        (..., h, w)
+    transfer : Transfer
+        radial frequency in cycles per token (h, w // 2 + 1) -> gain of the same shape
     """
-    gain = transfer(radial_frequency(*x.shape[-2:], half=True, device=x.device))
+    gain = transfer(radial_frequency(x.shape[-2], x.shape[-1], half=True, device=x.device))
     return from_spectrum(to_spectrum(x) * gain, x)
 
 # %% ../nbs/00_spectra.ipynb #553e8795
 def spectral_energy(
     x: Tensor,  # (..., h, w)
 ) -> Tensor:
-    "Energy of every stored Fourier coefficient with its conjugate, (..., h, w // 2 + 1): sums to sum(x^2) (Parseval)."
+    """Energy of every stored Fourier coefficient with its conjugate, (..., h, w // 2 + 1): sums to sum(x^2) (Parseval).
+
+    Parameters
+    ----------
+    x : Tensor
+        (..., h, w)
+    """
     energy, w = to_spectrum(x).abs().square(), x.shape[-1]
     energy[..., 1 : (w + 1) // 2] *= 2
     return energy
@@ -171,6 +269,15 @@ def radial_power_spectrum(
     Returns the rings' frequencies (bins,) in cycles per token, from 0 to sqrt(1/2), and the energy (..., bins). Summed
     over rings it is the energy of the maps (Parseval); with `density`, white noise gives a flat line.
     Raises `ValueError` for fewer than 2 bins.
+
+    Parameters
+    ----------
+    x : Tensor
+        (..., D, h, w) maps averaged over their D channels, or one map (h, w)
+    bins : int | None
+        rings; None: one cycle per longest side apart, so the first ring is the constant alone
+    density : bool
+        mean energy per coefficient of the ring instead of the sum
     """
     h, w = x.shape[-2:]
     bins = max(2, round(0.5**0.5 * max(h, w)) + 1) if bins is None else bins
@@ -193,10 +300,18 @@ def high_frequency_share(
     x: Tensor,  # (..., h, w)
     cutoff: float = 0.25,  # cycles per token
 ) -> Tensor:
-    "Share of every map's energy (its mean left out) above a radial cut-off: (...) in [0, 1], 0 for a constant map."
+    """Share of every map's energy (its mean left out) above a radial cut-off: (...) in [0, 1], 0 for a constant map.
+
+    Parameters
+    ----------
+    x : Tensor
+        (..., h, w)
+    cutoff : float
+        cycles per token
+    """
     x = x if x.dtype == torch.float64 else x.float()
     energy = spectral_energy(x - x.mean((-2, -1), keepdim=True))
-    high = energy * (radial_frequency(*x.shape[-2:], half=True, device=x.device) > cutoff)
+    high = energy * (radial_frequency(x.shape[-2], x.shape[-1], half=True, device=x.device) > cutoff)
     total = energy.sum((-2, -1))
     return torch.where(total > 0, high.sum((-2, -1)) / total.clamp(min=torch.finfo(total.dtype).tiny), 0.0)
 
@@ -221,6 +336,17 @@ def resize_response(
 
     Returns (h', w' // 2 + 1, D). Nyquist coefficients are treated so that filtering on `grid` and then enlarging a
     map spectrally equals enlarging it and then filtering on `size`. Raises `ValueError` for an unknown `beyond`.
+
+    Parameters
+    ----------
+    response : Tensor
+        (h, w // 2 + 1, D) complex gain in the layout of a real FFT
+    grid : tuple[int, int]
+        (h, w) it was made for
+    size : tuple[int, int]
+        (h, w) wanted
+    beyond : str
+        frequencies that `grid` lacks: "hold" the highest one's gain, or "zero"
     """
     if beyond not in ("hold", "zero"):
         raise ValueError(f"beyond={beyond!r}: choose 'hold' or 'zero'")
@@ -245,6 +371,19 @@ class SpectralFilter(nn.Module):
     `std` x N(0, 1), as in the authors' code), "zero" or "identity". Maps (B, dim, h', w') of any grid are accepted: the
     weight is carried over by `resize_response`. Raises `ValueError` for an unknown `init` or `beyond`, and for another
     number of channels.
+
+    Parameters
+    ----------
+    dim : int
+        channels
+    grid : tuple[int, int]
+        native (h, w)
+    init : str
+        "normal", "zero" or "identity"
+    std : float
+        of each part with "normal"
+    beyond : str
+        on larger grids: "hold" the highest frequency's gain, or "zero"
     """
 
     def __init__(
@@ -260,7 +399,7 @@ class SpectralFilter(nn.Module):
             raise ValueError(f"init={init!r}: choose 'normal', 'zero' or 'identity'")
         if beyond not in ("hold", "zero"):
             raise ValueError(f"beyond={beyond!r}: choose 'hold' or 'zero'")
-        self.dim, self.grid, self.init, self.std, self.beyond = dim, tuple(grid), init, std, beyond
+        self.dim, self.grid, self.init, self.std, self.beyond = dim, (grid[0], grid[1]), init, std, beyond
         self.weight = nn.Parameter(torch.empty(grid[0], grid[1] // 2 + 1, dim, 2))
         self.reset_parameters()
 
@@ -275,13 +414,13 @@ class SpectralFilter(nn.Module):
         "Complex gain (h, w // 2 + 1, dim) at the native grid, or carried to `size`."
         weight = self.weight if self.weight.dtype == torch.float64 else self.weight.float()
         gain = torch.view_as_complex(weight.contiguous())
-        return gain if size in (None, self.grid) else resize_response(gain, self.grid, size, self.beyond)
+        return gain if size is None or size == self.grid else resize_response(gain, self.grid, size, self.beyond)
 
     def forward(self, x: Tensor) -> Tensor:
         "Filter maps (B, dim, h, w) of any grid; same shape and dtype."
         if x.shape[-3] != self.dim:
             raise ValueError(f"SpectralFilter has {self.dim} channels, the maps have {x.shape[-3]}")
-        gain = self.response(tuple(x.shape[-2:])).permute(2, 0, 1)
+        gain = self.response((x.shape[-2], x.shape[-1])).permute(2, 0, 1)
         return from_spectrum(to_spectrum(x) * gain, x)
 
     def extra_repr(self) -> str:
@@ -307,6 +446,13 @@ def centre_on_query(
     """Every row as a map with its own query at the origin, by circular shift: (..., N, h, w).
 
     Raises `ValueError` when the matrix does not fit the grid.
+
+    Parameters
+    ----------
+    attention : Tensor
+        (..., N, N), rows are queries, N = h * w row-major
+    grid : tuple[int, int]
+        (h, w)
     """
     h, w = _fitting_grid(attention, grid)
     y, x = (torch.arange(n, device=attention.device) for n in (h, w))
@@ -326,6 +472,17 @@ def invert_attention(
 
     Without `transfer`, I is the all-pass and the result is I - W. Rows sum to 0 (for "identity": to transfer(0) - 1).
     Raises `ValueError` when the matrix does not fit the grid or `filtered` is unknown.
+
+    Parameters
+    ----------
+    attention : Tensor
+        (..., N, N) row-stochastic, CLS row and column dropped
+    grid : tuple[int, int]
+        (h, w) of the keys, N = h * w row-major
+    transfer : Transfer | None
+        radial frequency -> gain; None is the all-pass
+    filtered : str
+        what `transfer` acts on: the "difference" I - W, or only the "identity"
     """
     h, w = _fitting_grid(attention, grid)
     if filtered not in ("difference", "identity"):

@@ -10,13 +10,14 @@ __all__ = ['prompt_blocks', 'DeepPrompts', 'spectral_prompt', 'SpectralPrompts',
 import math, re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torchvision.ops import stochastic_depth
+from open_clip.transformer import ResidualAttentionBlock
 
 from .clip import Backbone, merge_heads, split_qkv
 from .files import InputError
@@ -29,7 +30,15 @@ def prompt_blocks(
 ) -> tuple[int, ...]:
     """Indices 0..depth-1, rising, of blocks that a paper numbers 1..depth: "1-2" is (0, 1), the choice of SPT-SEG.
 
-    Raises `InputError` for blocks that the tower does not have, ranges that run backwards, and anything else."""
+    Raises `InputError` for blocks that the tower does not have, ranges that run backwards, and anything else.
+
+    Parameters
+    ----------
+    text : str|Sequence[int]
+        "1-2", "3" or "all", counted from 1 as papers do; or indices, counted from 0
+    depth : int
+        blocks of the tower
+    """
     if text == "all": return tuple(range(depth))
     ends = re.fullmatch(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", text.strip()) if isinstance(text, str) else None
     first, last = (int(ends[1]), int(ends[2] or ends[1])) if ends else (0, 0)
@@ -40,7 +49,7 @@ def prompt_blocks(
         "or 'all'; or give indices counted from 0, such as (0, 1)."
     )
 
-def _are_indices(blocks: Any, depth: float = math.inf) -> bool:
+def _are_indices(blocks: Any, depth: float = math.inf) -> TypeGuard[Sequence[int]]:
     "Are these block indices of a tower, counted from 0?"
     return (isinstance(blocks, Sequence) and not isinstance(blocks, str)
             and all(isinstance(index, int) and not isinstance(index, bool) and 0 <= index < depth for index in blocks))
@@ -50,14 +59,28 @@ class DeepPrompts(nn.Module):
     """M learned tokens for each block of a frozen tower, behind one shared linear layer (VPT, Jia et al., as ZegCLIP).
 
     Tokens start uniform in +-sqrt(6 / (3 patch^2 + width)), the linear layer kaiming-normal over its fan-out with a
-    bias of 0. Raises `InputError` for a negative number of tokens; with 0 no parameter learns."""
+    bias of 0. Raises `InputError` for a negative number of tokens; with 0 no parameter learns.
+
+    Parameters
+    ----------
+    width : int
+        channels of the tower
+    patch : int
+        side of a patch in pixels
+    blocks : int
+        blocks of the tower
+    tokens : int
+        M: ZegCLIP takes 10 on VOC, 100 on COCO-Stuff
+    dropout : float
+        chance of a prompt value to be dropped
+    """
 
     def __init__(self,
         width: int,            # channels of the tower
         patch: int,            # side of a patch in pixels
         blocks: int,           # blocks of the tower
         tokens: int = 10,      # M: ZegCLIP takes 10 on VOC, 100 on COCO-Stuff
-        dropout: float = 0.1,
+        dropout: float = 0.1,  # chance of a prompt value to be dropped
     ):
         super().__init__()
         if tokens < 0:
@@ -68,7 +91,7 @@ class DeepPrompts(nn.Module):
         self.tokens = nn.Parameter(torch.empty(blocks, tokens, width).uniform_(-reach, reach), requires_grad=tokens > 0)
         self.projection = nn.Linear(width, width) if tokens else nn.Identity()
         self.dropout = nn.Dropout(dropout)
-        if tokens:
+        if isinstance(self.projection, nn.Linear):
             nn.init.kaiming_normal_(self.projection.weight, mode="fan_out")
             nn.init.zeros_(self.projection.bias)
 
@@ -112,14 +135,32 @@ class _Filter(torch.autograd.Function):
 # %% ../nbs/28_spectral_prompts.ipynb #189a46d9
 def spectral_prompt(
     tokens: Tensor,   # (B, D, h, w) patch tokens H that enter a block, of any dtype
-    cls: Tensor,      # (B, D) CLS token g at the same depth
+    cls: Tensor,      # (B, D) or (B, 1, D) CLS token g at the same depth
     gain: Tensor,     # (h, w // 2 + 1, D) complex w_f, as `SpectralFilter.response` gives it
 ) -> Tensor:          # (B, D, h, w), dtype of the tokens
     """S = F^-1(F(H * g) w_f), what a spectral prompt adds to the tokens (SPT-SEG, Eq. 1).
 
     Orthonormal real FFT over the grid, in fp32. Raises `InputError` when the gain is of another grid or another number
-    of channels, or when the CLS tokens do not fit."""
-    h, w = tokens.shape[2:]
+    of channels, or the CLS token of other pictures.
+
+    Parameters
+    ----------
+    tokens : Tensor
+        (B, D, h, w) patch tokens H that enter a block, of any dtype
+    gain : Tensor
+        (h, w // 2 + 1, D) complex w_f, as `SpectralFilter.response` gives it
+
+    Returns
+    -------
+    Tensor
+        (B, D, h, w), dtype of the tokens
+    """
+    (count, width), (h, w) = tokens.shape[:2], tokens.shape[2:]
+    if tuple(cls.shape) not in ((count, width), (count, 1, width)):
+        raise InputError(
+            f"cls {tuple(cls.shape)} does not fit tokens {tuple(tokens.shape)}: expected {(count, width)}, "
+            "a CLS token for every picture."
+        )
     if gain.shape != (h, w // 2 + 1, tokens.shape[1]):
         raise InputError(
             f"gain {tuple(gain.shape)} does not fit {tokens.shape[1]} channels on a {h} x {w} grid: expected "
@@ -129,7 +170,7 @@ def spectral_prompt(
         raise InputError(
             f"cls {tuple(cls.shape)}: one CLS token for each picture, {tuple(tokens.shape[:2])}, is expected."
         )
-    product = _precise(tokens) * _precise(cls)[:, :, None, None]
+    product = _precise(tokens) * _precise(cls).reshape(count, width, 1, 1)
     return _Filter.apply(product, gain.permute(2, 0, 1).contiguous()).to(tokens.dtype)
 
 # %% ../nbs/28_spectral_prompts.ipynb #13481046
@@ -137,7 +178,23 @@ class SpectralPrompts(nn.Module):
     """Learned filters that add a spectral prompt to the patch tokens entering some blocks of a frozen tower (SPT-SEG).
 
     "normal" draws real and imaginary part from `std` N(0, 1), as in the authors' code; with "zero" the prompt is 0 at
-    first. Raises `InputError` for another start, and for blocks that are no indices or none at all."""
+    first. Raises `InputError` for another start, and for blocks that are no indices or none at all.
+
+    Parameters
+    ----------
+    width : int
+        channels of the tower
+    grid : tuple[int, int]
+        patches (h, w) that the filters are made for
+    blocks : Sequence[int]
+        blocks whose input is prompted, 0 is the first
+    shared : bool
+        one filter for all blocks, or one each
+    init : str
+        "normal", "zero" or "identity" (a gain of 1)
+    std : float
+        of each part with "normal"
+    """
 
     def __init__(self,
         width: int,                        # channels of the tower
@@ -159,23 +216,38 @@ class SpectralPrompts(nn.Module):
 
     def gain(self, block: int, grid: tuple[int, int]|None = None) -> Tensor:
         "Complex gain (h, w // 2 + 1, D) of a prompted block at the grid of the filters, or carried to another."
-        return self.filters[0 if self.shared else self.blocks.index(block)].response(grid)
+        return cast(SpectralFilter, self.filters[0 if self.shared else self.blocks.index(block)]).response(grid)
 
     def forward(self,
-        block: int,
+        block: int,               # index of the block, 0 is the first
         sequence: Tensor,         # (B, N, D) patch tokens that enter it
-        cls: Tensor,              # (B, D) its CLS token
+        cls: Tensor,              # (B, D) or (B, 1, D) its CLS token
         grid: tuple[int, int],    # (h, w), N = h * w row-major
     ) -> Tensor:                  # (B, N, D)
         """The patch tokens with their spectral prompt, or as they are where the block has none.
 
-        Raises `InputError` for another grid than theirs."""
+        Raises `InputError` for another grid than theirs.
+
+        Parameters
+        ----------
+        block : int
+            index of the block, 0 is the first
+        sequence : Tensor
+            (B, N, D) patch tokens that enter it
+        grid : tuple[int, int]
+            (h, w), N = h * w row-major
+
+        Returns
+        -------
+        Tensor
+            (B, N, D)
+        """
         if block not in self.blocks: return sequence
         if sequence.ndim != 3 or grid[0] * grid[1] != sequence.shape[1]:
             raise InputError(
                 f"patch tokens {tuple(sequence.shape)} are no (B, {grid[0]} x {grid[1]}, D): leave the CLS out."
             )
-        prompt = spectral_prompt(sequence.mT.unflatten(2, grid), cls, self.gain(block, tuple(grid)))
+        prompt = spectral_prompt(sequence.mT.unflatten(2, grid), cls, self.gain(block, (grid[0], grid[1])))
         return sequence + prompt.flatten(2).mT
 
 # %% ../nbs/28_spectral_prompts.ipynb #e9466bff
@@ -192,7 +264,20 @@ def filter_magnitude(
 ) -> Tensor:                  # (h, w)
     """Magnitude of a gain over the whole plane, averaged over channels, the constant at (h // 2, w // 2).
 
-    Raises `InputError` for another grid."""
+    Raises `InputError` for another grid.
+
+    Parameters
+    ----------
+    gain : Tensor
+        (h, w // 2 + 1, D) complex
+    grid : tuple[int, int]
+        (h, w)
+
+    Returns
+    -------
+    Tensor
+        (h, w)
+    """
     return torch.fft.fftshift(_full_gain(gain, grid).abs().mean(-1))
 
 def radial_gain(
@@ -202,7 +287,22 @@ def radial_gain(
 ) -> tuple[Tensor, Tensor]:   # (bins,) cycles per token; (groups, bins)
     """Mean magnitude of a gain in rings of equal radial frequency, one cycle per longest side apart.
 
-    Raises `InputError` for another grid, and for groups of unequal size."""
+    Raises `InputError` for another grid, and for groups of unequal size.
+
+    Parameters
+    ----------
+    gain : Tensor
+        (h, w // 2 + 1, D) complex
+    grid : tuple[int, int]
+        (h, w)
+    groups : int
+        channels are cut into that many groups of neighbours
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        (bins,) cycles per token; (groups, bins)
+    """
     magnitude = _full_gain(gain, grid).abs()
     if groups < 1 or magnitude.shape[-1] % groups:
         raise InputError(f"groups={groups}: {magnitude.shape[-1]} channels cannot be cut into that many equal groups.")
@@ -215,7 +315,15 @@ def radial_gain(
 # %% ../nbs/28_spectral_prompts.ipynb #d4e3d179
 @dataclass(frozen=True, eq=False)
 class Prompted:
-    "What a prompted tower gives: joint embeddings of length 1."
+    """What a prompted tower gives: joint embeddings of length 1.
+
+    Attributes
+    ----------
+    patches : Tensor
+        (B, E, h, w)
+    cls : Tensor
+        (B, E)
+    """
     patches: Tensor   # (B, E, h, w)
     cls: Tensor       # (B, E)
 
@@ -224,10 +332,30 @@ class PromptedTower(nn.Module):
     """The learned part of a frozen image tower: prompts, spectral prompts, a last LayerNorm (SPT-SEG on ZegCLIP).
 
     The backbone is used, not kept. Raises `InputError` for blocks that it does not have, a negative number of tokens,
-    an unknown start of the filters, and a `drop_path` outside [0, 1)."""
+    an unknown start of the filters, and a `drop_path` outside [0, 1).
+
+    Parameters
+    ----------
+    backbone : Backbone
+        the frozen CLIP
+    tokens : int
+        M prompts per block, 0 for none
+    spectral : str|Sequence[int]
+        blocks with spectral prompts, read by `prompt_blocks`; () for none
+    shared : bool
+        one filter for all of them
+    init : str
+        start of the filters: "normal" or "zero"
+    dropout : float
+        on the prompts
+    drop_path : float
+        stochastic depth of the last block
+    grid : tuple[int, int]|None
+        (h, w) that the filters are made for; None = the native grid
+    """
 
     def __init__(self,
-        backbone: Backbone,
+        backbone: Backbone,                        # the frozen CLIP
         tokens: int = 10,                          # M prompts per block, 0 for none
         spectral: str|Sequence[int] = (0, 1),      # blocks with spectral prompts, read by `prompt_blocks`; () for none
         shared: bool = True,                       # one filter for all of them
@@ -246,14 +374,14 @@ class PromptedTower(nn.Module):
         self.norm = nn.LayerNorm(backbone.width, eps=1e-6)
         self.drop_path = torch.linspace(0, drop_path, backbone.depth).tolist()
 
-    def _attend(self, block: nn.Module, x: Tensor, prompts: Tensor) -> Tensor:
+    def _attend(self, block: ResidualAttentionBlock, x: Tensor, prompts: Tensor) -> Tensor:
         "The attention branch of a block: queries from x (B, n, D), keys and values from x and the prompts (B, M, D)."
         sequence = block.ln_1(x)
         if prompts.shape[1]: sequence = torch.cat([sequence, block.ln_1(prompts)], 1)
         query, key, value = split_qkv(block, sequence)
         return merge_heads(block, F.scaled_dot_product_attention(query[:, :, :x.shape[1]], key, value))
 
-    def _block(self, index: int, block: nn.Module, x: Tensor) -> Tensor:
+    def _block(self, index: int, block: ResidualAttentionBlock, x: Tensor) -> Tensor:
         "One block of the tower with its prompts: (B, n, D) -> (B, n, D)."
         rate = self.drop_path[index]
         x = x + stochastic_depth(self._attend(block, x, self.prompts(index, len(x))), rate, "row", self.training)
@@ -265,7 +393,15 @@ class PromptedTower(nn.Module):
     ) -> Prompted:
         """Joint embeddings under the prompts, in fp32.
 
-        Raises `InputError` for a tower of another size and images that are not whole patches."""
+        Raises `InputError` for a tower of another size and images that are not whole patches.
+
+        Parameters
+        ----------
+        backbone : Backbone
+            the one it was made for, or one like it
+        images : Tensor
+            (B, 3, H, W) normalised, any whole number of patches
+        """
         grid, (depth, _, width) = backbone.grid_of(images), self.prompts.tokens.shape
         if (depth, width) != (backbone.depth, backbone.width):
             raise InputError(

@@ -20,7 +20,20 @@ def multilabel_loss(
 ) -> Tensor:           # scalar, fp32 or fp64
     """Multi-label soft margin loss, mean over images and classes (FFR: both classification losses).
 
-    Raises `InputError` when logits and labels differ in shape."""
+    Raises `InputError` when logits and labels differ in shape.
+
+    Parameters
+    ----------
+    logits : Tensor
+        (B, K)
+    present : Tensor
+        (B, K) bool or 0/1: classes in the picture
+
+    Returns
+    -------
+    Tensor
+        scalar, fp32 or fp64
+    """
     if logits.shape != present.shape:
         raise InputError(f"logits {tuple(logits.shape)} and labels {tuple(present.shape)} differ in shape.")
     logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -43,7 +56,21 @@ class TokenClassifier(nn.Module):
 
     FFR leaves open what is pooled. Pooling the "scores" is the default, because the activation map then shows where a
     score came from; "tokens" pools channel by channel and classifies the result, as ToCo's code does with its auxiliary
-    classifier. For the mean both are the same. Raises `InputError` for unknown options and tokens that do not fit."""
+    classifier. For the mean both are the same. Raises `InputError` for unknown options and tokens that do not fit.
+
+    Parameters
+    ----------
+    width : int
+        D, channels of the tokens
+    classes : int
+        K, without background
+    pool : str
+        over the grid: "max" or "mean"
+    order : str
+        pool the class "scores", or the "tokens" before classifying (ToCo)
+    normalise : bool
+        LayerNorm without parameters on every token first: CLIP has outlier channels
+    """
 
     def __init__(self,
         width: int,                # D, channels of the tokens
@@ -76,7 +103,18 @@ class TokenClassifier(nn.Module):
     def forward(self,
         tokens: Tensor,   # (B, D, h, w)
     ) -> Tensor:          # (B, K)
-        "One logit per image and class."
+        """One logit per image and class.
+
+        Parameters
+        ----------
+        tokens : Tensor
+            (B, D, h, w)
+
+        Returns
+        -------
+        Tensor
+            (B, K)
+        """
         if self.order == "scores": return _pooled(self.evidence(tokens), self.pool)[:, :, 0, 0]
         return self.score(_pooled(self._input(tokens), self.pool))[:, :, 0, 0]
 
@@ -88,7 +126,22 @@ class TokenClassifier(nn.Module):
     ) -> Tensor:                       # (B, K, h, w) in [0, 1], fp32 or fp64, without gradient; 0 for absent classes
         """Activation maps: ReLU of the scores, min-max scaled map by map (FFR).
 
-        Raises `InputError` when `present` does not fit."""
+        Raises `InputError` when `present` does not fit.
+
+        Parameters
+        ----------
+        tokens : Tensor
+            (B, D, h, w)
+        present : Tensor|None
+            (B, K) bool: classes in the picture; None = all
+        eps : float
+            of the min-max scaling
+
+        Returns
+        -------
+        Tensor
+            (B, K, h, w) in [0, 1], fp32 or fp64, without gradient; 0 for absent classes
+        """
         evidence = self.evidence(tokens)
         maps = normalise_cam(evidence if evidence.dtype == torch.float64 else evidence.float(), eps=eps)
         if present is None: return maps

@@ -40,7 +40,18 @@ def filter_bank(
     """Filter taps `(4, L)` of a named wavelet; `L` is even. `dmey` is the usual finite approximation.
 
     Raises `ValueError` for a name that is no orthogonal or biorthogonal discrete wavelet of PyWavelets.
-    The tensor is shared between callers: clone it before changing it in place."""
+    The tensor is shared between callers: clone it before changing it in place.
+
+    Parameters
+    ----------
+    name : str
+        PyWavelets name: haar, db2, sym4, coif1, bior2.2, rbio1.3, dmey, ...
+
+    Returns
+    -------
+    Tensor
+        (4, L): rows dec_lo, dec_hi, rec_lo, rec_hi
+    """
     taps = HAAR if name in ("haar", "db1") else _pywt_taps(name)
     with torch.inference_mode(False):
         return torch.tensor(taps, dtype=dtype, device=device)
@@ -57,10 +68,24 @@ def _taps(wavelet: str | Tensor, like: Tensor) -> Tensor:
 def _check_mode(mode: str) -> None:
     if mode not in ("periodic", "symmetric"): raise ValueError(f"unknown mode {mode!r}: use 'periodic' or 'symmetric'")
 
-def coefficient_count(n: int, length: int, mode: str = "periodic") -> int:
+def coefficient_count(
+    n: int,                  # samples
+    length: int,             # taps of a filter
+    mode: str = "periodic",  # at borders: "periodic" or "symmetric"
+) -> int:
     """Coefficients per sub-band that one level makes of `n` samples with filters of `length` taps.
 
-    Raises `ValueError` for a mode other than "periodic" and "symmetric"."""
+    Raises `ValueError` for a mode other than "periodic" and "symmetric".
+
+    Parameters
+    ----------
+    n : int
+        samples
+    length : int
+        taps of a filter
+    mode : str
+        at borders: "periodic" or "symmetric"
+    """
     _check_mode(mode)
     return (n + 1) // 2 if mode == "periodic" else (n + length - 1) // 2
 
@@ -131,7 +156,22 @@ def sub_bands(
 ) -> Tensor:  # (..., 4, h, w): LL, LH (detail across height), HL (across width), HH
     """One level of the separable 2-D wavelet transform, all four sub-bands in one tensor (Mallat, 1989).
 
-    Raises `ValueError` for an unknown wavelet or mode, or taps that are not `(4, even)`."""
+    Raises `ValueError` for an unknown wavelet or mode, or taps that are not `(4, even)`.
+
+    Parameters
+    ----------
+    x : Tensor
+        (..., H, W)
+    wavelet : str | Tensor
+        PyWavelets name, or taps (4, L) from `filter_bank` or `LearnableWavelet`
+    mode : str
+        "periodic" (PyWavelets' "periodization") or "symmetric"
+
+    Returns
+    -------
+    Tensor
+        (..., 4, h, w): LL, LH (detail across height), HL (across width), HH
+    """
     taps = _taps(wavelet, x)
     _check_mode(mode)
     if taps.shape[1] == 2: return _analyse_blocks(x, taps)
@@ -147,13 +187,31 @@ def _merge(bands: Tensor, taps: Tensor, mode: str) -> Tensor:
     return _along(_synthesise, _along(_synthesise, z, taps, mode, -2), taps, mode, -1)
 
 def merge_sub_bands(
-    bands: Tensor,  # (..., 4, h, w), as from `sub_bands`
-    wavelet: str | Tensor = "haar", mode: str = "periodic",
+    bands: Tensor,                      # (..., 4, h, w), as from `sub_bands`
+    wavelet: str | Tensor = "haar",     # a name that `filter_bank` knows, or taps (4, L)
+    mode: str = "periodic",             # at borders: "periodic" or "symmetric"
     size: Sequence[int] | None = None,  # (H, W) of the original map; needed for odd sizes
 ) -> Tensor:  # (..., H, W)
     """Inverse of `sub_bands`. Without `size` the result has the even size that the coefficients stand for.
 
-    Raises `ValueError` if `size` is larger than that."""
+    Raises `ValueError` if `size` is larger than that.
+
+    Parameters
+    ----------
+    bands : Tensor
+        (..., 4, h, w), as from `sub_bands`
+    wavelet : str | Tensor
+        a name that `filter_bank` knows, or taps (4, L)
+    mode : str
+        at borders: "periodic" or "symmetric"
+    size : Sequence[int] | None
+        (H, W) of the original map; needed for odd sizes
+
+    Returns
+    -------
+    Tensor
+        (..., H, W)
+    """
     taps = _taps(wavelet, bands)
     _check_mode(mode)
     x = _merge(bands, taps, mode)
@@ -166,47 +224,118 @@ def merge_sub_bands(
 
 # %% ../nbs/02_wavelet.ipynb #159d8777
 def dwt2(
-    x: Tensor,  # (..., H, W)
-    wavelet: str | Tensor = "haar", mode: str = "periodic",
+    x: Tensor,                       # (..., H, W)
+    wavelet: str | Tensor = "haar",  # a name that `filter_bank` knows, or taps (4, L)
+    mode: str = "periodic",          # at borders: "periodic" or "symmetric"
 ) -> tuple[Tensor, Tensor]:  # LL (..., h, w), details (..., 3, h, w)
     """One level of the 2-D wavelet transform: the smooth band and the three details (LH, HL, HH).
 
-    Equal to PyWavelets' `dwt2` (its cA and cH, cV, cD). Raises as `sub_bands`."""
+    Equal to PyWavelets' `dwt2` (its cA and cH, cV, cD). Raises as `sub_bands`.
+
+    Parameters
+    ----------
+    x : Tensor
+        (..., H, W)
+    wavelet : str | Tensor
+        a name that `filter_bank` knows, or taps (4, L)
+    mode : str
+        at borders: "periodic" or "symmetric"
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        LL (..., h, w), details (..., 3, h, w)
+    """
     ll, details = sub_bands(x, wavelet, mode).split((1, 3), dim=-3)
     return ll.squeeze(-3), details
 
 def idwt2(
-    ll: Tensor,  # (..., h, w)
-    details: Tensor,  # (..., 3, h, w)
-    wavelet: str | Tensor = "haar", mode: str = "periodic",
+    ll: Tensor,                         # (..., h, w)
+    details: Tensor,                    # (..., 3, h, w)
+    wavelet: str | Tensor = "haar",     # a name that `filter_bank` knows, or taps (4, L)
+    mode: str = "periodic",             # at borders: "periodic" or "symmetric"
     size: Sequence[int] | None = None,  # (H, W) of the original map; needed for odd sizes
 ) -> Tensor:  # (..., H, W)
-    "Inverse of `dwt2`; raises as `merge_sub_bands`."
+    """Inverse of `dwt2`; raises as `merge_sub_bands`.
+
+    Parameters
+    ----------
+    ll : Tensor
+        (..., h, w)
+    details : Tensor
+        (..., 3, h, w)
+    wavelet : str | Tensor
+        a name that `filter_bank` knows, or taps (4, L)
+    mode : str
+        at borders: "periodic" or "symmetric"
+    size : Sequence[int] | None
+        (H, W) of the original map; needed for odd sizes
+
+    Returns
+    -------
+    Tensor
+        (..., H, W)
+    """
     return merge_sub_bands(torch.cat([ll.unsqueeze(-3), details], -3), wavelet, mode, size)
 
 # %% ../nbs/02_wavelet.ipynb #603238b6
 def wavedec2(
     x: Tensor,  # (..., H, W)
-    wavelet: str | Tensor = "haar",
-    levels: int = 1,
-    mode: str = "periodic",
+    wavelet: str | Tensor = "haar",  # a name that `filter_bank` knows, or taps (4, L)
+    levels: int = 1,  # how often the smooth band is split again
+    mode: str = "periodic",  # at borders: "periodic" or "symmetric"
 ) -> list[Tensor]:  # [LL_n, details_n, ..., details_1], details (..., 3, h, w), coarsest first
     """Wavelet decomposition over several levels, in the order of PyWavelets' `wavedec2` (Mallat, 1989).
 
-    Raises as `sub_bands`, and `ValueError` for fewer than one level."""
+    Raises as `sub_bands`, and `ValueError` for fewer than one level.
+
+    Parameters
+    ----------
+    x : Tensor
+        (..., H, W)
+    wavelet : str | Tensor
+        a name that `filter_bank` knows, or taps (4, L)
+    levels : int
+        how often the smooth band is split again
+    mode : str
+        at borders: "periodic" or "symmetric"
+
+    Returns
+    -------
+    list[Tensor]
+        [LL_n, details_n, ..., details_1], details (..., 3, h, w), coarsest first
+    """
     if levels < 1: raise ValueError(f"levels must be at least 1, got {levels}")
-    coefficients = []
+    coefficients: list[Tensor] = []
     for _ in range(levels):
         x, details = dwt2(x, wavelet, mode)
         coefficients.insert(0, details)
     return [x, *coefficients]
 
 def waverec2(
-    coefficients: Sequence[Tensor],  # as from `wavedec2`
-    wavelet: str | Tensor = "haar", mode: str = "periodic",
+    coefficients: Sequence[Tensor],     # as from `wavedec2`
+    wavelet: str | Tensor = "haar",     # a name that `filter_bank` knows, or taps (4, L)
+    mode: str = "periodic",             # at borders: "periodic" or "symmetric"
     size: Sequence[int] | None = None,  # (H, W) of the original map; needed for odd sizes
 ) -> Tensor:  # (..., H, W)
-    "Inverse of `wavedec2`; raises as `merge_sub_bands`."
+    """Inverse of `wavedec2`; raises as `merge_sub_bands`.
+
+    Parameters
+    ----------
+    coefficients : Sequence[Tensor]
+        as from `wavedec2`
+    wavelet : str | Tensor
+        a name that `filter_bank` knows, or taps (4, L)
+    mode : str
+        at borders: "periodic" or "symmetric"
+    size : Sequence[int] | None
+        (H, W) of the original map; needed for odd sizes
+
+    Returns
+    -------
+    Tensor
+        (..., H, W)
+    """
     x, *details = coefficients
     sizes = [d.shape[-2:] for d in details[1:]] + [size]
     for d, target in zip(details, sizes): x = idwt2(x, d, wavelet, mode, target)
@@ -218,7 +347,18 @@ def reconstruction_penalty(
 ) -> Tensor:  # scalar, 0 for perfect reconstruction
     """Squared violation of biorthogonality, sum_{a,b,k} (<rec_a, reversed dec_b shifted by 2k> - [a = b][k = 0])^2.
 
-    Zero exactly when the filter bank reconstructs every map perfectly (Vetterli and Herley, 1992)."""
+    Zero exactly when the filter bank reconstructs every map perfectly (Vetterli and Herley, 1992).
+
+    Parameters
+    ----------
+    taps : Tensor
+        (4, L): dec_lo, dec_hi, rec_lo, rec_hi
+
+    Returns
+    -------
+    Tensor
+        scalar, 0 for perfect reconstruction
+    """
     length = taps.shape[1]
     products = F.conv1d(taps[2:, None], taps[:2, None].flip(-1), stride=2, padding=length - 2)
     target = torch.zeros_like(products)
@@ -229,10 +369,18 @@ def reconstruction_penalty(
 class LearnableWavelet(nn.Module):
     """Wavelet transform whose analysis and synthesis taps are parameters (the learnable transform of WTCLIP).
 
-    `taps` is `(4, L)`: 4 L parameters (8 for haar), shared by all channels and both axes. Raises as `filter_bank`."""
+    `taps` is `(4, L)`: 4 L parameters (8 for haar), shared by all channels and both axes. Raises as `filter_bank`.
+
+    Parameters
+    ----------
+    wavelet : str
+        where the taps start
+    mode : str
+        at borders: "periodic" or "symmetric"
+    """
     def __init__(self,
         wavelet: str = "haar",  # where the taps start
-        mode: str = "periodic",
+        mode: str = "periodic",  # at borders: "periodic" or "symmetric"
     ) -> None:
         super().__init__()
         self.mode, self.taps = mode, nn.Parameter(filter_bank(wavelet).to(torch.get_default_dtype(), copy=True))
@@ -251,11 +399,25 @@ class LearnableWavelet(nn.Module):
 
 # %% ../nbs/02_wavelet.ipynb #ca5db17f
 class ScaledDepthwise(nn.Module):
-    "Depthwise convolution with 'same' zero padding, times a learnable scale per channel: `(B, C, h, w)` -> the same."
-    def __init__(self,
-        channels: int, kernel: int = 3,
+    """Depthwise convolution with 'same' zero padding, times a learnable scale per channel: `(B, C, h, w)` -> the same.
+
+    Parameters
+    ----------
+    channels : int
+        C
+    kernel : int
+        side of the kernels
+    scale : float
+        initial value of the scale
+    bias : bool
+        add one per channel
+    """
+    def __init__(
+        self,
+        channels: int,       # C
+        kernel: int = 3,     # side of the kernels
         scale: float = 1.0,  # initial value of the scale
-        bias: bool = True,
+        bias: bool = True,   # add one per channel
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, kernel, padding="same", groups=channels, bias=bias)
@@ -272,11 +434,27 @@ class WaveletConv2d(nn.Module):
     Parameters: `dim (k^2 + 1) + dim` (base) `+ levels (4 dim k^2 + 4 dim) + dim^2` (pointwise), and 4 L with learnable
     filters. With dim 256 and k 3 these are 78,592; the published decoder has 8,192 more, which are fixed Haar filters
     stored once per channel, 2 (4 dim) 2^2. Here fixed filters are one buffer, which no checkpoint holds.
-    Raises `ValueError` for fewer than one level and as `filter_bank`."""
-    def __init__(self,
-        dim: int,  # channels in and out
-        kernel: int = 3,  # side of the depthwise kernels
-        levels: int = 1, wavelet: str = "haar",
+    Raises `ValueError` for fewer than one level and as `filter_bank`.
+
+    Parameters
+    ----------
+    dim : int
+        channels in and out
+    kernel : int
+        side of the depthwise kernels
+    levels : int
+        of the wavelet transform
+    wavelet : str
+        any name that `filter_bank` knows
+    learn_filters : bool
+        make the wavelet's taps parameters
+    """
+    def __init__(
+        self,
+        dim: int,                     # channels in and out
+        kernel: int = 3,              # side of the depthwise kernels
+        levels: int = 1,              # of the wavelet transform
+        wavelet: str = "haar",        # any name that `filter_bank` knows
         learn_filters: bool = False,  # make the wavelet's taps parameters
     ) -> None:
         super().__init__()
@@ -284,6 +462,7 @@ class WaveletConv2d(nn.Module):
         self.filters = LearnableWavelet(wavelet) if learn_filters else None
         # A buffer, as a compiled graph cannot call PyWavelets; not persistent, as the name determines the taps.
         fixed = None if learn_filters else filter_bank(wavelet).to(torch.get_default_dtype(), copy=True)
+        self.fixed_taps: Tensor
         self.register_buffer("fixed_taps", fixed, persistent=False)
         self.base = ScaledDepthwise(dim, kernel)
         self.bands = nn.ModuleList(ScaledDepthwise(4 * dim, kernel, scale=0.1, bias=False) for _ in range(levels))

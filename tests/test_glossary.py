@@ -87,8 +87,10 @@ def constants() -> dict[str, str]:
 
 def default_of(use: Use) -> str | None:
     "A default as text, equal for equal values; None where there is none, or None itself, which only says that it is left open."
-    if use.default is None: return None
-    text = ast.unparse(use.default)
+    node = use.default
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == "same_option": node = node.args[2] if len(node.args) > 2 else None
+    if node is None or ast.unparse(node) in ("...", "MISSING"): return None   # as the option that is named, or a mark for none
+    text = ast.unparse(node)
     text = constants().get(text, text)
     try: value = ast.literal_eval(text)
     except ValueError: return text

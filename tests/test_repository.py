@@ -208,23 +208,28 @@ def test_papermill_finds_the_parameters_of_the_training_notebooks() -> None:
 
 EXCEPTIONS = {
     "long_cells": """
-        06_options=1 10_data=1 21_dual_affinity=1 36_maps=1 faces/74_report=1 faces/76_explorer=2 faces/78_widgets=5
-        faces/80_segment_cli=1 faces/82_training_cli=1 faces/84_cli=1 systems/40_segmenter=1 systems/43_dfa=1
-        systems/44_ffr=1 systems/45_zegclip=2 work/52_inference=1 work/56_train=1 work/60_experiments=3 work/62_sweeps=2
+        06_options=2 21_dual_affinity=1 faces/74_report=1 faces/76_explorer=2 faces/78_widgets=5 faces/80_segment_cli=1
+        faces/82_training_cli=1 faces/84_cli=1 faces/86_api=1 systems/40_segmenter=1 systems/44_ffr=1
+        systems/45_zegclip=1 work/54_evaluation=1 work/56_train=2 work/57_checkpoints=1 work/60_experiments=2
         work/66_robustness=2 work/68_cost=1
     """,
     "lessons_lacking": """
-        faces/72_plots=1 faces/76_explorer=5 faces/78_widgets=12 faces/80_segment_cli=1 faces/82_training_cli=2
-        work/50_check=2 work/55_seeds=1 work/56_train=4 work/57_checkpoints=1 work/60_experiments=2 work/62_sweeps=5
+        faces/72_plots=1 faces/75_sweep_plots=1 faces/76_explorer=5 faces/78_widgets=12 faces/80_segment_cli=1
+        faces/82_training_cli=2 faces/86_api=1 work/50_check=2 work/53_thresholds=1 work/54_evaluation=2 work/55_seeds=1
+        work/56_train=5 work/57_checkpoints=3 work/60_experiments=6 work/62_sweep_design=1 work/63_sweep_processes=1
+        work/64_sweep_statistics=4 work/68_cost=2
     """,
     "wide_lines": """
-        06_options=5 09_plugins=5 10_data=73 14_clip=48 18_prompts=15 20_affinity=22 21_dual_affinity=51 22_cam=30
-        24_ot_cam=17 36_maps=22 explore/frequency_cam=1 faces/70_terminal=16 faces/72_plots=35 faces/74_report=85
-        faces/76_explorer=126 faces/78_widgets=102 faces/80_segment_cli=17 faces/82_training_cli=54 faces/84_cli=88
-        systems/40_segmenter=25 systems/41_weclip=8 systems/42_wtclip=4 systems/43_dfa=16 systems/44_ffr=19
-        systems/45_zegclip=46 systems/46_sptseg=8 train/dfa=5 train/ffr=8 train/sptseg=15 train/weclip=4
-        train/world_clip=1 train/wtclip=4 train/zegclip=15 work/52_inference=140 work/55_seeds=47 work/56_train=90
-        work/57_checkpoints=11 work/60_experiments=79 work/62_sweeps=75 work/66_robustness=39 work/68_cost=48
+        05_conditions=4 06_options=12 09_plugins=9 10_lists=26 11_pictures=9 12_data=41 13_transforms=10 14_clip=56
+        18_prompts=20 20_affinity=27 21_dual_affinity=64 22_cam=49 24_ot_cam=22 36_maps=65 explore/frequency_cam=1
+        faces/70_terminal=16 faces/72_plots=35 faces/74_report=82 faces/75_sweep_plots=9 faces/76_explorer=126
+        faces/78_widgets=104 faces/80_segment_cli=17 faces/82_training_cli=54 faces/84_cli=88 faces/86_api=37
+        systems/40_segmenter=41 systems/41_weclip=11 systems/42_wtclip=5 systems/43_dfa=23 systems/44_ffr=28
+        systems/45_zegclip=50 systems/46_sptseg=9 train/dfa=23 train/ffr=15 train/sptseg=22 train/system=5
+        train/weclip=10 train/world_clip=1 train/wtclip=11 train/zegclip=22 work/52_inference=72 work/53_thresholds=10
+        work/53_training_free=14 work/54_evaluation=67 work/55_seeds=42 work/56_train=87 work/57_checkpoints=25
+        work/60_experiments=78 work/62_sweep_design=27 work/63_sweep_processes=7 work/64_sweep_statistics=24
+        work/65_sweeps=12 work/66_robustness=38 work/68_cost=48
     """,
 }
 

@@ -20,10 +20,15 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from freqseg.faces.sweep_plots import save_sweep_plot, sweep_plot
 from freqseg.files import InputError
-from freqseg.work.sweeps import (Design, checked_grid, checked_seeds, comparison_markdown, environments, estimate, extended, finished, in_percent,
-                           new_design, paired_difference, read_design, read_sweep, run_name, run_plans, sweep, trained_system)
-from freqseg.work.train import locked
+from freqseg.work.sweep_design import (Design, checked_grid, checked_seeds, extended, finished, new_design,
+                                       read_design, run_name, run_plans, trained_system)
+from freqseg.work.sweep_processes import environments
+from freqseg.work.sweep_statistics import comparison_markdown, estimate, in_percent, paired_difference, read_sweep
+from freqseg.work.sweeps import sweep
+from freqseg.files import locked
+from freqseg.systems.segmenter import known_systems
 
 ROOT = Path(__file__).resolve().parent.parent
 DFA = ROOT / "nbs" / "train" / "dfa.ipynb"
@@ -196,7 +201,7 @@ def test_jobs_is_a_number_of_processes(toy: Path, tmp_path: Path, jobs: object) 
     ({"lambda_hi": [0.1]}, {}, "no parameter 'lambda_hi'. Did you mean 'lambda_h'"),
     ({"lr": [1e-3, -1.0]}, {}, "lr=-1.0: give"),
     ({"iterations": [2, 100]}, {}, "warmup=2 leaves nothing of iterations=2"),
-    ({"maps": ["transport", "transprot"]}, {}, "maps='transprot': use one of"),
+    ({"maps": ["transport", "transprot"]}, {}, "maps='transprot': did you mean 'transport'"),
     ({"mu": [0.2]}, {"preset": "voc"}, "preset voc needs the data"),
     ({"mu": [0.2]}, {"preset": "wrold"}, "wrold.*world"),
 ])
@@ -213,7 +218,7 @@ def test_a_notebook_without_seed_or_out_cannot_be_swept(tmp_path: Path) -> None:
         new_design(tmp_path / "n.ipynb", {"a": [1]}, 1)
 
 
-@pytest.mark.parametrize("name", ["weclip", "wtclip", "dfa", "ffr"])
+@pytest.mark.parametrize("name", known_systems())
 def test_the_system_of_every_training_notebook_is_found(name: str) -> None:
     assert trained_system(ROOT / "nbs" / "train" / f"{name}.ipynb") == name
     design = new_design(ROOT / "nbs" / "train" / f"{name}.ipynb", {"lr": [1e-3, 1e-4]}, 2, {"preset": "world"})
@@ -289,7 +294,7 @@ def test_every_run_has_its_folder_record_and_share_of_the_machine(swept: tuple[P
     for value in (1.0, 2.0):
         record = json.loads((out / f"a={value},seed=0" / "toy.ipynb").read_text())
         assert record["metadata"]["papermill"]["parameters"]["a"] == value
-    assert {path.name for path in out.iterdir() if path.is_file()} == {".lock", "sweep.json", "sweep.md", "sweep.png"}
+    assert {path.name for path in out.iterdir() if path.is_file()} == {".lock", "sweep.json", "sweep.md"}
     assert not leftovers(out)
 
 
@@ -327,9 +332,9 @@ def test_the_bar_names_failures_and_without_figures_there_is_no_picture(toy: Pat
     result = sweep(toy, tmp_path / "out", {"a": [11.0]}, 1, {"log": str(tmp_path / "log")}, jobs=5)
     told = capfd.readouterr().err
     assert "sweep of toy" in told and "1/1" in told and "a=11.0,seed=0: the notebook ran to its end, but left no figures" in told
-    assert not (tmp_path / "out" / "sweep.png").exists() and "No run has finished yet" in (tmp_path / "out" / "sweep.md").read_text()
+    assert save_sweep_plot(result) is None and "No run has finished yet" in (tmp_path / "out" / "sweep.md").read_text()
     with pytest.raises(InputError, match="nothing to draw"):
-        result.plot()
+        sweep_plot(result)
 
 
 def test_a_folder_in_use_and_another_sweep_are_refused(toy: Path, tmp_path: Path) -> None:
@@ -375,7 +380,7 @@ def test_the_table_shows_means_intervals_differences_and_what_is_missing(tmp_pat
     low, high = scipy.stats.t.interval(0.95, 1, 2.5, scipy.stats.sem([2, 3]))
     assert "| 0.1 | 3 | 44.0 [34.1, 53.9] |" in text
     assert text.count(f"| +2.5 [{low:+.1f}, {high:+.1f}] |") == 1 and "| 0.3 | 1 | 50.0 | 50.0 | 50.0 | 25.0 | +6.0 |" in text
-    for told in ("Measured on the embedded world, folder world, split test, 1,200 pictures.", "**Figures about the embedded world**", "say nothing about photographs",
+    for told in ("Measured on the embedded world, folder world, split test, 1,200 pictures.", "**The pictures are drawn by a program", "say nothing about photographs",
                  "seeds: 0, 1, 2", "`freqseg sweep dfa`", "preset=world", "3 of 9 runs", "- mu=0.2,seed=1: not run yet"):
         assert told in text
     assert result.rows[1].gain.values == pytest.approx({0: 0.02, 2: 0.03}) and result.failed == {}
@@ -419,7 +424,7 @@ def test_bands_are_told_in_the_record_and_not_in_the_table(tmp_path: Path) -> No
         path.write_text(json.dumps(told))
     result = read_sweep(tmp_path / "s")
     assert result.rows[0].measures["low"].value == pytest.approx(0.35) and result.rows[0].measures["high"].values == pytest.approx({0: 0.1, 1: 0.2})
-    assert "band" not in result.markdown() and len(result.plot().axes[0].patches) == 3
+    assert "band" not in result.markdown() and len(sweep_plot(result).axes[0].patches) == 3
     assert result.as_dict()["rows"][0]["measures"]["high"]["value"] == pytest.approx(0.15)
 
 
@@ -448,7 +453,7 @@ def test_metrics_without_figures_are_not_done(tmp_path: Path, content: str) -> N
 def test_one_numeric_parameter_is_a_curve_and_the_rest_are_bars(tmp_path: Path, grid: dict, curved: bool, scale: str) -> None:
     pretended(tmp_path / "s", Design("toy", grid, [0, 1, 2], {}), lambda point, seed: 0.4 + 0.1 * seed)
     result = read_sweep(tmp_path / "s")
-    axes, = result.plot().axes
+    axes, = sweep_plot(result).axes
     assert bool(axes.lines) == curved or not curved and len(axes.patches) == 3 * len(result.rows)
     assert axes.get_xscale() == scale
     if curved:
@@ -463,7 +468,7 @@ def test_one_numeric_parameter_is_a_curve_and_the_rest_are_bars(tmp_path: Path, 
 def test_a_sweep_is_saved_anywhere(tmp_path: Path) -> None:
     pretended(tmp_path / "s", Design("toy", {"a": [1, 2]}, [0], {}), lambda point, seed: 0.5)
     result = read_sweep(tmp_path / "s")
-    assert [path.name for path in result.save(tmp_path / "t")] == ["sweep.md", "sweep.json", "sweep.png"]
+    assert [path.name for path in result.save(tmp_path / "t")] == ["sweep.md", "sweep.json"]
     told = json.loads((tmp_path / "t" / "sweep.json").read_text())
     assert told["rows"][1]["measures"]["seg"] == {"value": 0.5, "low": None, "high": None, "n": 1, "values": {"0": 0.5}}
     assert told["rows"][1]["gain"]["value"] == 0.0
@@ -512,14 +517,14 @@ def test_an_interrupted_sweep_leaves_nobody_behind_and_goes_on(toy: Path, tmp_pa
 def test_two_trainings_share_the_world_and_one_table(tmp_path: Path) -> None:
     notebook, out = ROOT / "nbs" / "train" / "weclip.ipynb", tmp_path / "out"
     result = sweep(notebook, out, {"lr": [1e-3, 1e-4]}, 1, {"iterations": 4}, jobs=2, progress=False)
-    assert result.failed == {} and result.world and result.design.system == "weclip"
+    assert result.failed == {} and "drawn by a program" in result.caveat and result.design.system == "weclip"
     assert result.data == ("the embedded world, folder world, split test, 8 pictures",)
     assert set(result.measures) >= {"seg", "mask", "seed", "boundary"}
     assert [path.name for path in out.rglob("ImageSets")] == ["ImageSets"]
     metrics = json.loads((out / "lr=0.0001,seed=0" / "metrics.json").read_text())
     assert metrics["settings"]["lr"] == 1e-4 and metrics["settings"]["seed"] == 0
     assert result.rows[1].measures["seg"].value == metrics["report"]["figures"]["seg"]["miou"]["value"]
-    assert "Figures about the embedded world" in result.markdown() and "fixed: preset=smoke, iterations=4" in result.markdown()
+    assert "The pictures are drawn by a program" in result.markdown() and "fixed: preset=smoke, iterations=4" in result.markdown()
     # Killed after its training: the next call goes on from the checkpoint, which was the last step, and only evaluates.
     (out / "lr=0.0001,seed=0" / "parameters.json").unlink()
     last = (out / "lr=0.0001,seed=0" / "last.safetensors")

@@ -9,19 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freqseg.work.checkpoints import SYSTEMS, checkpoint_path, load_system, save_system, system_named
+from freqseg.work.checkpoints import Checkpoint, checkpoint_path, load_system, save_system, write_checkpoint
 from freqseg.clip import Backbone, load_clip
-from freqseg.data import COCO_CLASSES, VOC_CLASSES, Batch
+from freqseg.data import Batch
+from freqseg.lists import COCO_CLASSES, VOC_CLASSES
 from freqseg.files import InputError
 from freqseg.systems.dfa import DFA
 from freqseg.systems.ffr import FFR
-from freqseg.systems.segmenter import Segmenter, assign_labels, pack_present, read_options
+from freqseg.cam import pack_present
+from freqseg.systems.segmenter import Segmenter, assign_labels, known_systems, system_named
 from freqseg.systems.weclip import WeCLIP, WeCLIPOptions
 from freqseg.systems.wtclip import WTCLIP, edge_map
-from freqseg.work.train import Checkpoint, write_checkpoint
 from freqseg.world.scenes import WORLD_CLASSES, World
 
-WEAK = {name: system for name, system in SYSTEMS.items() if system.supervision == "labels"}
+WEAK = [name for name in known_systems() if system_named(name).supervision == "labels"]
 LOSSES = {"weclip": {"seg", "affinity"}, "wtclip": {"seg", "affinity"}, "dfa": {"seg", "alignment", "rectification"},
           "ffr": {"cls", "cls_middle", "seg", "seg_high", "rectify"}}
 
@@ -48,7 +49,7 @@ def batch() -> Batch:
 
 def build(name: str, backbone: Backbone, **options) -> Segmenter:
     torch.manual_seed(0)
-    return SYSTEMS[name].build(backbone, WORLD_CLASSES, par_iterations=2, **options)
+    return system_named(name).build(backbone, WORLD_CLASSES, par_iterations=2, **options)
 
 
 def trainable(module: torch.nn.Module) -> int:
@@ -148,8 +149,8 @@ def test_labels_equal_an_argmax_over_all_classes_and_ignore_what_is_outside() ->
     cam = torch.rand(4, 6, 5, 5) * present[:, :, None, None]
     plain = torch.cat([1 - cam.amax(1, keepdim=True), cam], 1).argmax(1)
     assert torch.equal(assign_labels(cam, present, torch.rand(4, 3, 5, 5), None), plain)
-    nothing = torch.full((4, 1, 5, 5), 2.0)
-    assert assign_labels(cam, present, torch.rand(4, 3, 5, 5), None, nothing=nothing).max() == 0
+    sure = torch.full((4, 1, 5, 5), 2.0)
+    assert assign_labels(cam, present, torch.rand(4, 3, 5, 5), None, background_score=sure).max() == 0
     valid = torch.rand(4, 5, 5) < .5
     assert torch.equal(assign_labels(cam, present, torch.rand(4, 3, 5, 5), None, valid) == 255, ~valid)
 
@@ -164,17 +165,17 @@ def test_training_without_image_labels_says_what_is_missing(world: Backbone, bat
 def test_the_decoder_selects_maps_only_after_the_switch(world: Backbone, batch: Batch) -> None:
     system = build("weclip", world).eval()
     with torch.no_grad():
-        seen = system.see(world.normalise(batch.images), batch.labels)
-        early, late = system.affinity(seen, 0.49), system.affinity(seen, 0.5)
+        forward = system.forward_pass(world.normalise(batch.images), batch.labels)
+        early, late = system.affinity(forward, 0.49), system.affinity(forward, 0.5)
     assert not torch.allclose(early, late)
     never = build("weclip", world, switch=2.0).eval()
-    with torch.no_grad(): assert torch.equal(never.affinity(never.see(world.normalise(batch.images), batch.labels), 1.0), early)
+    with torch.no_grad(): assert torch.equal(never.affinity(never.forward_pass(world.normalise(batch.images), batch.labels), 1.0), early)
 
 
 @pytest.mark.parametrize("options", [dict(maps="propagate", align=False, inverse=False), dict(maps="propagate", align=False, relate=False),
                                      dict(maps="propagate", inverse=False), dict(maps="propagate"), {}, dict(similarity="intra"),
-                                     dict(similarity="gradcam"), dict(contrast="prompts"), dict(nothing="prompts"), dict(score="literal"), dict(per_head=True),
-                                     dict(inversion="gaussian"), dict(combine="product", maps="propagate"), dict(window=None)])
+                                     dict(similarity="gradcam"), dict(contrast="prompts"), dict(background_from="prompts"), dict(score="literal"), dict(per_head=True),
+                                     dict(inversion="gaussian"), dict(combine="product", maps="propagate"), dict(vote_window=None)])
 def test_dfa_runs_with_every_switch(options: dict, world: Backbone, batch: Batch) -> None:
     system = build("dfa", world, **options)
     losses = system.train().training_step(batch, 0.0)
@@ -188,10 +189,10 @@ def test_dfa_runs_with_every_switch(options: dict, world: Backbone, batch: Batch
 
 def test_the_background_of_the_transport_competes_in_what_is_taught_and_in_what_is_shown(world: Backbone, batch: Batch) -> None:
     images = world.normalise(batch.images)
-    plain, own = (build("dfa", world, nothing=nothing).eval() for nothing in ("max", "prompts"))
+    plain, own = (build("dfa", world, background_from=background).eval() for background in ("max", "prompts"))
     (cam, labels), (same, others) = (system.explain(images, batch.labels) for system in (plain, own))
     assert torch.equal(cam, same) and not torch.equal(labels, others)
-    maps = own.evidence(own.see(images, batch.labels), 1.)
+    maps = own.activation_maps(own.forward_pass(images, batch.labels), 1.)
     scores = torch.cat([maps[:, -1:], maps[:, :-1]], 1)
     assert torch.equal(others, own.par(batch.images, F.interpolate(scores, images.shape[-2:], mode="bilinear")).argmax(1))
 
@@ -206,7 +207,7 @@ def test_new_parts_of_ffr_learn_at_their_own_rate_frozen_or_not(world: Backbone)
 def test_the_weights_of_the_losses_are_the_papers(world: Backbone) -> None:
     dfa, ffr, weclip = (build(name, world).options for name in ("dfa", "ffr", "weclip"))
     assert (dfa.lambda_align, dfa.lambda_relation, dfa.lambda_l, dfa.lambda_h) == (.1, .2, 1, .1)
-    assert (ffr.mu, ffr.lambda_h, ffr.lambda_1, ffr.lambda_seg) == (.4, 2, 1, .1) and weclip.affinity_weight == .1
+    assert (ffr.mu, ffr.lambda_head, ffr.lambda_1, ffr.lambda_seg) == (.4, 2, 1, .1) and weclip.affinity_weight == .1
 
 
 def test_weights_scale_their_losses(world: Backbone, batch: Batch) -> None:
@@ -221,7 +222,7 @@ def test_smoothed_maps_of_ffr_are_weclips_before_its_decoder_selects(world: Back
         assert torch.equal(ffr.cam(images, batch.labels), weclip.cam(images, batch.labels))
 
 
-@pytest.mark.parametrize("options", [dict(maps="classifier"), dict(maps="smoothed"), dict(start="random"), dict(order="scores"), dict(background_power=2.), dict(pool="mean"), dict(lambda_energy=.05), dict(shape="disc", mu=.2)])
+@pytest.mark.parametrize("options", [dict(maps="classifier"), dict(maps="smoothed"), dict(start="random"), dict(order="scores"), dict(background_power=2.), dict(lambda_energy=.05), dict(shape="disc", mu=.2)])
 def test_ffr_runs_with_every_switch(options: dict, world: Backbone, batch: Batch) -> None:
     losses = build("ffr", world, **options).train().training_step(batch, 0.0)
     assert sum(losses.values()).isfinite() and ("energy" in losses) == ("lambda_energy" in options)
@@ -249,14 +250,14 @@ def test_parts_of_one_system_go_into_another(name: str, options: dict, world: Ba
 
 def test_wrong_options_name_the_nearest_or_the_choices(world: Backbone) -> None:
     with pytest.raises(InputError, match="'lambda_hh'.*Did you mean 'lambda_h'"): build("dfa", world, lambda_hh=1)
-    with pytest.raises(InputError, match="decoder='cnn'.*'wavelet'"): build("weclip", world, decoder="cnn")
+    with pytest.raises(InputError, match="decoder='cnn': give one of transformer, wavelet"): build("weclip", world, decoder="cnn")
     with pytest.raises(InputError, match="edge='canny'"): build("wtclip", world, edge="canny")
     with pytest.raises(InputError, match="maps='cam'"): build("dfa", world, maps="cam")
-    with pytest.raises(InputError, match="needs maps='transport'"): build("dfa", world, nothing="prompts", maps="propagate")
+    with pytest.raises(InputError, match="needs maps='transport'"): build("dfa", world, background_from="prompts", maps="propagate")
     with pytest.raises(InputError, match="needs decoder='wavelet' and learn_filters"): build("wtclip", world, reconstruction=1.0)
     with pytest.raises(InputError, match="FFR always rectifies"): build("ffr", world, rectify=.4)
     with pytest.raises(InputError, match="needs tokens that learn"): build("ffr", world, rectified="tokens")
-    assert read_options(WeCLIPOptions, dict(background=["sky"])).background == ("sky",)
+    assert WeCLIPOptions.read(dict(background=["sky"])).background == ("sky",)
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def with_names(system: "System", names: Sequence[str]|None) -> "System":
 def as_palette(labels: "np.ndarray", background: bool) -> "np.ndarray":
     "Labels as they are saved: 0 is background or nothing, class k has VOC's colour k + 1."
     import numpy as np
-    from freqseg.data import IGNORE
+    from freqseg.lists import IGNORE
     return labels if background else np.where(labels == IGNORE, 0, labels + 1).astype(np.uint8)
 
 def shares(mask: "np.ndarray", names: Sequence[str]) -> str:
@@ -57,7 +57,13 @@ def _floor(args: argparse.Namespace, system: "System") -> float|None:
 ENDINGS = ("", "_over")   # of what is made of a picture: the mask, and the picture under it
 
 class Asked(NamedTuple):
-    "What is the same for all pictures of one `freqseg segment`."
+    """What is the same for all pictures of one `freqseg segment`.
+
+    Attributes
+    ----------
+    classes : Sequence[str]
+        that may answer
+    """
     system: "System"
     classes: Sequence[str]          # that may answer
     inference: "Inference"
@@ -86,7 +92,7 @@ def _asked(args: argparse.Namespace, wanted: Sequence[str]|None) -> Asked:
 
 def _answered(asked: Asked, file: Path) -> "tuple[Image.Image, np.ndarray]":
     "A picture and its mask. Raises `InputError`, which names the file, when it cannot be read or answered for."
-    from freqseg.data import read_image
+    from freqseg.pictures import read_image
     from freqseg.work.inference import segment_picture
     image = read_image(file, listed=False)
     try: return image, as_palette(segment_picture(asked.system, image, asked.inference, asked.floor, asked.classes), asked.background)
@@ -94,7 +100,7 @@ def _answered(asked: Asked, file: Path) -> "tuple[Image.Image, np.ndarray]":
 
 def _write(asked: Asked, name: str, image: "Image.Image", mask: "np.ndarray") -> None:
     "NAME.png, then NAME_over.png, each whole or not at all. Raises `InputError` for a full disk."
-    from freqseg.data import write_mask
+    from freqseg.pictures import write_mask
     from freqseg.faces.plots import mask_panel, save_figure
     flat, over = (asked.out/f"{name}{ending}.png" for ending in ENDINGS)
     write_mask(flat, mask)
@@ -103,7 +109,7 @@ def _write(asked: Asked, name: str, image: "Image.Image", mask: "np.ndarray") ->
 def segment_command(args: argparse.Namespace) -> int:
     "Masks of pictures by a trained system: a palette PNG in VOC's colours, and the picture under its mask with a legend."
     from tqdm import tqdm
-    from freqseg.faces.report import require_writable
+    from freqseg.files import require_writable
     files, failed, wanted = picture_files(args.pictures), [], None if args.classes is None else class_list(args.classes)
     named = list(zip(files, output_names(files, ENDINGS)))
     require_writable(args.out)

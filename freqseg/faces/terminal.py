@@ -78,7 +78,13 @@ def output_names(
     files: Sequence[Path],
     endings: Sequence[str] = ("",),   # of the names of what is made of a file: nothing is made twice under one name
 ) -> list[str]:
-    "A name without suffix for what is made of each file; files of equal name in different folders are numbered."
+    """A name without suffix for what is made of each file; files of equal name in different folders are numbered.
+
+    Parameters
+    ----------
+    endings : Sequence[str]
+        of the names of what is made of a file: nothing is made twice under one name
+    """
     taken, names = set(), []
     for file in files:
         count, name = 1, file.stem
@@ -90,7 +96,15 @@ def require_apart(
     files: Iterable[Path],     # that will be read
     targets: Iterable[Path],   # that will be written
 ) -> None:
-    "Raise `InputError` for a target that is one of the files, by whatever path: it would be lost."
+    """Raise `InputError` for a target that is one of the files, by whatever path: it would be lost.
+
+    Parameters
+    ----------
+    files : Iterable[Path]
+        that will be read
+    targets : Iterable[Path]
+        that will be written
+    """
     identity = lambda path: ((known := path.stat()).st_dev, known.st_ino)
     read = {identity(file): file for file in files}
     for target in targets:

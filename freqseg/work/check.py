@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ..data import (Listing, classes_in_mask, dataset_splits, detect_dataset, list_dataset, read_image, read_mask,
-                          require_same_size)
+from ..data import Listing, classes_in_mask, dataset_splits, detect_dataset, list_dataset
+from ..pictures import read_image, read_mask, require_same_size
 from ..files import InputError, atomic_write
 from ..memory import leave_with_parent
 
@@ -31,8 +31,18 @@ WARNINGS: tuple[str, ...] = ("label without mask", "mask without label", "listed
 
 @dataclass(frozen=True)
 class Finding:
-    "One thing that is wrong with one picture."
-    id: str
+    """One thing that is wrong with one picture.
+
+    Attributes
+    ----------
+    id : str
+        of the picture
+    kind : str
+        one of ERRORS or WARNINGS
+    detail : str
+        the file, the value, the count
+    """
+    id: str         # of the picture
     kind: str       # one of ERRORS or WARNINGS
     detail: str     # the file, the value, the count
 
@@ -44,13 +54,29 @@ class Finding:
 # %% ../../nbs/work/50_check.ipynb #70842aa3
 @dataclass(frozen=True)
 class Report:
-    "The outcome of `check_folder`."
-    root: Path
+    """The outcome of `check_folder`.
+
+    Attributes
+    ----------
+    root : Path
+        the folder
+    dataset : str
+        "voc", "coco", "cocostuff" or "folder"
+    splits : dict[str, tuple[str, ...]]
+        ids of every split that was checked
+    pictures : int
+        different pictures checked
+    masks : int
+        how many of them have a mask file
+    findings : tuple[Finding, ...]
+        what is wrong, picture by picture
+    """
+    root: Path                            # the folder
     dataset: str                          # "voc", "coco", "cocostuff" or "folder"
     splits: dict[str, tuple[str, ...]]    # ids of every split that was checked
     pictures: int                         # different pictures checked
     masks: int                            # how many of them have a mask file
-    findings: tuple[Finding, ...] = field(default=())
+    findings: tuple[Finding, ...] = field(default=())  # what is wrong, picture by picture
 
     @property
     def ok(self) -> bool:
@@ -194,7 +220,7 @@ def _repeats(listing: Listing) -> list[Finding]:
             for name, count in Counter(listing.ids).items() if count > 1]
 
 def check_folder(
-    path: str | Path,
+    path: str | Path,                  # folder of the data set
     split: str | None = None,          # None: every split of the folder
     dataset: str = "auto",             # "voc", "coco", "cocostuff", "folder", or "auto": by the shape of the folder
     masks: bool | None = None,         # True: every picture needs one; False: not checked; None: all of a split or none
@@ -204,7 +230,23 @@ def check_folder(
     """Open and fully decode every picture and mask of a dataset folder, and report all that is wrong.
 
     From 256 pictures on several processes share the work; outside Linux a script that calls this has to guard its main
-    part. Raises `InputError` when the folder has no such layout, or its lists or label table cannot be read."""
+    part. Raises `InputError` when the folder has no such layout, or its lists or label table cannot be read.
+
+    Parameters
+    ----------
+    path : str | Path
+        folder of the data set
+    split : str | None
+        None: every split of the folder
+    dataset : str
+        "voc", "coco", "cocostuff", "folder", or "auto": by the shape of the folder
+    masks : bool | None
+        True: every picture needs one; False: not checked; None: all of a split or none
+    workers : int | None
+        processes; None: one for each processor
+    progress : bool
+        a bar with the time to go, on stderr
+    """
     dataset = detect_dataset(path) if dataset == "auto" else dataset
     listings = [list_dataset(path, name, dataset) for name in ([split] if split else dataset_splits(path, dataset))]
     if not listings:

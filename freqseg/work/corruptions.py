@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from ..data import unknown_name
-from ..files import InputError
+from ..files import InputError, unknown_name
+
 
 # %% ../../nbs/work/51_corruptions.ipynb #5600c3ad
 REFERENCE = 224          # long side of a picture that the blur is given for, pixels (ImageNet-C)
@@ -68,7 +68,15 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Corruption:
-    "One way to make pictures worse. Raises `InputError` for an unknown kind, naming the nearest, or another strength."
+    """One way to make pictures worse. Raises `InputError` for an unknown kind, naming the nearest, or another strength.
+
+    Attributes
+    ----------
+    kind : str
+        a key of CORRUPTIONS
+    strength : int
+        1 to 3; 0 leaves pictures as they are
+    """
     kind: str       # a key of CORRUPTIONS
     strength: int   # 1 to 3; 0 leaves pictures as they are
 
@@ -83,7 +91,18 @@ class Corruption:
         image: Image.Image,
         name: str,            # of the picture: what its noise is drawn from
     ) -> Image.Image:         # RGB, of the same size
-        "The picture made worse, always the same for the same name (JPEG: with the same libjpeg behind Pillow)."
+        """The picture made worse, always the same for the same name (JPEG: with the same libjpeg behind Pillow).
+
+        Parameters
+        ----------
+        name : str
+            of the picture: what its noise is drawn from
+
+        Returns
+        -------
+        Image.Image
+            RGB, of the same size
+        """
         return _MAKERS[self.kind](image.convert("RGB"), self.parameter, self._seed(name)) if self.strength else image
 
     @property
@@ -113,7 +132,13 @@ class Corruption:
 def parse_corruptions(
     text: str,   # such as blur,noise, or all
 ) -> tuple[str, ...]:
-    "Kinds of corruption from text. Raises `InputError` for none, an unknown one (naming the nearest), or one twice."
+    """Kinds of corruption from text. Raises `InputError` for none, an unknown one (naming the nearest), or one twice.
+
+    Parameters
+    ----------
+    text : str
+        such as blur,noise, or all
+    """
     if text.strip() == "all": return tuple(CORRUPTIONS)
     kinds = tuple(part.strip() for part in text.split(",") if part.strip())
     if not kinds: raise InputError(f"no corruption named: use all, or some of {', '.join(CORRUPTIONS)}.")

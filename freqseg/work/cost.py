@@ -22,16 +22,15 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from .checkpoints import SYSTEMS, system_named, weights_title
+from .checkpoints import weights_title
 from ..clip import load_clip, usable_device
-from ..data import COCO_CLASSES, COCOSTUFF_CLASSES, VOC_CLASSES, Batch
-from .seeds import Stopwatch, device_name
+from ..data import Batch
+from ..lists import COCO_CLASSES, COCOSTUFF_CLASSES, VOC_CLASSES, Domain, seen_and_unseen
+from ..conditions import Stopwatch, device_name
 from ..files import InputError
 from ..memory import keep_memory
 from .inference import evaluating
-from ..systems.segmenter import Segmenter, System
-from ..systems.zegclip import PUBLISHED_SPLITS
-from ..faces.terminal import class_list
+from ..systems.segmenter import Segmenter, System, known_systems, system_named
 from .train import seeded
 from ..world.scenes import WORLD_CLASSES
 
@@ -45,9 +44,9 @@ def _attention(products: int, query: Sequence[int], key: Sequence[int]) -> int:
     "So many matrix products between queries (..., n, d) and keys (..., m, d), or of their size."
     return 2*products*math.prod(query)*key[-2]
 
-def _convolution_gradient(grad: Sequence[int], x: Sequence[int], weight: Sequence[int], *told: Any, **_: Any) -> int:
+def _convolution_gradient(grad: Sequence[int], x: Sequence[int], weight: Sequence[int], *rest: Any, **_: Any) -> int:
     "As much as the convolution itself, for each of the two gradients that is asked for."
-    transposed, mask = told[4], told[7]
+    transposed, mask = rest[4], rest[7]
     return 2*math.prod(weight)*grad[0]*math.prod((x if transposed else grad)[2:])*(mask[0] + mask[1])
 
 _aten = torch.ops.aten
@@ -99,9 +98,9 @@ class FlopTally:
     @property
     def kinds(self) -> Counter[str]:
         "Operations by kind of operator."
-        found = Counter()
-        for operator, count in self.counter.get_flop_counts().get("Global", {}).items(): found[_kind(str(operator))] += count
-        return found
+        kinds = Counter()
+        for operator, count in self.counter.get_flop_counts().get("Global", {}).items(): kinds[_kind(str(operator))] += count
+        return kinds
 
 _KINDS = {"attention": "fused attention", "conv": "convolutions", "fft": "Fourier transforms"}   # by what is in an operator's name
 
@@ -131,7 +130,15 @@ def _recorded_peak(work: Callable[[], Any]) -> int:
 
 # %% ../../nbs/work/68_cost.ipynb #b79e4f8f
 class Spread(NamedTuple):
-    "A median with its quartiles."
+    """A median with its quartiles.
+
+    Attributes
+    ----------
+    low : float
+        lower quartile
+    high : float
+        upper quartile
+    """
     median: float
     low: float    # lower quartile
     high: float   # upper quartile
@@ -153,7 +160,19 @@ def wall_clock(
 # %% ../../nbs/work/68_cost.ipynb #6998e242
 @dataclass(frozen=True)
 class Effort:
-    "What one pass takes, per picture."
+    """What one pass takes, per picture.
+
+    Attributes
+    ----------
+    flops : int
+        two for a multiply-add
+    parts : dict[str, int]
+        the same by part of the system
+    kinds : dict[str, int]
+        the same by kind of operator
+    memory : int
+        bytes at the peak, beyond the weights
+    """
     flops: int                # two for a multiply-add
     parts: dict[str, int]     # the same by part of the system
     kinds: dict[str, int]     # the same by kind of operator
@@ -162,7 +181,31 @@ class Effort:
 
 @dataclass(frozen=True)
 class Cost:
-    "What a system takes, and under which conditions."
+    """What a system takes, and under which conditions.
+
+    Attributes
+    ----------
+    model : str
+        the CLIP that it stands on, and where its weights come from
+    classes : int
+        channels of the answer
+    background : bool
+        is one of them
+    size : int
+        side of the picture, pixels
+    batch : int
+        pictures in a pass; figures are per picture
+    precision : str
+        "fp32" or "bf16"
+    parameters : int
+        of both towers of CLIP and everything on top
+    trainable : int
+        of them
+    step : Effort|None
+        forward and backward of a training step
+    unseen : str|None
+        the class that was taken as the one without masks, as no split of these classes is published
+    """
     system: str
     model: str                # the CLIP that it stands on, and where its weights come from
     classes: int              # channels of the answer
@@ -179,10 +222,10 @@ class Cost:
 
     def as_dict(self) -> dict[str, Any]:
         "Plain values for JSON."
-        told = asdict(self)
-        for effort in (told["predict"], told["step"]):
+        values = asdict(self)
+        for effort in (values["predict"], values["step"]):
             if effort: effort["milliseconds"] = effort["milliseconds"]._asdict()
-        return told
+        return values
 
 def _effort(system: Segmenter, work: Callable[[FlopTally], Any], pictures: int, repeats: int) -> Effort:
     "Operations, then memory, then time; the first pass warms up."
@@ -259,7 +302,21 @@ def measure_cost(
 ) -> Cost:
     """What `system.predict` takes per picture, where the system is, and if asked for a training step; the system is left as it was.
 
-    Raises `InputError` for a size that is not whole patches, for numbers below 1, and when memory runs out."""
+    Raises `InputError` for a size that is not whole patches, for numbers below 1, and when memory runs out.
+
+    Parameters
+    ----------
+    size : int
+        side of a picture, pixels; whole patches
+    batch : int
+        pictures in a pass
+    repeats : int
+        passes that are timed
+    training : bool
+        a training step, too
+    precision : str|None
+        "fp32" or "bf16"; None = bf16 on CUDA
+    """
     _check(size, batch, repeats, training, precision)
     _require_whole_patches(size, system.backbone.patch_size)
     keep_memory()   # as evaluations and trainings do
@@ -284,23 +341,27 @@ def _device(device: torch.device) -> str:
 # %% ../../nbs/work/68_cost.ipynb #7ba01e12
 CLASS_LISTS: dict[str, tuple[str, ...]] = {"voc": VOC_CLASSES, "coco": COCO_CLASSES, "cocostuff": COCOSTUFF_CLASSES, "world": WORLD_CLASSES}
 
-def cost_classes(text: str|None, model: str) -> tuple[str, ...]:
-    "Class names: those of a list that ships (voc, coco, cocostuff, world), or comma-separated ones; by default the world model's own, else VOC's."
-    if text is None: text = "world" if model == "world" else "voc"
-    return CLASS_LISTS.get(text.strip().lower()) or tuple(class_list(text))
+def cost_classes(names: Sequence[str] | None, domain: Domain = Domain()) -> tuple[str, ...]:
+    "Class names, or those of the one list of CLASS_LISTS that is named; by default those of the CLIP's domain, else VOC's. Raises `InputError` for a bare text."
+    if isinstance(names, str): raise InputError(f"classes={names!r}: give a list of names, or of one name in {', '.join(CLASS_LISTS)}.")
+    if names is None: return domain.classes or VOC_CLASSES
+    return CLASS_LISTS.get(names[0].lower(), tuple(names)) if len(names) == 1 else tuple(names)
 
-def _class_without_masks(kind: type[System], classes: tuple[str, ...]) -> str|None:
+def _class_without_masks(kind: type[System], classes: tuple[str, ...], domain: Domain) -> str | None:
     "The last class, for a system that learns from masks of some classes, where no split of these is published. Raises `InputError` for one class alone."
-    if kind.supervision != "masks" or any(split.classes == classes for split in PUBLISHED_SPLITS): return None
+    if kind.supervision != "masks": return None
+    try: seen_and_unseen(classes, domain=domain)
+    except InputError: pass
+    else: return None
     if len(classes) > 1: return classes[-1]
-    others = ", ".join(name for name, other in SYSTEMS.items() if other.supervision != "masks")
+    others = ", ".join(name for name in known_systems() if system_named(name).supervision != "masks")
     raise InputError(f"{kind.name} learns from masks of some classes and none of others, so it needs two classes or more; {classes[0]!r} is one. "
                      f"Name another, or measure only systems that learn from image labels: {others}.")
 
 def measure_costs(
-    names: Sequence[str] = (),     # of systems, each measured once; none = all
+    names: Sequence[str] = (),     # of systems, or FILE.py:CLASS, each measured once; none = all
     model: str = "ViT-B-16",       # an open_clip ViT, which gets random weights, world, or a saved model
-    classes: str|None = None,      # see `cost_classes`
+    classes: Sequence[str] | None = None,   # see `cost_classes`
     device: str = "auto",          # "cpu" or "cuda"; auto is CUDA where there is one
     size: int = 512,               # side of a picture, pixels; whole patches
     **options: Any,                # of `measure_cost`
@@ -308,11 +369,28 @@ def measure_costs(
     """Costs of systems with random weights; of classes without a published split the last is unseen by systems that learn from masks.
 
     Raises `InputError`, before any system is measured, for an unknown system or model, naming the nearest, for a single class where two are
-    needed, and as `measure_cost` does."""
-    kinds, known = [system_named(name) for name in dict.fromkeys(names)] or list(SYSTEMS.values()), cost_classes(classes, model)
-    unseen = [_class_without_masks(kind, known) for kind in kinds]
+    needed, and as `measure_cost` does.
+
+    Parameters
+    ----------
+    names : Sequence[str]
+        of systems, or FILE.py:CLASS, each measured once; none = all
+    model : str
+        an open_clip ViT, which gets random weights, world, or a saved model
+    classes : Sequence[str] | None
+        see `cost_classes`
+    device : str
+        "cpu" or "cuda"; auto is CUDA where there is one
+    size : int
+        side of a picture, pixels; whole patches
+    **options : Any
+        of `measure_cost`
+    """
+    kinds = [system_named(name) for name in dict.fromkeys(names or known_systems())]
     _check(size, **options)
     backbone = load_clip(model, None, device=usable_device(device))
+    known = cost_classes(classes, backbone.domain)
+    unseen = [_class_without_masks(kind, known, backbone.domain) for kind in kinds]
     _require_whole_patches(size, backbone.patch_size)
     systems = [kind.build(backbone, known, **({"unseen": (name,)} if name else {})).to(backbone.device) for kind, name in zip(kinds, unseen)]
     bar = tqdm(systems, desc="measuring", unit="system", delay=2, leave=False, disable=None)   # shown in a terminal only
@@ -341,16 +419,16 @@ def _aspects(cost: Cost) -> tuple[str, ...]:
 
 def _by_system(texts: Sequence[tuple[str, str]]) -> list[str]:
     "Texts of systems (system, text), systems with the same text together and those without one left out."
-    told: dict[str, list[str]] = {}
-    for system, text in texts: told.setdefault(text, []).append(system)
-    return [f"{', '.join(names)}: {text}" for text, names in told.items() if text]
+    systems_of: dict[str, list[str]] = {}
+    for system, text in texts: systems_of.setdefault(text, []).append(system)
+    return [f"{', '.join(names)}: {text}" for text, names in systems_of.items() if text]
 
 def conditions(costs: Sequence[Cost]) -> str:
-    "What was measured, in sentences; what differs between systems is told of each. Raises `InputError` for no costs."
+    "What was measured, in sentences; what differs between systems is aspects_of of each. Raises `InputError` for no costs."
     if not costs: raise InputError("no costs to show: measure at least one system.")
-    told = [(cost.system, _aspects(cost)) for cost in costs]
-    shared = [aspect for aspect in told[0][1] if all(aspect in aspects for _, aspects in told)]
-    own = _by_system([(system, ", ".join(aspect for aspect in aspects if aspect not in shared)) for system, aspects in told])
+    aspects_of = [(cost.system, _aspects(cost)) for cost in costs]
+    shared = [aspect for aspect in aspects_of[0][1] if all(aspect in aspects for _, aspects in aspects_of)]
+    own = _by_system([(system, ", ".join(aspect for aspect in aspects if aspect not in shared)) for system, aspects in aspects_of])
     lines = [f"Figures per picture: {'; '.join([*([', '.join(shared)] if shared else []), *own])}; PyTorch {torch.__version__}.",
              "One multiply-add is two FLOP, a Fourier transform 5 n log2 n (half for real values); elementwise operations are not counted.",
              "ms: median and quartiles. MB: peak of PyTorch's allocator beyond the weights. Parameters: both towers of CLIP and everything on top."]
@@ -361,11 +439,11 @@ def conditions(costs: Sequence[Cost]) -> str:
 
 def cost_markdown(costs: Sequence[Cost]) -> str:
     "A table of costs in Markdown, the conditions above it. Raises `InputError` for none."
-    told, steps = conditions(costs), any(cost.step for cost in costs)
+    above, steps = conditions(costs), any(cost.step for cost in costs)
     head = ["system", "parameters M", "trainable M", "GFLOP", "ms", "MB", *(["step GFLOP", "step ms", "step MB"] if steps else [])]
     rows = [[cost.system, f"{cost.parameters/1e6:.1f}", f"{cost.trainable/1e6:.3f}", *_cells(cost.predict),
              *((_cells(cost.step) if cost.step else ["–"]*3) if steps else [])] for cost in costs]
-    return f"{told}\n\n{_rows(head, rows)}\n"
+    return f"{above}\n\n{_rows(head, rows)}\n"
 
 _PARTS = {"tower": "CLIP on the picture", "rest": "what no module does (transforms, losses)", "backward": "gradients of all parts"}
 
@@ -373,7 +451,13 @@ def parts_markdown(
     costs: Sequence[Cost],
     of: str = "predict",   # or "step"
 ) -> str:
-    "A table of operations by part, GFLOP and share, and which parts these are. Raises `InputError` when no such pass was measured."
+    """A table of operations by part, GFLOP and share, and which parts these are. Raises `InputError` when no such pass was measured.
+
+    Parameters
+    ----------
+    of : str
+        or "step"
+    """
     efforts = {cost.system: effort for cost in costs if (effort := getattr(cost, of))}
     if not efforts: raise InputError(f"no {of} was measured: measure with training=True.")
     parts = list(dict.fromkeys(part for effort in efforts.values() for part in effort.parts))

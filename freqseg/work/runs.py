@@ -14,12 +14,23 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..files import InputError
+from ..options import parsed
 
 # %% ../../nbs/work/58_runs.ipynb #c9b87a88
 @dataclass(frozen=True)
 class Parameter:
-    "One assignment of a notebook's `parameters` cell."
-    name: str
+    """One assignment of a notebook's `parameters` cell.
+
+    Attributes
+    ----------
+    name : str
+        of the variable
+    default : Any
+        its type is the parameter's type; None takes anything
+    help : str
+        the comment behind it
+    """
+    name: str          # of the variable
     default: Any       # its type is the parameter's type; None takes anything
     help: str = ""     # the comment behind it
 
@@ -65,11 +76,19 @@ def _assignments(source: str) -> dict[str, ast.expr]:
             pairs |= {target.id: node.value for target in targets if isinstance(target, ast.Name)}
     return pairs
 
-def notebook_parameters(notebook: str|Path) -> dict[str, Parameter]:
+def notebook_parameters(
+    notebook: str|Path,  # path of an .ipynb
+) -> dict[str, Parameter]:
     """Name -> `Parameter` of a notebook, in the order of its `parameters` cell.
 
     A default that is no literal (a call, say) is shown as None and takes any value. Raises `InputError` for a missing
-    or broken notebook, and for one without exactly one cell tagged `parameters`."""
+    or broken notebook, and for one without exactly one cell tagged `parameters`.
+
+    Parameters
+    ----------
+    notebook : str|Path
+        path of an .ipynb
+    """
     source, parameters = _parameters_source(notebook), {}
     try:
         values = _assignments(source)
@@ -102,7 +121,15 @@ def check_parameters(
 ) -> dict[str, Any]:
     """The given values, paths as text and tuples as lists.
 
-    Raises `InputError` for an unknown name (naming the nearest) or a value of another type."""
+    Raises `InputError` for an unknown name (naming the nearest) or a value of another type.
+
+    Parameters
+    ----------
+    known : Mapping[str, Parameter]
+        of `notebook_parameters`
+    given : Mapping[str, Any]
+        name -> value
+    """
     values = {name: _plain(value) for name, value in given.items()}
     for name, value in values.items():
         if name not in known: raise _unknown_parameter(name, known)
@@ -121,29 +148,54 @@ def _unknown_parameter(name: str, known: Mapping[str, Parameter]) -> InputError:
     )
 
 # %% ../../nbs/work/58_runs.ipynb #523bca50
-_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+def parse_parameter(
+    parameter: Parameter,  # of `notebook_parameters`
+    text: str,             # as it was typed
+) -> Any:
+    """The value that `text` stands for in this parameter. Raises `InputError` when it stands for none.
 
-def parse_parameter(parameter: Parameter, text: str) -> Any:
-    "The value that `text` stands for in this parameter. Raises `InputError` when it stands for none."
+    Parameters
+    ----------
+    parameter : Parameter
+        of `notebook_parameters`
+    text : str
+        as it was typed
+    """
     default = parameter.default
     if isinstance(default, str): return text
     try:
-        if isinstance(default, bool): return _TRUTH[text.lower()]
-        value = float(text) if isinstance(default, float) else ast.literal_eval(text)
+        if isinstance(default, (bool, int, float)): return parsed(parameter.name, text, type(default), {})
+        value = ast.literal_eval(text)
         if _fits(value, default): return value
-    except (ValueError, KeyError, SyntaxError):
+    except InputError: pass   # said below, with the default
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         if default is None: return text
     raise InputError(f"parameter {parameter.name} is {parameter.kind} (default {default!r}), which {text!r} is not.")
 
 # %% ../../nbs/work/58_runs.ipynb #cd096f3f
 class RunFailed(RuntimeError):
-    "A cell of a run failed; the message says which, with what, and where the record is."
+    """A cell of a run failed; the message says which, with what, and where the record is.
 
-    def __init__(self, record: Path, cell: int|None, error: str, traceback: Path|None):
-        self.record = record         # the executed notebook, up to the failure
-        self.cell = cell             # the number n in In [n] of the executed notebook; None when the kernel itself died
-        self.error = error           # "ValueError: ..."
-        self.traceback = traceback   # text file
+    Parameters
+    ----------
+    record : Path
+        the executed notebook, up to the failure
+    cell : int|None
+        the number n in In [n] of the executed notebook; None when the kernel itself died
+    error : str
+        "ValueError: ..."
+    traceback : Path|None
+        text file
+    """
+
+    def __init__(
+        self,
+        record: Path,          # the executed notebook, up to the failure
+        cell: int|None,        # the number n in In [n] of the executed notebook; None when the kernel itself died
+        error: str,            # "ValueError: ..."
+        traceback: Path|None,  # text file
+    ):
+        self.record, self.cell, self.error, self.traceback = record, cell, error, traceback
         where = "the kernel died" if cell is None else f"cell In [{cell}] failed"
         super().__init__(
             f"{where}: {error.rstrip('.')}. The notebook so far: {record}"
@@ -202,7 +254,26 @@ def run_notebook(
     The record of an earlier run is replaced when this one has come to its end; until then, and if it fails, it is
     NAME.again.ipynb. Raises `InputError` for a notebook without a parameters cell, an unknown or misspelled parameter,
     a value of another type and a place that cannot be written, all before anything runs; `RunFailed` when a cell fails
-    or the kernel dies."""
+    or the kernel dies.
+
+    Parameters
+    ----------
+    notebook : str|Path
+        with one cell tagged `parameters`
+    out : str|Path
+        the .ipynb to write, or a folder for it
+    parameters : Mapping[str, Any]|None
+        name -> value; the rest keep their defaults
+    progress : bool
+        a bar over the cells, on stderr
+    live : TextIO|None
+        gets what the cells write to stderr while they run: bars, warnings
+
+    Returns
+    -------
+    Path
+        of the executed notebook
+    """
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
     values = check_parameters(notebook_parameters(notebook), parameters or {})
@@ -243,7 +314,21 @@ def launch_command(
 ) -> list[str]:
     """The torchrun command that runs `freqseg WORDS` in many processes.
 
-    Raises `InputError` for machines that could not find one another."""
+    Raises `InputError` for machines that could not find one another.
+
+    Parameters
+    ----------
+    words : Sequence[str]
+        of the command line of freqseg
+    devices : int
+        processes on this machine
+    nodes : int
+        machines; the same command runs on each
+    node_rank : int
+        which of them this is
+    rendezvous : str
+        host:port of machine 0, where all meet
+    """
     host, _, port = rendezvous.rpartition(":")
     if nodes > 1 and not (host and port.isdigit()):
         raise InputError(
@@ -260,9 +345,23 @@ def launch_command(
     return [sys.executable, "-m", "torch.distributed.run", *counts, *meet, "--no-python", sys.executable, "-c", program,
             *words]
 
-def launch(words: Sequence[str], devices: int, **where: Any) -> int:
+def launch(
+    words: Sequence[str],  # arguments of the command `freqseg`
+    devices: int,          # processes on this node
+    **where: Any,          # nodes, node_rank, rendezvous
+) -> int:
     """Run `freqseg WORDS` in `devices` processes; gives their exit status. `where`: nodes, node_rank, rendezvous.
 
-    Raises `InputError` as `launch_command` does."""
+    Raises `InputError` as `launch_command` does.
+
+    Parameters
+    ----------
+    words : Sequence[str]
+        arguments of the command `freqseg`
+    devices : int
+        processes on this node
+    **where : Any
+        nodes, node_rank, rendezvous
+    """
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // devices)), **os.environ}
     return subprocess.run(launch_command(words, devices, **where), env=environment).returncode

@@ -4,16 +4,15 @@
 
 # %% auto #0
 __all__ = ['Trainable', 'Pictures', 'TrainSettings', 'learning_rate', 'mixed_seed', 'seeded', 'epoch_order', 'DataPlan',
-           'Checkpoint', 'write_checkpoint', 'read_checkpoint', 'describe_run', 'require_same_run', 'locked',
-           'read_log', 'TrainingDiverged', 'OutOfMemory', 'open_fabric', 'segmentation_scores', 'require_own_folder',
-           'TrainResult', 'fit']
+           'describe_run', 'require_same_run', 'read_log', 'TrainingDiverged', 'OutOfMemory', 'open_fabric',
+           'segmentation_scores', 'require_own_folder', 'TrainResult', 'fit']
 
 # %% ../../nbs/work/56_train.ipynb #7f424d0f
 import contextlib, functools, hashlib, json, math, os, random, shutil, socket, sys, time, warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -24,17 +23,30 @@ from tqdm import tqdm
 
 from ..cam import best_class
 from ..clip import nearest_multiple
-from ..data import Batch, Sample, collate, to_tensors
-from ..files import InputError, atomic_write
+from ..data import Batch, Sample, collate
+from ..transforms import to_tensors
+from ..files import InputError, atomic_write, cannot_write, locked
 from ..memory import keep_memory, leave_with_parent
 from ..metrics import confusion_matrix, iou_scores
+from ..options import Options, declared, option
+from .checkpoints import Checkpoint, read_checkpoint, write_checkpoint
 from .inference import OVERTAKING, REMEDY, evaluating, grouped
 
 if TYPE_CHECKING: from lightning_fabric import Fabric  # takes seconds to import, so a run does it, not everybody
 
 # %% ../../nbs/work/56_train.ipynb #56b49bf7
 class Trainable(Protocol):
-    "What a system offers to the loop; it is an `nn.Module` besides. A `backbone` (`freqseg.clip.Backbone`) is made use of if there."
+    """What a system offers to the loop; it is an `nn.Module` besides. A `backbone` (`freqseg.clip.Backbone`) is made use of if there.
+
+    Attributes
+    ----------
+    config : dict[str, Any]
+        JSON can hold it; rebuilds the system
+    classes : tuple[str, ...]
+        foreground names
+    num_classes : int
+        C, background included
+    """
     config: dict[str, Any]           # JSON can hold it; rebuilds the system
     classes: tuple[str, ...]         # foreground names
     num_classes: int                 # C, background included
@@ -65,68 +77,109 @@ class Pictures(Protocol):
 
 # %% ../../nbs/work/56_train.ipynb #38b0198f
 @dataclass(frozen=True)
-class TrainSettings:
+class TrainSettings(Options):
     """How to train. Defaults: WeCLIP on VOC. Raises `InputError` for a value that cannot be meant.
 
     A run is continued with the same settings; those from `validate_every` on may change in between, and `batch`, `accumulate`
-    and the number of devices as long as their product stays."""
-    iterations: int = 30_000              # optimiser steps
-    batch: int = 4                        # pictures per device and pass
-    accumulate: int = 1                   # passes per optimiser step
-    lr: float = 2e-3                      # peak learning rate, of groups whose lr_scale is 1
-    weight_decay: float = 0.01            # of AdamW
-    betas: tuple[float, float] = (0.9, 0.999)   # of AdamW
-    warmup: int = 50                      # steps of linear warm-up
-    warmup_start: float = 1e-6            # share of the learning rate at step 0
-    power: float = 1.0                    # of the polynomial decay; 0.9 in FFR
-    grad_clip: float = 0.0                # largest gradient norm; 0 = no clipping
-    precision: str = "32-true"            # or "bf16-mixed": matrix products in bfloat16, weights in float32
-    seed: int = 0                         # of data order, augmentation and dropout
-    validate_every: int = 2000            # steps; also at the end. 0 = at the end only, here and below
-    save_every: int = 500                 # steps between checkpoints
-    log_every: int = 50                   # steps averaged in a line of metrics.jsonl
-    snapshot_every: int = 0               # steps between snapshots, where the caller wants any
-    workers: int = 2                      # processes that read pictures; 0 = none but this one
-    skip_bad: bool = False                # replace pictures that cannot be read by the next one
-    compile: bool = False                 # torch.compile the trainable parts
-    tensorboard: bool = False             # scalars for TensorBoard, too
-    accelerator: str = "auto"             # "cuda", "cpu", "mps"; auto = cuda where there is one
-    devices: int = 0                      # processes per node; 0 = as many as torchrun started, else 1
-    nodes: int = 0                        # 0 = as many as torchrun knows, else 1
-    strategy: str = "ddp"                 # or "ddp_find_unused_parameters_true"; matters with several processes only
+    and the number of devices as long as their product stays.
 
-    def __post_init__(self) -> None:
-        for name, fits, wanted in _REQUIRED:
-            if not fits(value := getattr(self, name)): raise InputError(f"{name}={value!r}: give {wanted}.")
-        if self.iterations and self.warmup >= self.iterations:
-            raise InputError(f"warmup={self.warmup} leaves nothing of iterations={self.iterations}: give a smaller warmup (0 = none).")
+    Attributes
+    ----------
+    iterations : int
+        optimiser steps
+    batch : int
+        pictures per device and pass
+    accumulate : int
+        passes per optimiser step
+    lr : float
+        peak learning rate
+    weight_decay : float
+        weight decay of AdamW
+    betas : tuple[float, float]
+        moments of AdamW: shares that a step keeps of the mean and of the squares
+    warmup : int
+        steps of linear warm-up
+    warmup_start : float
+        share of the learning rate at step 0
+    lr_power : float
+        exponent of the learning rate's polynomial decay (FFR: 0.9)
+    grad_clip : float
+        largest norm of the gradient; 0: no clipping
+    precision : str
+        numbers that training computes with
+    seed : int
+        seed of data order, augmentation and dropout
+    validate_every : int
+        steps between validations; there is one at the end, too. 0: at the end only, here and below
+    save_every : int
+        steps between checkpoints
+    log_every : int
+        steps averaged in a line of metrics.jsonl
+    snapshot_every : int
+        steps between snapshots, where the caller wants any
+    workers : int
+        processes that read pictures; 0: none but this one
+    skip_bad : bool
+        replace pictures that cannot be read by the next one
+    compile : bool
+        torch.compile the parts that learn
+    tensorboard : bool
+        write the losses for TensorBoard, too
+    accelerator : str
+        kind of device
+    devices : int
+        processes per node; 0: as many as torchrun started, else 1
+    nodes : int
+        machines; 0: as many as torchrun knows, else 1
+    strategy : str
+        how several processes train together
+    """
+    renamed: ClassVar = {"power": "lr_power"}
+    iterations: int = option(30_000, "optimiser steps", low=1, high=10**9)
+    batch: int = option(4, "pictures per device and pass", low=1, high=4096)
+    accumulate: int = option(1, "passes per optimiser step", low=1, high=4096)
+    lr: float = option(2e-3, "peak learning rate", low=0)
+    weight_decay: float = option(.01, "weight decay of AdamW", low=0)
+    betas: tuple[float, float] = option((.9, .999), "moments of AdamW: shares that a step keeps of the mean and of the squares", low=0, below=1)
+    warmup: int = option(50, "steps of linear warm-up", low=0, high=10**9)
+    warmup_start: float = option(1e-6, "share of the learning rate at step 0", low=0, high=1)
+    lr_power: float = option(1., "exponent of the learning rate's polynomial decay (FFR: 0.9)", low=0, high=100)
+    grad_clip: float = option(0., "largest norm of the gradient; 0: no clipping", low=0)
+    precision: str = option("32-true", "numbers that training computes with",
+                            choices={"32-true": "32 bits", "bf16-mixed": "matrix products in bfloat16, weights in 32 bits"})
+    seed: int = option(0, "seed of data order, augmentation and dropout", low=0)
+    validate_every: int = option(2000, "steps between validations; there is one at the end, too. 0: at the end only, here and below", low=0)
+    save_every: int = option(500, "steps between checkpoints", low=0)
+    log_every: int = option(50, "steps averaged in a line of metrics.jsonl", low=0)
+    snapshot_every: int = option(0, "steps between snapshots, where the caller wants any", low=0)
+    workers: int = option(2, "processes that read pictures; 0: none but this one", low=0, high=256)
+    skip_bad: bool = option(False, "replace pictures that cannot be read by the next one")
+    compile: bool = option(False, "torch.compile the parts that learn")
+    tensorboard: bool = option(False, "write the losses for TensorBoard, too")
+    accelerator: str = option("auto", "kind of device", choices={"auto": "cuda where there is one", "cuda": "a GPU by NVIDIA", "cpu": "the processor", "mps": "a GPU by Apple"})
+    devices: int = option(0, "processes per node; 0: as many as torchrun started, else 1", low=0, high=1024)
+    nodes: int = option(0, "machines; 0: as many as torchrun knows, else 1", low=0, high=1024)
+    strategy: str = option("ddp", "how several processes train together", choices={"ddp": "every parameter learns in every step", "ddp_find_unused_parameters_true": "some do not"})
 
-def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
-    return (lambda value: value in names), "one of " + ", ".join(names)
-
-def _at_least(least: float, kind: Any = int) -> tuple[Callable[[Any], bool], str]:
-    right = lambda value: isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value) and value >= least
-    return right, f"a {'whole ' * (kind is int)}number of at least {least}"
-
-_NUMBER = (int, float)
-_REQUIRED = (
-    *((name, *_at_least(1)) for name in ("iterations", "batch", "accumulate")),
-    *((name, *_at_least(0)) for name in ("warmup", "seed", "validate_every", "save_every", "log_every", "snapshot_every",
-                                         "workers", "devices", "nodes")),
-    *((name, *_at_least(0, _NUMBER)) for name in ("lr", "weight_decay", "warmup_start", "power", "grad_clip")),
-    ("betas", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value), "two numbers in 0 <= beta < 1"),
-    ("precision", *_one_of("32-true", "bf16-mixed")), ("accelerator", *_one_of("auto", "cuda", "cpu", "mps")),
-    ("strategy", *_one_of("ddp", "ddp_find_unused_parameters_true")))
+    def check(self) -> None:
+        "Raise `InputError` for a warm-up that is longer than the training."
+        if self.warmup >= self.iterations: raise InputError(f"warmup={self.warmup} leaves nothing of iterations={self.iterations}: give a smaller warmup (0: none).")
 
 # %% ../../nbs/work/56_train.ipynb #61194f55
 def learning_rate(
     step: int,                 # 0 .. iterations - 1
     settings: TrainSettings,
 ) -> float:
-    "Linear warm-up from `warmup_start` of the rate, then lr (1 - t/T)^power (WeCLIP: power 1, FFR: 0.9 after 2,000 steps)."
+    """Linear warm-up from `warmup_start` of the rate, then lr (1 - t/T)^power (WeCLIP: power 1, FFR: 0.9 after 2,000 steps).
+
+    Parameters
+    ----------
+    step : int
+        0 .. iterations - 1
+    """
     start = settings.warmup_start
     if step < settings.warmup: return settings.lr * (start + (1 - start) * step / settings.warmup)
-    return settings.lr * (1 - step / settings.iterations) ** settings.power
+    return settings.lr * (1 - step / settings.iterations) ** settings.lr_power
 
 # %% ../../nbs/work/56_train.ipynb #92aebc5c
 def mixed_seed(*numbers: int) -> int:
@@ -154,7 +207,19 @@ def epoch_order(pictures: int, seed: int, epoch: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class DataPlan:
-    "Which pictures each step sees: a pure function of seed and step, so there is no sampler state to save."
+    """Which pictures each step sees: a pure function of seed and step, so there is no sampler state to save.
+
+    Attributes
+    ----------
+    pictures : int
+        in the data set
+    batch : int
+        pictures per process and pass
+    accumulate : int
+        passes per step
+    ranks : int
+        processes
+    """
     pictures: int          # in the data set
     seed: int
     batch: int             # pictures per process and pass
@@ -225,50 +290,6 @@ def _unreadable(bad: dict[str, str]) -> str:
     if len(bad) > 1: return f"{len(bad)} pictures in a row cannot be read; the last is {name}: {fault}"
     return f"picture {name}: {fault} {REMEDY}"
 
-# %% ../../nbs/work/56_train.ipynb #be211e6e
-_MOMENTS = "optimiser/"
-
-@dataclass(frozen=True, eq=False)
-class Checkpoint:
-    "What a checkpoint file holds."
-    weights: dict[str, Tensor]                   # for `load_trainable`
-    state: dict[str, Any]                        # step, seconds, best, ...
-    config: dict[str, Any]                       # of the system
-    classes: tuple[str, ...]                     # foreground names
-    moments: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # of the optimiser, by parameter number; empty in `best`
-
-    @property
-    def step(self) -> int: return self.state["step"]
-
-def write_checkpoint(
-    path: str | Path,                # a .safetensors
-    checkpoint: Checkpoint,
-) -> None:
-    "Write it whole or not at all. Raises `InputError` when the disk is full or read-only; `path` then holds what it held."
-    from safetensors.torch import save
-    moments = {f"{_MOMENTS}{number}/{name}": value for number, its in checkpoint.moments.items() for name, value in its.items()}
-    if clash := [name for name in checkpoint.weights if name.startswith(_MOMENTS)]: raise ValueError(f"{clash[0]}: reserved name")
-    tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in {**checkpoint.weights, **moments}.items()}
-    header = dict(format="freqseg 1", state=json.dumps(checkpoint.state), config=json.dumps(checkpoint.config),
-                  classes=json.dumps(checkpoint.classes))
-    # Not save_file: its errors do not say that the disk is full.
-    with atomic_write(path) as partial: partial.write_bytes(save(tensors, metadata=header))
-
-def read_checkpoint(path: str | Path) -> Checkpoint:
-    "Read a file of `write_checkpoint`, on the CPU. Raises `InputError` when it is missing, damaged, or something else."
-    from safetensors import SafetensorError, safe_open
-    try:
-        with safe_open(path, "pt") as file: header, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-        state, config, classes = (json.loads(header[name]) for name in ("state", "config", "classes"))
-    except FileNotFoundError as error: raise InputError(f"there is no checkpoint {path}.") from error
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise InputError(f"{path} is no checkpoint of a training, or damaged ({error}).") from error
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name in [name for name in tensors if name.startswith(_MOMENTS)]:
-        number, kind = name.removeprefix(_MOMENTS).split("/")
-        moments.setdefault(int(number), {})[kind] = tensors.pop(name)
-    return Checkpoint(tensors, state, config, tuple(classes), moments)
-
 # %% ../../nbs/work/56_train.ipynb #0e43cad4
 def describe_run(
     system: Trainable,
@@ -277,7 +298,15 @@ def describe_run(
     per_step: int,                               # pictures per optimiser step over all processes
     identity: Mapping[str, Any] | None = None,   # what else makes it this run: preset, crop, ...
 ) -> dict[str, Any]:
-    "What must stay the same for a run to be continued, as JSON holds it: system, classes, data, settings, `identity`."
+    """What must stay the same for a run to be continued, as JSON holds it: system, classes, data, settings, `identity`.
+
+    Parameters
+    ----------
+    per_step : int
+        pictures per optimiser step over all processes
+    identity : Mapping[str, Any] | None
+        what else makes it this run: preset, crop, ...
+    """
     listing = getattr(train, "listing", None)
     data = dict(dataset=getattr(listing, "dataset", type(train).__name__), split=getattr(listing, "split", ""), pictures=len(train),
                 ids=_digest("\n".join(train.ids).encode()), labels=_labels_digest(train), classes=train.classes)
@@ -311,6 +340,7 @@ def _unlike(name: str, there: Any, now: Any, places: tuple[str, str] = ("there",
     if isinstance(there, list) and isinstance(now, list) and name.endswith("classes"):
         first = next((i for i, pair in enumerate(zip(there, now)) if pair[0] != pair[1]), min(len(there), len(now)))
         words = [f"{len(its)} names, no. {first + 1} {json.dumps(its[first]) if first < len(its) else 'missing'}" for its in (there, now)]
+    elif name.endswith("sha256"): words = [str(value)[:12] for value in (there, now)]
     else: words = [_short(there), _short(now)]
     return f"{name}: " + ", ".join(f"{word} {place}" for word, place in zip(words, places))
 
@@ -319,7 +349,15 @@ def require_same_run(
     there: Mapping[str, Any],    # of run.json
     now: Mapping[str, Any],      # of `describe_run`
 ) -> None:
-    "Raises `InputError` that lists what differs."
+    """Raises `InputError` that lists what differs.
+
+    Parameters
+    ----------
+    there : Mapping[str, Any]
+        of run.json
+    now : Mapping[str, Any]
+        of `describe_run`
+    """
     old, new = (_flat({part: its.get(part) for part in now}) for its in (there, now))
     names = [name for name in {**new, **old} if old.get(name) != new.get(name)]
     if "system.kind" in names: names = [name for name in names if not name.startswith("system.config.options.")]   # those of another system are others
@@ -328,48 +366,6 @@ def require_same_run(
     more = [f"and {len(unlike) - 12} more"] if len(unlike) > 12 else []
     raise InputError("\n  ".join([f"{folder} holds another run:", *unlike[:12], *more]) +
                      "\nChoose another out folder, or give what this run was begun with (see run.json).")
-
-# %% ../../nbs/work/56_train.ipynb #73822494
-_held: set[Any] = set()  # open lock files of this process
-
-@functools.cache
-def _no_locks_for_children() -> None:
-    def let_go() -> None:
-        for file in _held: file.close()
-        _held.clear()
-    os.register_at_fork(after_in_child=let_go)
-
-@contextlib.contextmanager
-def locked(folder: str | Path) -> Iterator[None]:
-    """Hold `folder`, made when missing, for this process. Raises `InputError` when another holds it, named by pid and host, or
-    when the folder cannot be written."""
-    import fcntl
-    folder = Path(folder)
-    _no_locks_for_children()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder/".lock", "a+b", buffering=0)
-    except OSError as error: raise _cannot_use(folder, error) from error
-    with file:
-        try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise InputError(f"{folder} is in use by {file.read().decode().strip() or 'another run'}. Wait for it, stop it, or choose another "
-                             "out folder.") from error
-        except OSError as error: warnings.warn(f"{folder} cannot be locked ({error.strerror}): do not start a second run there.")
-        try: _sign(file)
-        except OSError as error: raise _cannot_use(folder, error) from error
-        _held.add(file)
-        try: yield
-        finally: _held.discard(file)
-
-def _sign(file: Any) -> None:
-    "Leave name and address in the lock file."
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-
-def _cannot_use(folder: Path, error: OSError) -> InputError:
-    return InputError(f"cannot write into {folder}: {error.strerror}. Free some space, get write access, or choose another out folder.")
 
 # %% ../../nbs/work/56_train.ipynb #f90596ab
 def read_log(path: str | Path) -> list[dict[str, Any]]:
@@ -392,7 +388,7 @@ def _sync(path: Path) -> None:
 def _append(path: Path, row: Mapping[str, Any]) -> None:
     try:
         with open(path, "a", encoding="utf-8") as file: file.write(json.dumps(row) + "\n")
-    except OSError as error: raise _cannot_use(path.parent, error) from error
+    except OSError as error: raise cannot_write(path, error) from error
 
 def _finite(values: Mapping[str, Any]) -> dict[str, float | None]:
     "Numbers as JSON knows them: NaN becomes null."
@@ -488,7 +484,17 @@ def segmentation_scores(
     """`miou` and `pixel_accuracy` of `system.predict` on whole pictures, logits enlarged bilinearly to the mask.
 
     Sides are rounded to whole patches, and colours normalised, as the system's backbone wants them. Raises `InputError` for a
-    picture that cannot be read, or has no mask."""
+    picture that cannot be read, or has no mask.
+
+    Parameters
+    ----------
+    pictures : Pictures
+        with masks, without a transform
+    batch : int
+        pictures of one size at a time
+    skip_bad : bool
+        leave out pictures that cannot be read, with a warning
+    """
     counts = torch.zeros(system.num_classes, system.num_classes, dtype=torch.int64)
     reader = DataLoader(_Whole(pictures), batch_size=None, num_workers=workers, worker_init_fn=leave_with_parent, generator=torch.Generator())
     read = (_with_mask(sample) for sample in _readable(reader, skip_bad))
@@ -755,7 +761,7 @@ def _open_folder(out: Path, described: dict[str, Any], system: Trainable, comman
     if not (out/"run.json").exists():
         if (out/"last.safetensors").exists(): raise InputError(f"{out} holds a checkpoint but no run.json that says of what. Choose another out folder.")
         _claim(out, described, command)
-    else: require_same_run(out, _read_run(out), described)
+    else: require_same_run(out, _read_run(out, system), described)
     saved = _last_checkpoint(out)
     _cut_log(out/"metrics.jsonl", saved.step if saved else 0)
     if saved: _complete_best(out, saved)
@@ -771,7 +777,7 @@ def require_own_folder(
     "Raises `InputError` when `out` holds a run that `fit`, given the same, would not continue; it says what differs. A folder without a run will do."
     processes = max(1, settings.devices) * max(1, settings.nodes)
     described = describe_run(system, train, settings, settings.batch * settings.accumulate * processes, identity)
-    if (Path(out)/"run.json").exists(): require_same_run(Path(out), _read_run(Path(out)), described)
+    if (Path(out)/"run.json").exists(): require_same_run(Path(out), _read_run(Path(out), system), described)
 
 def _last_checkpoint(out: Path) -> Checkpoint | None:
     "Where the run stands; None before its first step. Raises `InputError` for a damaged file."
@@ -786,10 +792,23 @@ def _claim(out: Path, described: dict[str, Any], command: str) -> None:
                   freqseg=__version__, torch=torch.__version__)
     with atomic_write(out/"run.json") as partial: partial.write_text(json.dumps({**described, "origin": origin}, indent=1), encoding="utf-8")
 
-def _read_run(out: Path) -> dict[str, Any]:
-    try: return dict(json.loads((out/"run.json").read_text(encoding="utf-8")))
+def _as_today(stored: Any, kind: type) -> Any:
+    "Options that a run.json holds under the names they have now: none that is gone, with the default where an option is younger than the run."
+    if not isinstance(stored, dict) or not issubclass(kind, Options): return stored
+    kept = {kind.renamed.get(name, name): value for name, value in stored.items() if name not in kind.retired or value != kind.retired[name]}
+    younger = {name: one.default for name, (_, one) in declared(kind).items() if name not in kept and one.default is not MISSING}
+    return {**kept, **json.loads(json.dumps(younger))}
+
+def _read_run(out: Path, system: Trainable) -> dict[str, Any]:
+    "What run.json says, in the words of today. Raises `InputError` when it cannot be read."
+    try: there = dict(json.loads((out/"run.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{out/'run.json'} cannot be read ({error}). Restore it, or choose another out folder.") from error
+    there["settings"] = {name: value for name, value in _as_today(there.get("settings"), TrainSettings).items() if name not in _FREE} if isinstance(there.get("settings"), dict) else None
+    config = there["system"].get("config") if isinstance(there.get("system"), dict) else None
+    if isinstance(config, dict) and "options" in config: config["options"] = _as_today(config["options"], getattr(system, "Options", object))
+    if isinstance(there.get("identity"), dict): there["identity"] = {"resize_range" if name == "scale" else name: value for name, value in there["identity"].items()}
+    return there
 
 def _complete_best(out: Path, saved: Checkpoint) -> None:
     "Write best.safetensors when `saved` is the best and was killed before it could say so."
@@ -842,7 +861,25 @@ def _explained(run: _Run) -> Iterator[None]:
 # %% ../../nbs/work/56_train.ipynb #cb5b59f4
 @dataclass(frozen=True, eq=False)
 class TrainResult:
-    "How it went."
+    """How it went.
+
+    Attributes
+    ----------
+    out : Path
+        last.safetensors, best.safetensors, metrics.jsonl, run.json
+    history : list[dict[str, Any]]
+        step, loss, losses, lr, images_per_second, seconds
+    validation : list[dict[str, Any]]
+        step, scores, seconds
+    best : dict[str, float] | None
+        step and miou of best.safetensors; None without validation
+    seconds : float
+        of all processes of the run, one after the other
+    resumed : int
+        step from which this call went on
+    skipped : dict[str, str]
+        pictures that could not be read: id -> fault
+    """
     out: Path                              # last.safetensors, best.safetensors, metrics.jsonl, run.json
     history: list[dict[str, Any]]          # step, loss, losses, lr, images_per_second, seconds
     validation: list[dict[str, Any]]       # step, scores, seconds
@@ -885,7 +922,27 @@ def fit(
 
     Afterwards the system has the weights of the last step, in eval mode; those of the best validation are in best.safetensors.
     Raises `InputError` for pictures or a folder that cannot be used, `TrainingDiverged` for a loss that is NaN or infinite, and
-    `OutOfMemory`. The last good checkpoint stays whatever happens."""
+    `OutOfMemory`. The last good checkpoint stays whatever happens.
+
+    Parameters
+    ----------
+    train : Pictures
+        its transform crops to one size
+    out : str | Path
+        folder of the run; made when missing, continued when it holds this run
+    settings : TrainSettings | None
+        None: the defaults
+    val : Pictures | None
+        with masks and without a transform, for the default `evaluate`
+    evaluate : Callable[[Any, Pictures], Mapping[str, Any]] | None
+        (system, val) -> scores with `miou`; None: `segmentation_scores`
+    snapshot : Callable[[Any, int], Mapping[str, Any]] | None
+        (system, step) -> small arrays for out/snapshots
+    identity : Mapping[str, Any] | None
+        what else makes it this run (preset, crop), refused when it differs; JSON can hold it
+    command : str
+        recorded in run.json; empty: this process's
+    """
     keep_memory()
     settings, out = settings or TrainSettings(), Path(out)
     _check_data(system, train, val, evaluate is None)
