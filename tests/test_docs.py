@@ -37,13 +37,13 @@ ALL_COMMANDS = [pytest.param(words, id=f"{page.stem}: {' '.join(words)[:60]}") f
 def test_a_command_of_the_guide_is_one_that_freqseg_takes(words: list[str]) -> None:
     from freqseg.faces.cli import build_parser
     from freqseg.work.experiments import PRESETS, plan
-    from freqseg.faces.training_cli import _axes, given_parameters
+    from freqseg.faces.training_cli import given_parameters, grid_axes
     numbers = {"$SLURM_NNODES": "2", "$SLURM_NODEID": "0"}
     args = build_parser().parse_args([numbers.get(word, word) for word in words])
     if words[0] in ("train", "sweep"):
         assert (args.preset or "smoke") in PRESETS[args.system]
         plan(args.system, given_parameters(args))   # every -p is a parameter, and its value one that it can have
-    if words[0] == "sweep": assert _axes(args.system, args.grid)
+    if words[0] == "sweep": assert grid_axes(args.system, args.grid)
     if words[0] == "run": assert (ROOT / args.notebook).is_file()
 
 
