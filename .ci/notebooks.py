@@ -25,8 +25,9 @@ def modules(root: Path) -> set[Path]:
 
 
 def copy_of_sources(folder: Path) -> None:
-    "Copy into `folder` what nbdev needs to clean and export: its settings, the notebooks, the version."
-    for name in [Path("pyproject.toml"), Path("freqseg/__init__.py"), *notebooks(ROOT)]:
+    "Copy into `folder` what nbdev needs to clean and export: its settings, the notebooks, the modules that no notebook exports."
+    by_hand = (path.relative_to(ROOT) for path in (ROOT / "freqseg").glob("_*.py") if path.name != "_modidx.py")
+    for name in [Path("pyproject.toml"), *by_hand, *notebooks(ROOT)]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
 
@@ -34,6 +35,7 @@ def copy_of_sources(folder: Path) -> None:
 def run(folder: Path, program: str) -> None:
     "Run an nbdev program of this environment in `folder`; its output is shown only where it fails."
     environment = {name: value for name, value in os.environ.items() if name != "IN_TEST"}
+    environment["PYTHONPATH"] = str(ROOT)  # the step of the export that writes sections of docstrings lies in the package
     done = subprocess.run([Path(sys.executable).parent / program], cwd=folder, env=environment, text=True,
                           stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode:

@@ -17,7 +17,7 @@ import torch
 
 from freqseg.clip import load_clip
 from freqseg.data import SegmentationFolder, open_folder
-from freqseg.work.inference import evaluate_system
+from freqseg.work.evaluation import evaluate_system
 from freqseg.systems.weclip import WeCLIP
 from freqseg.world.scenes import write_world
 

@@ -1,6 +1,6 @@
 """How soon the explorer answers in the kernel: from an option that changed to pictures that are ready to be sent.
 
-A move is `Look.shown`, `view_cells`, `mask_cells` and `spectrum_svg` for a new value of one option; the tower has run before, and no two
+A move is `Analysis.shown`, `view_cells`, `mask_cells` and `spectrum_svg` for a new value of one option; the tower has run before, and no two
 moves in a row are alike. Beside it the naive way in the same run: a whole new `explore` for every move, and then the same. Models: the embedded world's
 CLIP at 224 (28 x 28 patches) and ViT-B/16 with random weights at 448 (as many), three classes each. Random weights: time does not depend on them.
 
@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from freqseg.clip import Backbone
-from freqseg.faces.explorer import RANDOM, Look, View, explore, mask_cells, open_model, scene, spectrum_svg, view_cells
+from freqseg.faces.explorer import RANDOM, Analysis, View, explore, mask_cells, open_model, scene, spectrum_svg, view_cells
 
 pytestmark = pytest.mark.benchmark
 MODELS = {"world": ("star", "wheel", "moon"), f"ViT-B-16{RANDOM}": ("dog", "grass", "car")}   # a model and three names for it
@@ -39,14 +39,14 @@ OPTIONS: dict[str, Callable[[], Iterator[View]]] = {
     "layers": lambda: cycle(View(layers=layers) for layers in (1, 2, 3, 4, 5, 6, 5, 4, 3, 2)),
     "opacity": sweep("opacity", 0., 1.),
 }
-NEW = "layers, each as if for the first time"   # a look keeps the affinities of the blocks that it has shown
+NEW = "layers, each as if for the first time"   # an analysis keeps the affinities of the blocks that it has shown
 OPTIONS[NEW] = OPTIONS["layers"]
 
 
-def answer(look: Look, view: View) -> int:
+def answer(analysis: Analysis, view: View) -> int:
     "Everything that goes to the browser after a move; its bytes."
-    shown = look.shown(view)
-    cells = [cell for row in view_cells(look, shown, view) for cell in row] + mask_cells(look, shown)
+    shown = analysis.shown(view)
+    cells = [cell for row in view_cells(analysis, shown, view) for cell in row] + mask_cells(analysis, shown)
     return sum(len(cell.picture) for cell in cells) + len(spectrum_svg(shown, view.mu))
 
 
@@ -67,13 +67,13 @@ def measure(moves: int = MOVES, naive: int = NAIVE) -> dict[tuple[str, str], tup
     subject = scene(48)
     for name, names in MODELS.items():
         model = open_model(name)
-        look = explore(subject, names, model)
+        analysis = explore(subject, names, model)
 
-        def quick(view: View, look: Look = look) -> int: return answer(look, view)
+        def quick(view: View, analysis: Analysis = analysis) -> int: return answer(analysis, view)
 
-        def first(view: View, look: Look = look) -> int:
-            look.related.clear()
-            return answer(look, view)
+        def first(view: View, analysis: Analysis = analysis) -> int:
+            analysis.related.clear()
+            return answer(analysis, view)
 
         def slow(view: View, model: Backbone = model, names: Sequence[str] = names) -> int: return answer(explore(subject, names, model), view)
 
@@ -86,27 +86,27 @@ def measure(moves: int = MOVES, naive: int = NAIVE) -> dict[tuple[str, str], tup
 
 
 @pytest.fixture(scope="module", params=MODELS, ids=["world-224", "ViT-B-16-448"])
-def look(request: pytest.FixtureRequest, one_thread: None) -> Look:
+def analysis(request: pytest.FixtureRequest, one_thread: None) -> Analysis:
     return explore(scene(48), MODELS[request.param], request.param)
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_move(benchmark, option: str, look: Look) -> None:
+def test_move(benchmark, option: str, analysis: Analysis) -> None:
     views = OPTIONS[option]()
 
     def move() -> int:
-        if option == NEW: look.related.clear()
-        return answer(look, next(views))
+        if option == NEW: analysis.related.clear()
+        return answer(analysis, next(views))
 
     assert benchmark.pedantic(move, rounds=20, iterations=1, warmup_rounds=3) > 10_000
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_a_new_look_for_every_move_shows_the_same(option: str, look: Look) -> None:
+def test_a_new_analysis_for_every_move_shows_the_same(option: str, analysis: Analysis) -> None:
     "The peers do the same work: what they show is equal."
     views = OPTIONS[option]()
     view = next(islice(views, 2, None))
-    ours, theirs = look.shown(view), explore(look.subject, look.names, look.backbone).shown(view)
+    ours, theirs = analysis.shown(view), explore(analysis.subject, analysis.names, analysis.backbone).shown(view)
     assert (ours.labels == theirs.labels).all() and all(torch.equal(ours.columns[title], theirs.columns[title]) for title in theirs.columns)
 
 

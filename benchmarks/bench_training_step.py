@@ -33,7 +33,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from freqseg.clip import Features, load_clip, resize_position_embedding
-from freqseg.data import VOC_CLASSES, Batch
+from freqseg.data import Batch
+from freqseg.lists import VOC_CLASSES
 from freqseg.decoders import token_affinity
 from freqseg.losses import affinity_loss, balanced_cross_entropy, pair_labels
 from freqseg.systems.segmenter import enlarged

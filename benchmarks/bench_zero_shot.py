@@ -12,7 +12,8 @@ import torch
 
 from freqseg.work.checkpoints import SYSTEMS
 from freqseg.clip import Backbone, load_clip
-from freqseg.data import UNLABELLED, VOC_CLASSES, Batch
+from freqseg.data import Batch
+from freqseg.lists import UNLABELLED, VOC_CLASSES
 from freqseg.systems.segmenter import System
 
 pytestmark = pytest.mark.benchmark

@@ -71,7 +71,26 @@ def relations(
 ) -> Tensor:                                # (B, L, N, N), non-negative; row = query
     """One relation between patches for each chosen block.
 
-    Raises `InputError` for an unknown source, for heads with a source that has none, and saying what to encode."""
+    Raises `InputError` for an unknown source, for heads with a source that has none, and saying what to encode.
+
+    Parameters
+    ----------
+    features : Features
+        encoded with `affinity_request`
+    source : str
+        "attention", "qq", "kk", "vv" or "tokens"
+    layers : int|Sequence[int]
+        the last so many blocks, or block indices
+    heads : Sequence[int]|None
+        only these heads; None = mean of all
+    temperature : float|None
+        of the softmax for all but attention; None = 1, for tokens 0.1
+
+    Returns
+    -------
+    Tensor
+        (B, L, N, N), non-negative; row = query
+    """
     return torch.stack(list(_relations(features, source, layers, heads, temperature)), 1)
 
 def mean_relation(
@@ -81,7 +100,13 @@ def mean_relation(
     heads: Sequence[int]|None = None,
     temperature: float|None = None,
 ) -> Tensor:                                # (B, N, N), non-negative, fp32 at least
-    "The mean of `relations` over their blocks, with its arguments and errors and without holding them all."
+    """The mean of `relations` over their blocks, with its arguments and errors and without holding them all.
+
+    Returns
+    -------
+    Tensor
+        (B, N, N), non-negative, fp32 at least
+    """
     found = _relations(features, source, layers, heads, temperature)
     first = next(found)
     total, count = first.to(torch.promote_types(first.dtype, torch.float32)), 1
@@ -105,7 +130,20 @@ def selective_mean(
     stack: Tensor,                  # (B, L, N, N) relations of L layers
     reference: Tensor|None = None,  # (B, N, N) affinity A_f of a decoder; None = keep every layer
 ) -> Tensor:                        # (B, N, N)
-    "Mean of the layers with d_l <= mean(d), d_l = sum(A_f - A_l), chosen for each image (WeCLIP); plain mean without A_f."
+    """Mean of the layers with d_l <= mean(d), d_l = sum(A_f - A_l), chosen for each image (WeCLIP); plain mean without A_f.
+
+    Parameters
+    ----------
+    stack : Tensor
+        (B, L, N, N) relations of L layers
+    reference : Tensor|None
+        (B, N, N) affinity A_f of a decoder; None = keep every layer
+
+    Returns
+    -------
+    Tensor
+        (B, N, N)
+    """
     if reference is None: return stack.mean(1)
     distance = (reference[:, None] - stack).sum((-2, -1))
     kept = (distance <= distance.mean(1, keepdim=True) + 1e-6 * distance.abs().amax(1, keepdim=True)).to(stack.dtype)
@@ -122,7 +160,26 @@ def symmetrise(
     """(Norm(A) + Norm(A)^T) / 2 with a Sinkhorn normalisation. Rows and columns of the result sum to 1.
 
     The two papers disagree: DFA normalises, WeCLIP normalises for three rounds of columns then rows and squares. The default
-    is DFA's, because its row sums hold to a stated tolerance. Raises `InputError` for an unknown method."""
+    is DFA's, because its row sums hold to a stated tolerance. Raises `InputError` for an unknown method.
+
+    Parameters
+    ----------
+    affinity : Tensor
+        (B, N, N) positive
+    method : str
+        "sinkhorn" to a tolerance (DFA), "weclip" three rounds and squared, "average" no scaling
+    tolerance : float
+        of row and column sums, for "sinkhorn"
+    iterations : int
+        most rounds of "sinkhorn"; sharp affinities need some hundred
+    gradient : str
+        through Sinkhorn: "unroll" or "implicit"
+
+    Returns
+    -------
+    Tensor
+        (B, N, N) symmetric
+    """
     if method == "sinkhorn":
         return doubly_stochastic(affinity, iterations=iterations, tolerance=tolerance, symmetric="average", gradient=gradient)
     if method == "average": return (affinity + affinity.mT) / 2
@@ -142,7 +199,30 @@ def smoothed_affinity(
 ) -> Tensor:                              # (B, N, N) symmetric, no gradient to the reference
     """Affinity that smooths: mean relation over blocks (times A_f when there is one), symmetrised (WeCLIP, DFA).
 
-    Raises `InputError` for unknown options and saying what to encode when something is missing."""
+    Raises `InputError` for unknown options and saying what to encode when something is missing.
+
+    Parameters
+    ----------
+    features : Features
+        encoded with `affinity_request`
+    source : str
+        "attention", "qq", "kk", "vv" or "tokens"
+    layers : int|Sequence[int]
+        the last so many blocks, or block indices
+    heads : Sequence[int]|None
+        only these heads; None = mean of all
+    reference : Tensor|None
+        (B, N, N) decoder affinity A_f: selects layers and multiplies their mean
+    normalise : str
+        of `symmetrise`
+    temperature : float|None
+        of the softmax for all but attention
+
+    Returns
+    -------
+    Tensor
+        (B, N, N) symmetric, no gradient to the reference
+    """
     if reference is None: return symmetrise(mean_relation(features, source, layers, heads, temperature), normalise)
     reference = reference.detach()
     return symmetrise(selective_mean(relations(features, source, layers, heads, temperature), reference) * reference, normalise)
@@ -163,7 +243,32 @@ def inverse_affinity(
     """Affinity that sharpens: softplus of the inverted mean relation, symmetrised (DFA, without its learned path).
 
     The relation's rows are scaled to 1 first, so that those of its inverse sum to 0. Raises `InputError` for unknown options
-    and saying what to encode when something is missing."""
+    and saying what to encode when something is missing.
+
+    Parameters
+    ----------
+    features : Features
+        encoded with `affinity_request`
+    source : str
+        "attention", "qq", "kk", "vv" or "tokens"
+    layers : int|Sequence[int]
+        the last so many blocks, or block indices
+    heads : Sequence[int]|None
+        only these heads; None = mean of all
+    transfer : Callable[[Tensor], Tensor]|None
+        gain by radial frequency (cycles per token); None = all-pass, I - W
+    sharpness : float
+        multiplies I - W before softplus
+    normalise : str
+        of `symmetrise`
+    temperature : float|None
+        of the softmax for all but attention
+
+    Returns
+    -------
+    Tensor
+        (B, N, N) symmetric, positive
+    """
     mean = mean_relation(features, source, layers, heads, temperature)
     inverse = invert_attention(mean / mean.sum(-1, keepdim=True), features.grid, transfer)
     return symmetrise(F.softplus(sharpness * inverse) + POSITIVE_FLOOR, normalise)
@@ -174,7 +279,22 @@ def box_mask(
     threshold: float = 0.4,     # share of each map's maximum (WeCLIP: 0.4 VOC, 0.7 COCO)
     diagonal: bool = True,      # do patches that touch at a corner belong to one region?
 ) -> Tensor:                    # (B, K, h, w) in {0, 1}
-    "Union of the bounding boxes of the connected regions with CAM >= threshold * max (WeCLIP). Empty maps have no box."
+    """Union of the bounding boxes of the connected regions with CAM >= threshold * max (WeCLIP). Empty maps have no box.
+
+    Parameters
+    ----------
+    cam : Tensor
+        (B, K, h, w), non-negative
+    threshold : float
+        share of each map's maximum (WeCLIP: 0.4 VOC, 0.7 COCO)
+    diagonal : bool
+        do patches that touch at a corner belong to one region?
+
+    Returns
+    -------
+    Tensor
+        (B, K, h, w) in {0, 1}
+    """
     top = cam.amax((-2, -1), keepdim=True)
     strong = ((cam >= threshold * top) & (top > 0)).flatten(0, 1).cpu().numpy()
     within = ndimage.generate_binary_structure(2, 2 if diagonal else 1)
@@ -192,7 +312,24 @@ def propagate(
 ) -> Tensor:                    # (B, K, h, w), in [0, 1] when cam is and rows of the affinity sum to at most 1
     """CAM'_c[i] = sum_j A_ij m_c[j] CAM_c[j] (WeCLIP). The box holds what leaves, not what arrives.
 
-    Raises `InputError` when the affinity does not fit the maps' grid or `power` is negative."""
+    Raises `InputError` when the affinity does not fit the maps' grid or `power` is negative.
+
+    Parameters
+    ----------
+    affinity : Tensor
+        (B, N, N)
+    cam : Tensor
+        (B, K, h, w)
+    power : int
+        steps: A^power, without forming the power
+    box : Tensor|None
+        (B, K, h, w) from `box_mask`: what may travel; None = everything
+
+    Returns
+    -------
+    Tensor
+        (B, K, h, w), in [0, 1] when cam is and rows of the affinity sum to at most 1
+    """
     (batch, _, h, w), fits = cam.shape, affinity.shape[-1] == cam.shape[-2] * cam.shape[-1]
     if not fits or len(affinity) != batch:
         raise InputError(f"affinity {tuple(affinity.shape)} does not fit maps {tuple(cam.shape)}: expected ({batch}, {h * w}, {h * w}).")

@@ -32,7 +32,28 @@ def contrast_direction(
     """Gradient with respect to z of y_c = softmax(scale cos(z, t))_c over {present classes + background} (WeCLIP).
 
     By default scaled to unit length: min-max scaling removes the length anyway, and for a confident model it underflows. A
-    class with nothing to contrast with (alone, no background) gets the direction of its cosine. Absent classes get 0."""
+    class with nothing to contrast with (alone, no background) gets the direction of its cosine. Absent classes get 0.
+
+    Parameters
+    ----------
+    z : Tensor
+        (B, E) image embeddings
+    text : Tensor
+        (K, E) unit-norm class embeddings
+    present : Tensor
+        (B, K) bool
+    background : Tensor|None
+        (Kb, E) unit-norm background prompts, or None
+    scale : float
+        factor on cosines before the softmax
+    exact : bool
+        True is the gradient itself, False the same direction with unit length
+
+    Returns
+    -------
+    Tensor
+        (B, K, E)
+    """
     prompts = text if background is None else torch.cat([text, background])
     unit, length = F.normalize(z, dim=-1), z.norm(dim=-1)[:, None, None].clamp_min(1e-12)
     used = F.pad(present, (0, len(prompts) - len(text)), value=True)
@@ -131,7 +152,30 @@ def grad_cam_weights(
     Unless `exact`, each class's weights are a positive multiple of that, of a size that does not depend on the grid.
     The tower is not run again: only its last block, once for all images, and one batched backward pass through it, with
     attention in closed form.
-    Raises `InputError` for features without the last block's input and for shapes that disagree."""
+    Raises `InputError` for features without the last block's input and for shapes that disagree.
+
+    Parameters
+    ----------
+    features : Features
+        encoded with joint=True or last_input=True
+    text : Tensor
+        (K, E) unit-norm class embeddings
+    present : Tensor
+        (B, K) bool: classes to explain, image by image
+    background : Tensor|None
+        (Kb, E) unit-norm background prompts
+    pool : str
+        image embedding: mean of "patches" (WeCLIP) or the tower's own "cls"
+    exact : bool
+        the gradient as written instead of a positive multiple of it, see `contrast_direction`
+    chunk : int
+        classes per image in one backward pass; fewer need less memory
+
+    Returns
+    -------
+    Tensor
+        (B, K, D), 0 for absent classes
+    """
     _check_cam_inputs(features, text, present)
     slots, valid = _pack(present)
     with torch.inference_mode(False), torch.enable_grad():
@@ -152,7 +196,18 @@ def grad_cam_evidence(
     backbone: Backbone, features: Features, text: Tensor, present: Tensor, background: Tensor|None = None,
     **options: Any,   # pool, exact, chunk of `grad_cam_weights`
 ) -> Tensor:          # (B, K, h, w), signed, 0 for absent classes
-    "GradCAM before ReLU and scaling, sum_k w_k A_k: linear in the activations once the weights are fixed (WeCLIP)."
+    """GradCAM before ReLU and scaling, sum_k w_k A_k: linear in the activations once the weights are fixed (WeCLIP).
+
+    Parameters
+    ----------
+    **options : Any
+        pool, exact, chunk of `grad_cam_weights`
+
+    Returns
+    -------
+    Tensor
+        (B, K, h, w), signed, 0 for absent classes
+    """
     weights = grad_cam_weights(backbone, features, text, present, background, **options)
     return torch.einsum("bkd,bdhw->bkhw", weights, patch_activations(features).to(weights.dtype))
 
@@ -162,7 +217,22 @@ def normalise_cam(
     positive: bool = True, # ReLU first, as GradCAM; False for similarities, whose zero means nothing
     eps: float = 1e-7,     # added to the range
 ) -> Tensor:               # (B, K, h, w) in [0, 1]
-    "Scale every map to [0, 1] by its own minimum and maximum (WeCLIP). Constant maps become 0."
+    """Scale every map to [0, 1] by its own minimum and maximum (WeCLIP). Constant maps become 0.
+
+    Parameters
+    ----------
+    evidence : Tensor
+        (B, K, h, w)
+    positive : bool
+        ReLU first, as GradCAM; False for similarities, whose zero means nothing
+    eps : float
+        added to the range
+
+    Returns
+    -------
+    Tensor
+        (B, K, h, w) in [0, 1]
+    """
     evidence = evidence.relu() if positive else evidence
     low, high = evidence.amin((-2, -1), keepdim=True), evidence.amax((-2, -1), keepdim=True)
     return (evidence - low) / (high - low + eps)
@@ -179,7 +249,28 @@ def grad_cam(
 ) -> Tensor:                         # (B, K, h, w) in [0, 1]
     """Class activation maps ReLU(sum_k w_k A_k), min-max scaled, 0 for absent classes (WeCLIP, after GradCAM).
 
-    Raises `InputError` for features without the last block's input and for shapes that disagree."""
+    Raises `InputError` for features without the last block's input and for shapes that disagree.
+
+    Parameters
+    ----------
+    features : Features
+        encoded with joint=True or last_input=True
+    text : Tensor
+        (K, E) unit-norm class embeddings
+    present : Tensor
+        (B, K) bool
+    background : Tensor|None
+        (Kb, E) unit-norm background prompts
+    eps : float
+        of the min-max scaling
+    **options : Any
+        pool, exact, chunk of `grad_cam_weights`
+
+    Returns
+    -------
+    Tensor
+        (B, K, h, w) in [0, 1]
+    """
     return normalise_cam(grad_cam_evidence(backbone, features, text, present, background, **options), eps=eps)
 
 # %% ../nbs/22_cam.ipynb #fecbc3b5
@@ -190,7 +281,20 @@ def value_path(
 ) -> Tensor:                  # (B, E, h, w) joint space, not normalised
     """Patch embeddings when each patch of the last block attends to itself only (MaskCLIP).
 
-    Raises `InputError` for features without the last block's input."""
+    Raises `InputError` for features without the last block's input.
+
+    Parameters
+    ----------
+    features : Features
+        encoded with joint=True or last_input=True
+    residual : bool
+        keep the block's residual and feed-forward part around the values
+
+    Returns
+    -------
+    Tensor
+        (B, E, h, w) joint space, not normalised
+    """
     if features.last_ln1 is None: raise InputError("these features lack the last block's input: encode with joint=True or last_input=True.")
     block = backbone.blocks[-1]
     x = merge_heads(block, split_qkv(block, features.last_ln1)[2])
@@ -214,7 +318,22 @@ def intra_correlation(
     """Patch embeddings with intra-correlation attention in the last blocks, no feed-forward part (source of S in DFA).
 
     Queries, keys and values are those of the untouched tower; the blocks' attention outputs add up, on top of the tokens that
-    enter the first of them. Raises `InputError` saying what to encode when something is missing."""
+    enter the first of them. Raises `InputError` saying what to encode when something is missing.
+
+    Parameters
+    ----------
+    features : Features
+        encoded with `similarity_request(backbone, "intra", blocks)`
+    blocks : int
+        how many of the last blocks
+    residual : bool
+        start from the tokens that enter those blocks; False sums the attention branches alone
+
+    Returns
+    -------
+    Tensor
+        (B, E, h, w) joint space, not normalised
+    """
     first = backbone.depth - min(blocks, backbone.depth)
     x = 0
     for index in range(first, backbone.depth):
@@ -238,7 +357,20 @@ def patch_embeddings(
     source: str = "value",   # "value" (MaskCLIP), "intra" (intra-correlation) or "final" (the tower's own)
     **options: Any,          # of `value_path` or `intra_correlation`
 ) -> Tensor:                 # (B, E, h, w) joint space, not normalised
-    "Patch embeddings from one of three sources. Raises `InputError` for an unknown source or features that lack its inputs."
+    """Patch embeddings from one of three sources. Raises `InputError` for an unknown source or features that lack its inputs.
+
+    Parameters
+    ----------
+    source : str
+        "value" (MaskCLIP), "intra" (intra-correlation) or "final" (the tower's own)
+    **options : Any
+        of `value_path` or `intra_correlation`
+
+    Returns
+    -------
+    Tensor
+        (B, E, h, w) joint space, not normalised
+    """
     if source == "value": return value_path(backbone, features, **options)
     if source == "intra": return intra_correlation(backbone, features, **options)
     if source != "final": raise InputError(f"source={source!r}: use 'value', 'intra' or 'final'.")
@@ -262,7 +394,28 @@ def patch_text_similarity(
 ) -> Tensor:                         # (B, K, h, w) in [0, 1] (cosines in [-1, 1] for "none"); 0 for absent classes
     """Patch-text similarity of the given classes (MaskCLIP; the score S of DFA with normalise="none").
 
-    Raises `InputError` for an unknown source or normalisation and for features that lack the source's inputs."""
+    Raises `InputError` for an unknown source or normalisation and for features that lack the source's inputs.
+
+    Parameters
+    ----------
+    text : Tensor
+        (K, E) unit-norm class embeddings
+    present : Tensor|None
+        (B, K) bool; None = all
+    background : Tensor|None
+        (Kb, E) unit-norm prompts that compete in the softmax
+    source : str
+        of `patch_embeddings`
+    normalise : str
+        "minmax" per map, "softmax" over present classes and background, "none" = cosines
+    **options : Any
+        of `patch_embeddings`
+
+    Returns
+    -------
+    Tensor
+        (B, K, h, w) in [0, 1] (cosines in [-1, 1] for "none"); 0 for absent classes
+    """
     cosines = cosine_map(patch_embeddings(backbone, features, source, **options), text)
     present = cosines.new_ones(cosines.shape[:2], dtype=torch.bool) if present is None else present
     if normalise == "softmax": return _softmax_similarity(backbone, features, cosines, present, background, source, options)
@@ -283,7 +436,20 @@ def background_score(
     cam: Tensor,          # (B, K, h, w) in [0, 1]
     power: float = 1.0,   # above 1: less background
 ) -> Tensor:              # (B, 1, h, w) in [0, 1]
-    "What no class claims: (1 - max_c CAM_c)^power (WeCLIP with power 1)."
+    """What no class claims: (1 - max_c CAM_c)^power (WeCLIP with power 1).
+
+    Parameters
+    ----------
+    cam : Tensor
+        (B, K, h, w) in [0, 1]
+    power : float
+        above 1: less background
+
+    Returns
+    -------
+    Tensor
+        (B, 1, h, w) in [0, 1]
+    """
     return (1 - cam.amax(1, keepdim=True)).clamp(0, 1) ** power
 
 # %% ../nbs/22_cam.ipynb #97503f46
@@ -293,7 +459,13 @@ def best_class(
     scores: Tensor,   # of classes along `dim`
     dim: int = 1,
 ) -> Tensor:
-    "The place of the highest score, of equal ones the first. Across channels of maps, `max` finds it on CPU four to eight times as fast as `argmax`."
+    """The place of the highest score, of equal ones the first. Across channels of maps, `max` finds it on CPU four to eight times as fast as `argmax`.
+
+    Parameters
+    ----------
+    scores : Tensor
+        of classes along `dim`
+    """
     return scores.max(dim).indices
 
 def pseudo_labels(
@@ -306,7 +478,28 @@ def pseudo_labels(
 ) -> Tensor:                           # (B, H, W) int64: 0 background, k + 1 for class k, 255 ignored
     """Labels from activation maps: bilinear enlargement, a background channel, argmax; optionally an ignored band.
 
-    Raises `InputError` for a band whose ends are swapped and for a `present` of another shape."""
+    Raises `InputError` for a band whose ends are swapped and for a `present` of another shape.
+
+    Parameters
+    ----------
+    cam : Tensor
+        (B, K, h, w) in [0, 1]
+    present : Tensor|None
+        (B, K) bool: classes that may win; None = all
+    size : tuple[int, int]|None
+        (H, W) to enlarge to first; None = stay at h x w
+    threshold : float|None
+        constant background score; None = 1 - max, to the `power`
+    power : float
+        of the background score when there is no threshold
+    ignore : tuple[float, float]|None
+        largest map value in [low, high) -> 255: too close to call
+
+    Returns
+    -------
+    Tensor
+        (B, H, W) int64: 0 background, k + 1 for class k, 255 ignored
+    """
     if ignore is not None and not ignore[0] <= ignore[1]: raise InputError(f"ignore={ignore}: give (low, high).")
     if size is not None: cam = F.interpolate(cam.float(), size=tuple(size), mode="bilinear", align_corners=False)
     if present is not None:
@@ -328,7 +521,24 @@ def band_cams(
     """Split class evidence into frequency bands of the features that carry it.
 
     Equal to weighing the band-filtered features with the same weights, because filters act on positions and weights on
-    channels. `normalise_cam` of a band, or of a sum of bands, is that band's activation map."""
+    channels. `normalise_cam` of a band, or of a sum of bands, is that band's activation map.
+
+    Parameters
+    ----------
+    evidence : Tensor
+        (B, K, h, w) signed, before ReLU: of `grad_cam_evidence`, or similarity numerators
+    edges : Sequence[float]
+        rising cut-offs in cycles per token
+    shape : str
+        mask of the bands, "square" or "disc"
+    length : Tensor|None
+        (B, 1, h, w) to divide by after filtering: patch norms, for cosines
+
+    Returns
+    -------
+    Tensor
+        (len(edges) + 1, B, K, h, w), lowest band first; their sum is evidence / length
+    """
     bands = band_stack(evidence, edges, shape)
     return bands if length is None else bands / length
 

@@ -65,7 +65,24 @@ def resize_position_embedding(
     grid: tuple[int, int],        # (h, w), the grid wanted
     mode: str = "bilinear",       # "bilinear" (WeCLIP and its descendants) or "bicubic"
 ) -> Tensor:                      # (1 + h*w, D)
-    "Resize the grid part of a position table with `align_corners=False`; the CLS row is kept."
+    """Resize the grid part of a position table with `align_corners=False`; the CLS row is kept.
+
+    Parameters
+    ----------
+    table : Tensor
+        (1 + h0*w0, D): CLS row first, then the trained grid, row-major
+    native : tuple[int, int]
+        (h0, w0), the trained grid
+    grid : tuple[int, int]
+        (h, w), the grid wanted
+    mode : str
+        "bilinear" (WeCLIP and its descendants) or "bicubic"
+
+    Returns
+    -------
+    Tensor
+        (1 + h*w, D)
+    """
     if tuple(grid) == tuple(native): return table
     patches = table[1:].T.unflatten(1, native)[None].float()
     patches = F.interpolate(patches, size=tuple(grid), mode=mode, align_corners=False)
@@ -82,7 +99,17 @@ def pad_to_patch(
     patch: int,            # patch side in pixels
     value: float = 0.0,    # fill; 0 is the mean colour of a normalised picture
 ) -> tuple[Tensor, tuple[int, int]]:
-    "Pad right and bottom to whole patches. Returns the padded images and the original (H, W), to crop maps back with."
+    """Pad right and bottom to whole patches. Returns the padded images and the original (H, W), to crop maps back with.
+
+    Parameters
+    ----------
+    images : Tensor
+        (B, C, H, W)
+    patch : int
+        patch side in pixels
+    value : float
+        fill; 0 is the mean colour of a normalised picture
+    """
     height, width = images.shape[-2:]
     return F.pad(images, (0, -width % patch, 0, -height % patch), value=value), (height, width)
 
@@ -91,7 +118,33 @@ def pad_to_patch(
 class Features:
     """What `Backbone.encode` was asked for; the rest is empty or None. Dictionaries are keyed by block index 0..depth-1.
 
-    B images, patch grid (h, w), N = h*w patches in row-major order, tower width D, joint width E."""
+    B images, patch grid (h, w), N = h*w patches in row-major order, tower width D, joint width E.
+
+    Attributes
+    ----------
+    grid : tuple[int, int]
+        (h, w)
+    depth : int
+        number of blocks in the tower
+    tokens : dict[int, Tensor]
+        block output, patches only: (B, D, h, w)
+    attention : dict[int, Tensor]
+        (B, N+1, N+1) head mean, or (B, heads, N+1, N+1)
+    queries : dict[int, Tensor]
+        (B, heads, N+1, d)
+    keys : dict[int, Tensor]
+        (B, heads, N+1, d)
+    values : dict[int, Tensor]
+        (B, heads, N+1, d)
+    last_residual : Tensor|None
+        (B, N+1, D) input of the last block
+    last_ln1 : Tensor|None
+        (B, N+1, D) the same after the last block's ln_1: what GradCAM differentiates
+    patch_embedding : Tensor|None
+        (B, E, h, w) joint space, not normalised
+    cls_embedding : Tensor|None
+        (B, E) joint space, not normalised: open_clip's encode_image
+    """
     grid: tuple[int, int]                                         # (h, w)
     depth: int                                                    # number of blocks in the tower
     tokens: dict[int, Tensor] = field(default_factory=dict)       # block output, patches only: (B, D, h, w)
@@ -149,7 +202,17 @@ def class_prompts(
     templates: Sequence[str] = (WECLIP_TEMPLATE,),          # each with one {} for the name
     aliases: Mapping[str, str|Sequence[str]]|None = None,   # other descriptions; a list of them makes an ensemble
 ) -> tuple[str, ...]:
-    "All prompts of one class: every alias in every template. Raises `InputError` for a template without {}."
+    """All prompts of one class: every alias in every template. Raises `InputError` for a template without {}.
+
+    Parameters
+    ----------
+    name : str
+        class name
+    templates : Sequence[str]
+        each with one {} for the name
+    aliases : Mapping[str, str|Sequence[str]]|None
+        other descriptions; a list of them makes an ensemble
+    """
     templates = [templates] if isinstance(templates, str) else list(templates)
     for template in templates:
         if "{}" not in template: raise InputError(f"the template {template!r} has no {{}} where the class name goes.")
@@ -163,7 +226,15 @@ class WorldTokenizer:
     """Words to ids over a stored vocabulary. Ids: 0 padding, 1 start, 2 end, then the words in their stored order.
 
     Called with one text or several, returns int64 (n, context_length). Upper case and punctuation are ignored. Raises
-    `InputError` for a word that is not in the vocabulary and for a text longer than the context."""
+    `InputError` for a word that is not in the vocabulary and for a text longer than the context.
+
+    Parameters
+    ----------
+    vocabulary : Sequence[str]
+        distinct lower-case words, without the three special ids
+    context_length : int
+        ids per text, start and end included
+    """
     pad, start, end = 0, 1, 2
 
     def __init__(self,
@@ -210,7 +281,23 @@ class Backbone(nn.Module):
 
     `encode` reads images, `encode_text` reads class names; `embed`, `block`, `last_block` and `project` are the steps of
     `encode` for systems that put something in between (prompts, filters, other attention). No step stops gradients that
-    flow from its input, and no parameter of the backbone ever receives one."""
+    flow from its input, and no parameter of the backbone ever receives one.
+
+    Parameters
+    ----------
+    model : nn.Module
+        open_clip CLIP with a VisionTransformer tower
+    name : str
+        what to call it in messages and file names
+    tokenizer : Any
+        texts -> ids (n, context)
+    position_resize : str
+        "bilinear" or "bicubic"
+    metadata : Mapping[str, Any]|None
+        what the weights file said about itself
+    recipe : Mapping[str, Any]|None
+        arguments of `load_clip` that give this backbone again
+    """
 
     def __init__(self,
         model: nn.Module,                       # open_clip CLIP with a VisionTransformer tower
@@ -284,14 +371,47 @@ def _pair(size: int|Sequence[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 @patch
+def usual_size(self: Backbone,
+    sizes: Sequence[tuple[int, int]],   # (height, width) of every picture, pixels
+) -> tuple[int, int]:                   # (height, width), whole patches
+    """How large pictures are shown unless said otherwise: the longest side twice the native one, for a grid that sees edges; in their shape, several shapes as a square.
+
+    Parameters
+    ----------
+    sizes : Sequence[tuple[int, int]]
+        (height, width) of every picture, pixels
+
+    Returns
+    -------
+    tuple[int, int]
+        (height, width), whole patches
+    """
+    longest, (height, width) = 2*max(_pair(self.native_size)), sizes[0] if len(set(sizes)) == 1 else (1, 1)
+    high, wide = (nearest_multiple(round(side*longest/max(height, width)), self.patch_size) for side in (height, width))
+    return high, wide
+
+@patch
 def preprocess(self: Backbone,
     images: Image.Image|np.ndarray|Sequence[Image.Image|np.ndarray],   # one picture or several; arrays are uint8 (H, W, 3)
-    size: int|tuple[int, int]|None = None,                              # side or (height, width) in pixels; None = native size
+    size: int|tuple[int, int]|None = None,                              # side or (height, width) in pixels; None = `usual_size`
 ) -> Tensor:                                                            # (B, 3, H, W) normalised, on the backbone's device
-    "Pictures to normalised pixels: RGB, resized to exactly `size` (the aspect ratio is not kept), no cropping."
-    images = [images] if isinstance(images, (Image.Image, np.ndarray)) else images
-    size = _pair(self.native_size if size is None else size)
-    return self.normalise(torch.stack([_as_pixels(_as_picture(image), size) for image in images]).to(self.device))
+    """Pictures to normalised pixels: RGB, resized to exactly `size`, no cropping. Raises `InputError` for arrays that are not uint8.
+
+    Parameters
+    ----------
+    images : Image.Image|np.ndarray|Sequence[Image.Image|np.ndarray]
+        one picture or several; arrays are uint8 (H, W, 3)
+    size : int|tuple[int, int]|None
+        side or (height, width) in pixels; None = `usual_size`
+
+    Returns
+    -------
+    Tensor
+        (B, 3, H, W) normalised, on the backbone's device
+    """
+    pictures = [_as_picture(image) for image in ([images] if isinstance(images, (Image.Image, np.ndarray)) else images)]
+    size = self.usual_size([picture.size[::-1] for picture in pictures]) if size is None else _pair(size)
+    return self.normalise(torch.stack([_as_pixels(picture, size) for picture in pictures]).to(self.device))
 
 @patch
 def normalise(self: Backbone, pixels: Tensor) -> Tensor:
@@ -342,7 +462,20 @@ def last_block(self: Backbone,
 ) -> Tensor:              # (B, N+1, D) output of the last block
     """The last block from the output of its ln_1, the cut that GradCAM differentiates at.
 
-    Attention is written out instead of fused, so that one backward pass can be batched over classes."""
+    Attention is written out instead of fused, so that one backward pass can be batched over classes.
+
+    Parameters
+    ----------
+    ln1 : Tensor
+        (B, N+1, D) output of the last block's ln_1
+    residual : Tensor
+        (B, N+1, D) input of the last block
+
+    Returns
+    -------
+    Tensor
+        (B, N+1, D) output of the last block
+    """
     block = self.blocks[-1]
     query, key, value = split_qkv(block, ln1)
     return feed_forward(block, residual + merge_heads(block, attention_weights(query, key) @ value))
@@ -407,7 +540,25 @@ def encode(self: Backbone,
     """One forward pass; returns what was asked for and computes nothing else.
 
     Attention is written out only for the blocks in `attention`, fused elsewhere; blocks after the last one needed are not
-    run. Raises `InputError` for a size that is not whole patches and for a block that does not exist."""
+    run. Raises `InputError` for a size that is not whole patches and for a block that does not exist.
+
+    Parameters
+    ----------
+    images : Tensor
+        (B, 3, H, W) normalised, sides multiples of the patch
+    tokens : Sequence[int]
+        blocks whose output is wanted; -1 = last
+    attention : Sequence[int]
+        blocks whose attention is wanted
+    per_head : bool
+        keep the heads apart instead of their mean
+    qkv : Sequence[int]
+        blocks whose queries, keys and values are wanted
+    joint : bool
+        patch and CLS embeddings in joint space; False skips what only they need
+    last_input : bool
+        with joint=False, still run up to the last block's ln_1 (what GradCAM needs)
+    """
     request = _Request(self.depth, self._indices(tokens, "tokens"), self._indices(attention, "attention"),
                        self._indices(qkv, "qkv"), per_head, joint, last_input)
     found = Features(self.grid_of(images), self.depth)
@@ -422,7 +573,13 @@ def encode(self: Backbone,
 def merge_requests(
     *requests: Mapping[str, Any],   # arguments of `Backbone.encode`; what is not named is not wanted
 ) -> dict[str, Any]:
-    "Arguments for one `Backbone.encode` that gives what each of the requests asks for."
+    """Arguments for one `Backbone.encode` that gives what each of the requests asks for.
+
+    Parameters
+    ----------
+    *requests : Mapping[str, Any]
+        arguments of `Backbone.encode`; what is not named is not wanted
+    """
     blocks = {name: tuple(sorted({block for request in requests for block in request.get(name, ())})) for name in ("tokens", "attention", "qkv")}
     return {**blocks, **{name: any(request.get(name, False) for request in requests) for name in ("per_head", "joint", "last_input")}}
 
@@ -452,7 +609,22 @@ def encode_text(self: Backbone,
 ) -> Tensor:                                                # (K, E), unit norm
     """Embed class names: mean of the normalised embeddings of all their prompts, renormalised; cached by content.
 
-    Raises `InputError` for no names, a template without {}, and (world model) for a word outside the vocabulary."""
+    Raises `InputError` for no names, a template without {}, and (world model) for a word outside the vocabulary.
+
+    Parameters
+    ----------
+    names : Sequence[str]
+        K class names
+    templates : Sequence[str]
+        each with one {} for the name
+    aliases : Mapping[str, str|Sequence[str]]|None
+        name -> description, or several to average
+
+    Returns
+    -------
+    Tensor
+        (K, E), unit norm
+    """
     if isinstance(names, str) or not len(names): raise InputError(f"names must be a non-empty list of class names, not {names!r}.")
     ensembles = [class_prompts(name, templates, aliases) for name in names]
     keys = [hashlib.sha256(json.dumps(prompts).encode()).hexdigest() for prompts in ensembles]
@@ -551,7 +723,21 @@ def save_clip(
     vocabulary: Sequence[str]|None = None,       # words of the `WorldTokenizer`; None = CLIP's byte pairs
     **metadata: Any,                             # anything else JSON can hold: mean, std, default_attention_source...
 ) -> None:
-    "Write a model that `load_clip(path)` reads back. The file is never half there. Raises `InputError` when it cannot be written."
+    """Write a model that `load_clip(path)` reads back. The file is never half there. Raises `InputError` when it cannot be written.
+
+    Parameters
+    ----------
+    model : nn.Module
+        open_clip CLIP
+    path : str|Path
+        .safetensors file to write
+    config : Mapping[str, Any]
+        what `build_world_clip` or `build_clip` was given
+    vocabulary : Sequence[str]|None
+        words of the `WorldTokenizer`; None = CLIP's byte pairs
+    **metadata : Any
+        anything else JSON can hold: mean, std, default_attention_source...
+    """
     from safetensors.torch import save_file
     stored = {"config": config, **({} if vocabulary is None else {"vocabulary": list(vocabulary)}), **metadata}
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
@@ -634,7 +820,13 @@ def _load_named(name: str, pretrained: str|Path|None, quick_gelu: bool|None, see
 def usable_device(
     name: str = "auto",   # "auto", "cpu" or "cuda"
 ) -> str:
-    "The device of that name; auto is CUDA where there is one. Raises `InputError` for CUDA where there is none."
+    """The device of that name; auto is CUDA where there is one. Raises `InputError` for CUDA where there is none.
+
+    Parameters
+    ----------
+    name : str
+        "auto", "cpu" or "cuda"
+    """
     if name == "auto": return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available(): raise InputError(f"device {name}: there is no CUDA device here. Take cpu, or leave device away.")
     return name
@@ -651,7 +843,23 @@ def load_clip(
     """Load a frozen CLIP backbone.
 
     Raises `InputError` for an unknown name or tag, a failed download (with instructions), a file that is missing, damaged,
-    unsafe or of another architecture, and for architectures whose image tower is not open_clip's own ViT."""
+    unsafe or of another architecture, and for architectures whose image tower is not open_clip's own ViT.
+
+    Parameters
+    ----------
+    name : str|Path
+        an open_clip ViT, "world" (ships with the package), or a file of `save_clip`
+    pretrained : str|Path|None
+        published tag, weights file, or None for random weights; unused for world and files
+    normalise : str
+        "clip" = the model's own mean and deviation; "imagenet" as WeCLIP and ZegCLIP feed
+    position_resize : str
+        "bilinear" or "bicubic", for image sizes other than the native one
+    quick_gelu : bool|None
+        None = as published; for bare files and random weights, as OpenAI: True
+    seed : int
+        of random weights
+    """
     if normalise not in ("clip", "imagenet"): raise InputError(f"normalise={normalise!r}: use 'clip' or 'imagenet'.")
     if position_resize not in ("bilinear", "bicubic"): raise InputError(f"position_resize={position_resize!r}: use 'bilinear' or 'bicubic'.")
     recipe = dict(name=str(name), pretrained=None if pretrained is None else str(pretrained), normalise=normalise,

@@ -18,41 +18,66 @@ import numpy as np
 import freqseg
 from .files import InputError
 from .memory import keep_memory
+from .options import Options, option
 
 # %% auto #0
 __all__ = ['CRF_PRESETS', 'CRFSettings', 'require_densecrf', 'crf_settings', 'crf_image', 'dense_crf']
 
 # %% ../nbs/31_crf.ipynb #a8e80be3
 @dataclass(frozen=True)
-class CRFSettings:
-    "Mean-field iterations and the two kernels of a dense CRF (Krähenbühl and Koltun, 2011)."
-    iterations: int = 10
-    gaussian_sxy: float = 3  # smoothness kernel: standard deviation in pixels
-    gaussian_compat: float = 3  # its weight (Potts)
-    bilateral_sxy: float = 64  # appearance kernel: standard deviation in pixels
-    bilateral_srgb: float = 5  # and in grey levels, 0..255
-    bilateral_compat: float = 4  # its weight (Potts)
+class CRFSettings(Options):
+    """Mean-field iterations and the two kernels of a dense CRF (Krähenbühl and Koltun, 2011). Raises `InputError` for values that cannot be.
+
+    Attributes
+    ----------
+    iterations : int
+        rounds of mean-field inference
+    gaussian_sxy : float
+        smoothness kernel: standard deviation, pixels
+    gaussian_compat : float
+        its weight (Potts)
+    bilateral_sxy : float
+        appearance kernel: standard deviation, pixels
+    bilateral_srgb : float
+        and in grey levels, 0 to 255
+    bilateral_compat : float
+        its weight (Potts)
+    """
+    iterations: int = option(10, "rounds of mean-field inference", low=0, high=100_000)
+    gaussian_sxy: float = option(3., "smoothness kernel: standard deviation, pixels", above=0)
+    gaussian_compat: float = option(3., "its weight (Potts)", low=0)
+    bilateral_sxy: float = option(64., "appearance kernel: standard deviation, pixels", above=0)
+    bilateral_srgb: float = option(5., "and in grey levels, 0 to 255", above=0)
+    bilateral_compat: float = option(4., "its weight (Potts)", low=0)
 
 CRF_PRESETS = {  # read from the evaluation code that accompanies each paper
     "weclip": CRFSettings(),  # final predictions on VOC and COCO
-    "toco": CRFSettings(gaussian_sxy=1, gaussian_compat=1, bilateral_sxy=121),  # ToCo (Ru et al., 2023), predictions on VOC
-    "clip_es": CRFSettings(gaussian_sxy=1, bilateral_sxy=67, bilateral_srgb=3),  # CLIP-ES (Lin et al., 2023), CAM to mask
+    "toco": CRFSettings(
+        gaussian_sxy=1, gaussian_compat=1, bilateral_sxy=121
+    ),  # ToCo (Ru et al., 2023), predictions on VOC
+    "clip_es": CRFSettings(
+        gaussian_sxy=1, bilateral_sxy=67, bilateral_srgb=3
+    ),  # CLIP-ES (Lin et al., 2023), CAM to mask
 }
 
 # %% ../nbs/31_crf.ipynb #6b65d7b4
 def require_densecrf():
     "The `pydensecrf.densecrf` module. Raises `InputError` saying what to install when it is absent."
-    try: import pydensecrf.densecrf as densecrf
+    try:
+        import pydensecrf.densecrf as densecrf
     except ImportError as error:
-        raise InputError("the dense CRF needs the optional package pydensecrf2 (it installs as `pydensecrf`): "
-                         "pip install 'freqseg[crf]', or pip install pydensecrf2==1.1. It is compiled with a C++ compiler "
-                         "and has no build for Python 3.13 or later: use Python 3.10 to 3.12 for it.") from error
+        raise InputError(
+            "the dense CRF needs the optional package pydensecrf2 (it installs as `pydensecrf`): "
+            "pip install 'freqseg[crf]', or pip install pydensecrf2==1.1. It is compiled with a C++ compiler "
+            "and has no build for Python 3.13 or later: use Python 3.10 to 3.12 for it."
+        ) from error
     return densecrf
 
 def crf_settings(preset: str | CRFSettings) -> CRFSettings:
     'The settings named "weclip", "toco" or "clip_es", or the given ones. Raises `InputError` for any other name.'
     if isinstance(preset, CRFSettings): return preset
-    if preset not in CRF_PRESETS: raise InputError(f"unknown CRF preset {preset!r}: use one of {', '.join(CRF_PRESETS)}, or CRFSettings(...)")
+    if preset not in CRF_PRESETS:
+        raise InputError(f"unknown CRF preset {preset!r}: use one of {', '.join(CRF_PRESETS)}, or CRFSettings(...)")
     return CRF_PRESETS[preset]
 
 # %% ../nbs/31_crf.ipynb #c8ee10ce
@@ -64,7 +89,22 @@ def crf_image(
 ) -> np.ndarray:  # (K, H, W) float32, or (H, W) uint8 with `labels`
     """Dense CRF on one image, unary energy -log p (Krähenbühl and Koltun, 2011).
 
-    Probabilities below 1e-5 count as 1e-5. Raises `InputError` when pydensecrf is missing or for an unknown preset."""
+    Probabilities below 1e-5 count as 1e-5. Raises `InputError` when pydensecrf is missing or for an unknown preset.
+
+    Parameters
+    ----------
+    image : np.ndarray
+        (H, W, 3) uint8 RGB
+    probs : np.ndarray
+        (K, H, W) class probabilities
+    labels : bool
+        return the best class of each pixel instead of probabilities
+
+    Returns
+    -------
+    np.ndarray
+        (K, H, W) float32, or (H, W) uint8 with `labels`
+    """
     settings, (classes, height, width) = crf_settings(preset), probs.shape
     unary = -np.log(np.clip(probs, 1e-5, 1, dtype=np.float32)).reshape(classes, -1)
     field = require_densecrf().DenseCRF2D(width, height, classes)
@@ -89,7 +129,9 @@ def _crf_pairs(images: Iterable, probs: Iterable) -> Iterator[tuple[np.ndarray, 
             raise InputError(f"images and probability maps differ in number: only one of the two has an item {number}")
         pixels, scores = np.ascontiguousarray(image), _as_scores(scores)
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-            raise InputError(f"image {number} is {pixels.dtype} {pixels.shape}: the CRF needs uint8 RGB of shape (H, W, 3)")
+            raise InputError(
+                f"image {number} is {pixels.dtype} {pixels.shape}: the CRF needs uint8 RGB of shape (H, W, 3)"
+            )
         if scores.ndim != 3 or scores.shape[1:] != pixels.shape[:2]:
             raise InputError(f"probabilities {number} have shape {scores.shape}: image {number} needs "
                              f"(classes, {pixels.shape[0]}, {pixels.shape[1]}); resize them to the image first")
@@ -108,14 +150,16 @@ class _Desk:
     def arrays(self, image: tuple, probs: tuple) -> tuple[np.ndarray, np.ndarray]:
         "The picture uint8 and the scores float32 that lie there, by their shapes."
         split = 4 * math.prod(probs)
-        if self.map is None or len(self.map) < split + math.prod(image): self.map = mmap.mmap(self.memory, split + math.prod(image))
+        if self.map is None or len(self.map) < split + math.prod(image):
+            self.map = mmap.mmap(self.memory, split + math.prod(image))
         scores, pixels = memoryview(self.map)[:split], memoryview(self.map)[split:split + math.prod(image)]
         return np.frombuffer(pixels, np.uint8).reshape(image), np.frombuffer(scores, np.float32).reshape(probs)
 
     def lay(self, image: np.ndarray, probs: np.ndarray) -> None:
         "Put them there. Raises `OSError` when there is no memory left."
         size = image.nbytes + probs.nbytes
-        if os.fstat(self.memory).st_size < size: getattr(os, "posix_fallocate", lambda file, _, size: os.ftruncate(file, size))(self.memory, 0, size)
+        if os.fstat(self.memory).st_size < size:
+            getattr(os, "posix_fallocate", lambda file, _, size: os.ftruncate(file, size))(self.memory, 0, size)
         pixels, scores = self.arrays(image.shape, probs.shape)
         pixels[:], scores[:] = image, probs
 
@@ -125,7 +169,8 @@ class _Desk:
         os.close(self.memory)
 
 # %% ../nbs/31_crf.ipynb #34a36cca
-_CUT_OFF = (EOFError, OSError, pickle.UnpicklingError)  # what a pipe raises whose other end died, between or within messages
+# what a pipe raises whose other end died, between or within messages
+_CUT_OFF = (EOFError, OSError, pickle.UnpicklingError)
 
 _READY = b"here begin the answers of a CRF process\n"
 
@@ -168,8 +213,10 @@ class _Child:
         path = [*map(str, sys.path), str(Path(freqseg.__path__[0]).parent)]
         self.desk = _Desk(_nameless_memory())
         program = f"import sys; sys.path[:] = {path!r}; from freqseg.crf import _serve; _serve({self.desk.memory})"
-        self.process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        pass_fds=[self.desk.memory], start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[self.desk.memory],
+            start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
 
     def compute(self, image: np.ndarray, probs: np.ndarray, settings: CRFSettings, labels: bool) -> np.ndarray:
         "`crf_image` over there. Raises what it raises, `OSError` when there is no memory to share, and `RuntimeError` when the process dies."
@@ -204,7 +251,9 @@ class _Child:
 # %% ../nbs/31_crf.ipynb #31d4aaad
 def _crf_pool(pairs: Iterator, settings: CRFSettings, labels: bool, workers: int) -> Iterator[np.ndarray]:
     "`crf_image` of each pair in child processes, in order, with at most `2 * workers` pairs in flight."
-    with ExitStack() as leaving:  # undone from the last line up: drop what is queued, kill, join the threads, close the pipes
+    with (
+        ExitStack() as leaving
+    ):  # undone from the last line up: drop what is queued, kill, join the threads, close the pipes
         children = [leaving.enter_context(_Child()) for _ in range(workers)]
         threads = leaving.enter_context(ThreadPoolExecutor(workers))
         leaving.callback(lambda: [child.process.kill() for child in children])
@@ -239,7 +288,26 @@ def dense_crf(
 
     Reads `images` and `probs` only as far as `2 * workers` ahead. Closing the iterator ends its processes. Raises `InputError`
     at once for an unknown preset, a worker count below 1 or a missing pydensecrf, and while iterating for an image whose
-    probabilities do not fit it; `RuntimeError` when a process dies."""
+    probabilities do not fit it; `RuntimeError` when a process dies.
+
+    Parameters
+    ----------
+    images : Iterable
+        (H, W, 3) uint8 RGB arrays or PIL images, sizes may differ
+    probs : Iterable
+        (K, H, W) probabilities, arrays or tensors, one per image
+    workers : int | None
+        processes, never more than images; None = one per available core, 1 = in this process
+    labels : bool
+        yield the best class of each pixel, (H, W) uint8, instead of probabilities
+    progress : bool
+        progress bar with remaining time
+
+    Returns
+    -------
+    Iterator[np.ndarray]
+        (K, H, W) float32 each, in order
+    """
     settings, workers = crf_settings(preset), _available_cores() if workers is None else workers
     if workers < 1: raise InputError(f"workers must be at least 1, got {workers}")
     require_densecrf()

@@ -24,7 +24,8 @@ from .wavelet import WaveletConv2d
 # %% ../nbs/30_decoders.ipynb #f1adf40c
 def decoder_blocks(depth: int) -> tuple[int, ...]:
     "Indices of the blocks that a decoder reads: all but the last, which CLIP has tuned to the whole picture (WeCLIP)."
-    if depth < 2: raise InputError(f"a tower of {depth} block(s) has none before its last: the decoder needs at least 2.")
+    if depth < 2:
+        raise InputError(f"a tower of {depth} block(s) has none before its last: the decoder needs at least 2.")
     return tuple(range(depth - 1))
 
 # %% ../nbs/30_decoders.ipynb #261ff2f5
@@ -43,7 +44,17 @@ class BlockFusion(nn.Module):
     """Token maps of L blocks fused into one (WeCLIP; the gate is WTCLIP's).
 
     `y_l = W2_l relu(W1_l x_l + b1_l) + b2_l` per block, `F = W_f (g concat_l y_l) + b_f` per patch, with
-    `g = sigmoid(w_g concat_l y_l + b_g)` or 1. `W2` and `W_f` are separate parameters, multiplied before they meet the tokens."""
+    `g = sigmoid(w_g concat_l y_l + b_g)` or 1. `W2` and `W_f` are separate parameters, multiplied before they meet the tokens.
+
+    Parameters
+    ----------
+    width : int
+        channels of the tokens
+    blocks : int
+        number L of token maps
+    dim : int
+        channels of each MLP and of the result
+    """
     def __init__(self,
         width: int,  # channels of the tokens
         blocks: int,  # number L of token maps
@@ -102,7 +113,17 @@ class DecoderBlock(nn.Module):
 # %% ../nbs/30_decoders.ipynb #4cd18e5d
 @dataclass
 class Decoded:
-    "What a decoder makes of B pictures on a grid of h x w patches, for C classes with background 0."
+    """What a decoder makes of B pictures on a grid of h x w patches, for C classes with background 0.
+
+    Attributes
+    ----------
+    features : Tensor
+        (B, dim, h, w): F, from which affinities are made
+    logits : Tensor
+        (B, C, h, w)
+    high_logits : Tensor | None
+        (B, C, h, w) of a second head that reads high frequencies
+    """
     features: Tensor                    # (B, dim, h, w): F, from which affinities are made
     logits: Tensor                      # (B, C, h, w)
     high_logits: Tensor | None = None   # (B, C, h, w) of a second head that reads high frequencies
@@ -113,7 +134,29 @@ class TransformerDecoder(nn.Module):
 
     5,985,045 trainable parameters for width 768, 11 blocks and 21 classes: every layer has a bias, every transformer block
     two LayerNorms, and there is no other norm. As in the published code, `Decoded.features` is the fused map after
-    dropout. Raises `InputError` for sizes that cannot be built."""
+    dropout. Raises `InputError` for sizes that cannot be built.
+
+    Parameters
+    ----------
+    width : int
+        channels of the tokens
+    blocks : int
+        number of token maps, see `decoder_blocks`
+    classes : int
+        with background
+    dim : int
+        channels inside
+    layers : int
+        transformer blocks
+    dropout : float
+        chance of a whole channel of the fused map to be dropped
+    gate : bool
+        WTCLIP's gate before the fusion
+    refine : nn.Module | None
+        (B, dim, h, w) -> the same, before the classifier
+    pre_norm : bool
+        of the transformer blocks
+    """
     def __init__(self,
         width: int,  # channels of the tokens
         blocks: int,  # number of token maps, see `decoder_blocks`
@@ -127,7 +170,8 @@ class TransformerDecoder(nn.Module):
         pre_norm: bool = True,  # of the transformer blocks
     ) -> None:
         super().__init__()
-        if min(width, blocks, classes, dim) < 1: raise InputError(f"width={width}, blocks={blocks}, classes={classes}, dim={dim}: all must be positive.")
+        if min(width, blocks, classes, dim) < 1:
+            raise InputError(f"width={width}, blocks={blocks}, classes={classes}, dim={dim}: all must be positive.")
         self.width, self.blocks = width, blocks
         self.fusion, self.dropout = BlockFusion(width, blocks, dim, gate), nn.Dropout2d(dropout)
         self.layers = nn.Sequential(*(DecoderBlock(dim, heads, pre_norm) for _ in range(layers)))
@@ -137,8 +181,11 @@ class TransformerDecoder(nn.Module):
     def _check(self, tokens: Sequence[Tensor]) -> None:
         "Raise `InputError` unless these are `blocks` maps of `width` channels."
         shapes = [tuple(x.shape) for x in tokens]
-        if len(shapes) == self.blocks and all(len(s) == 4 and s[1] == self.width and s == shapes[0] for s in shapes): return
-        raise InputError(f"this decoder reads {self.blocks} token maps (B, {self.width}, h, w), not {len(shapes)} of shapes {sorted(set(shapes))}.")
+        if len(shapes) == self.blocks and all(len(s) == 4 and s[1] == self.width and s == shapes[0] for s in shapes):
+            return
+        raise InputError(
+            f"this decoder reads {self.blocks} token maps (B, {self.width}, h, w), not {len(shapes)} of shapes {sorted(set(shapes))}."
+        )
 
     def forward(self, tokens: Sequence[Tensor]) -> Decoded:
         "Token maps `(B, width, h, w)` in the order of the blocks -> `Decoded` on the same grid. Raises `InputError` for others."
@@ -167,7 +214,29 @@ def wtclip_decoder(
     6,074,646 belongs (width 768, 11 blocks, 21 classes). Of these, 8,192 are fixed Haar taps stored once per channel; here
     they are shared and not stored, which leaves 6,066,454, all trainable. With learned filters add
     `decoder.refine.reconstruction_penalty()` to the loss if they are to stay invertible.
-    Raises `InputError` for an unknown wavelet, fewer than one level, and as `TransformerDecoder`."""
+    Raises `InputError` for an unknown wavelet, fewer than one level, and as `TransformerDecoder`.
+
+    Parameters
+    ----------
+    width : int
+        channels of the tokens
+    blocks : int
+        number of token maps
+    classes : int
+        with background
+    levels : int
+        of the wavelet transform: 1 in the published code, 2 in the paper's figure
+    wavelet : str
+        any name that `filter_bank` knows
+    learn_filters : bool
+        False as in the code (fixed filters), True as in the paper's text
+    dim : int
+        channels inside
+    kernel : int
+        side of the depthwise kernels
+    **options : Any
+        of `TransformerDecoder`
+    """
     try: refine = WaveletConv2d(dim, kernel, levels, wavelet, learn_filters)
     except ValueError as error: raise InputError(str(error)) from error
     return TransformerDecoder(width, blocks, classes, dim, gate=gate, refine=refine, **options)
@@ -177,7 +246,20 @@ def token_affinity(
     features: Tensor,  # (B, D, h, w), the decoder's F
     normalise: bool = False,  # compare directions only: F has unit vectors, A lies in [0.27, 0.73]
 ) -> Tensor:  # (B, N, N) symmetric, in [0, 1], at least float32
-    "A_f = sigmoid(F^T F), the affinity that WeCLIP's decoder learns."
+    """A_f = sigmoid(F^T F), the affinity that WeCLIP's decoder learns.
+
+    Parameters
+    ----------
+    features : Tensor
+        (B, D, h, w), the decoder's F
+    normalise : bool
+        compare directions only: F has unit vectors, A lies in [0.27, 0.73]
+
+    Returns
+    -------
+    Tensor
+        (B, N, N) symmetric, in [0, 1], at least float32
+    """
     x = features.flatten(2)
     if normalise: x = F.normalize(x, dim=1)
     product = x.mT @ x
@@ -200,7 +282,19 @@ class DualHead(nn.Module):
 
     Sizes are not printed in the paper; the defaults are those of ToCo's code, with one convolution instead of two and with biases. Nor
     is the start: by default both heads begin as linear classifiers of what they read (`pass_through`), which a short training needs.
-    Raises `InputError` for fewer than one convolution, and an unknown start."""
+    Raises `InputError` for fewer than one convolution, and an unknown start.
+
+    Parameters
+    ----------
+    dim : int
+        channels of the features
+    classes : int
+        with background
+    dilation : int
+        reach of the 3x3 kernels, in patches
+    start : str
+        of the convolutions: near the "identity", or "random" as torch makes them
+    """
     def __init__(self,
         dim: int,  # channels of the features
         classes: int,  # with background
@@ -223,11 +317,25 @@ class DualHead(nn.Module):
         features: Tensor,  # (B, dim, h, w)
         high: Tensor | None = None,  # their high-frequency part, the same shape; None = first head only
     ) -> Decoded:  # features (B, hidden, h, w)
-        "Logits of both heads, the shared convolution run once over both inputs. Raises `InputError` when their shapes differ."
+        """Logits of both heads, the shared convolution run once over both inputs. Raises `InputError` when their shapes differ.
+
+        Parameters
+        ----------
+        features : Tensor
+            (B, dim, h, w)
+        high : Tensor | None
+            their high-frequency part, the same shape; None = first head only
+
+        Returns
+        -------
+        Decoded
+            features (B, hidden, h, w)
+        """
         if high is None:
             shared = self.shared(features)
             return Decoded(shared, self.classifier(shared))
-        if high.shape != features.shape: raise InputError(f"high-frequency features {tuple(high.shape)} do not fit {tuple(features.shape)}.")
+        if high.shape != features.shape:
+            raise InputError(f"high-frequency features {tuple(high.shape)} do not fit {tuple(features.shape)}.")
         shared, shared_high = self.shared(torch.cat([features, high])).chunk(2)
         return Decoded(shared, self.classifier(shared), self.high_classifier(shared_high))
 
@@ -240,7 +348,13 @@ def truncated_normal_start(module: nn.Module) -> None:
             if layer.bias is not None: nn.init.zeros_(layer.bias)
 
 class RelationshipDescriptor(nn.Module):
-    "Class queries that know the picture: `t^ = W [g * t ; t] + b`, with the class's text t and the picture's CLS embedding g (ZegCLIP)."
+    """Class queries that know the picture: `t^ = W [g * t ; t] + b`, with the class's text t and the picture's CLS embedding g (ZegCLIP).
+
+    Parameters
+    ----------
+    dim : int
+        width E of the joint space
+    """
     def __init__(self,
         dim: int,  # width E of the joint space
     ) -> None:
@@ -252,10 +366,25 @@ class RelationshipDescriptor(nn.Module):
         text: Tensor,  # (C, E), unit norm
         cls: Tensor,  # (B, E), unit norm
     ) -> Tensor:  # (B, C, E)
-        "Raises `InputError` when the widths differ."
+        """Raises `InputError` when the widths differ.
+
+        Parameters
+        ----------
+        text : Tensor
+            (C, E), unit norm
+        cls : Tensor
+            (B, E), unit norm
+
+        Returns
+        -------
+        Tensor
+            (B, C, E)
+        """
         width = self.linear.out_features
         if text.shape[-1] != width or cls.shape[-1] != width:
-            raise InputError(f"texts {tuple(text.shape)} and CLS embeddings {tuple(cls.shape)}: this descriptor reads {width} channels of both.")
+            raise InputError(
+                f"texts {tuple(text.shape)} and CLS embeddings {tuple(cls.shape)}: this descriptor reads {width} channels of both."
+            )
         return self.linear(torch.cat([cls[:, None] * text, text.expand(len(cls), -1, -1)], -1))
 
 # %% ../nbs/30_decoders.ipynb #33903d51
@@ -267,12 +396,33 @@ def mask_scores(
     queries: Tensor,  # (B, C, D)
     features: Tensor,  # (B, N, D)
 ) -> Tensor:  # (B, C, N), at least float32
-    "How well names and tokens fit, the masks: products that autocast leaves alone, since in bfloat16 one token in sixteen has two best names."
+    """How well names and tokens fit, the masks: products that autocast leaves alone, since in bfloat16 one token in sixteen has two best names.
+
+    Parameters
+    ----------
+    queries : Tensor
+        (B, C, D)
+    features : Tensor
+        (B, N, D)
+
+    Returns
+    -------
+    Tensor
+        (B, C, N), at least float32
+    """
     wide = torch.promote_types(torch.promote_types(queries.dtype, features.dtype), torch.float32)
     with torch.autocast(queries.device.type, enabled=False): return queries.to(wide) @ features.to(wide).mT
 
 class CrossAttention(nn.Module):
-    "Multi-head attention of class queries `(B, C, dim)` over tokens `(B, N, dim)`. No class sees another."
+    """Multi-head attention of class queries `(B, C, dim)` over tokens `(B, N, dim)`. No class sees another.
+
+    Parameters
+    ----------
+    dropout : float
+        chance of an attention weight to be dropped
+    values : bool
+        False: only `scores` are wanted
+    """
     def __init__(self,
         dim: int,
         heads: int,
@@ -286,7 +436,9 @@ class CrossAttention(nn.Module):
 
     def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
         "What the queries find: `(B, C, dim)`."
-        query, key, value = (split_heads(x, self.heads) for x in (self.query(queries), self.key(tokens), self.value(tokens)))
+        query, key, value = (
+            split_heads(x, self.heads) for x in (self.query(queries), self.key(tokens), self.value(tokens))
+        )
         answer = F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout if self.training else 0.0)
         return self.out(answer.transpose(1, 2).flatten(2))
 
@@ -309,7 +461,17 @@ class QueryUpdate(nn.Module):
 
 # %% ../nbs/30_decoders.ipynb #90450c1f
 class CrossAttentionLayer(nn.Module):
-    "One post-norm layer of ZegCLIP's decoder: queries `(B, C, dim)` and tokens `(B, N, dim)` -> queries, or their scores `(B, C, N)`."
+    """One post-norm layer of ZegCLIP's decoder: queries `(B, C, dim)` and tokens `(B, N, dim)` -> queries, or their scores `(B, C, N)`.
+
+    Parameters
+    ----------
+    hidden : int | None
+        width of the feed-forward part; None = 4 dim
+    self_attention : bool
+        first among the queries, which mixes classes
+    answers : bool
+        False: only `scores` are wanted, what they do not need is not created
+    """
     def __init__(self,
         dim: int,
         heads: int,
@@ -320,7 +482,9 @@ class CrossAttentionLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.among = CrossAttention(dim, heads, dropout) if self_attention else None
-        self.among_norm, self.among_dropout = (nn.LayerNorm(dim), nn.Dropout(dropout)) if self_attention else (None, None)
+        self.among_norm, self.among_dropout = (
+            (nn.LayerNorm(dim), nn.Dropout(dropout)) if self_attention else (None, None)
+        )
         self.attention = CrossAttention(dim, heads, dropout, values=answers)
         self.update = QueryUpdate(dim, hidden, dropout) if answers else None
 
@@ -333,7 +497,8 @@ class CrossAttentionLayer(nn.Module):
         queries = self._exchange(queries)
         return self.update(queries, self.attention(queries, tokens))
 
-    def scores(self, queries: Tensor, tokens: Tensor) -> Tensor: return self.attention.scores(self._exchange(queries), tokens)
+    def scores(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        return self.attention.scores(self._exchange(queries), tokens)
 
 # %% ../nbs/30_decoders.ipynb #87a7ef1a
 def _check_decoder(dim: int, layers: int, heads: int, hidden: int | None, dropout: float) -> None:
@@ -345,8 +510,16 @@ def _check_decoder(dim: int, layers: int, heads: int, hidden: int | None, dropou
 
 def _check_question(queries: Tensor, patches: Tensor, dim: int) -> None:
     "Raise `InputError` unless these are queries `(B, C, dim)` for patches `(B, dim, h, w)`."
-    if queries.ndim == 3 and patches.ndim == 4 and len(queries) == len(patches) and queries.shape[2] == patches.shape[1] == dim: return
-    raise InputError(f"this decoder reads queries (B, C, {dim}) and patches (B, {dim}, h, w), not {tuple(queries.shape)} and {tuple(patches.shape)}.")
+    if (
+        queries.ndim == 3
+        and patches.ndim == 4
+        and len(queries) == len(patches)
+        and queries.shape[2] == patches.shape[1] == dim
+    ):
+        return
+    raise InputError(
+        f"this decoder reads queries (B, C, {dim}) and patches (B, {dim}, h, w), not {tuple(queries.shape)} and {tuple(patches.shape)}."
+    )
 
 class CrossAttentionDecoder(nn.Module):
     """ZegCLIP's decoder: class queries read the patches, layer upon layer; the mask is how well a query and a patch fit in the last.
@@ -355,7 +528,21 @@ class CrossAttentionDecoder(nn.Module):
     inherit a self-attention that no forward pass uses. It is not created here; `self_attention=True` creates and uses it,
     and then classes do see each other. Nor is that part of the last layer created which comes after its scores and on which
     no mask depends (2,627,072 parameters that the published code counts and never trains); `whole_last=True` creates it.
-    With both the decoder has the published 12,612,096 parameters. Raises `InputError` for sizes that cannot be built."""
+    With both the decoder has the published 12,612,096 parameters. Raises `InputError` for sizes that cannot be built.
+
+    Parameters
+    ----------
+    dim : int
+        width of queries and patches
+    hidden : int | None
+        width of the feed-forward parts; None = 4 dim
+    dropout : float
+        of attention weights, hidden units and branches
+    self_attention : bool
+        among the class queries
+    whole_last : bool
+        create the untrained rest of the last layer too, as published
+    """
     def __init__(self,
         dim: int = 512,  # width of queries and patches
         layers: int = 3,
@@ -368,15 +555,30 @@ class CrossAttentionDecoder(nn.Module):
         super().__init__()
         _check_decoder(dim, layers, heads, hidden, dropout)
         self.dim = dim
-        self.layers = nn.ModuleList(CrossAttentionLayer(dim, heads, hidden, dropout, self_attention, answers=whole_last or index < layers - 1)
-                                    for index in range(layers))
+        self.layers = nn.ModuleList(
+            CrossAttentionLayer(dim, heads, hidden, dropout, self_attention, answers=whole_last or index < layers - 1)
+            for index in range(layers)
+        )
         truncated_normal_start(self)
 
     def forward(self,
         queries: Tensor,  # (B, C, dim), from a `RelationshipDescriptor`
         patches: Tensor,  # (B, dim, h, w), unit norm in ZegCLIP
     ) -> Tensor:  # (B, C, h, w) mask logits
-        "Raises `InputError` for shapes that do not fit."
+        """Raises `InputError` for shapes that do not fit.
+
+        Parameters
+        ----------
+        queries : Tensor
+            (B, C, dim), from a `RelationshipDescriptor`
+        patches : Tensor
+            (B, dim, h, w), unit norm in ZegCLIP
+
+        Returns
+        -------
+        Tensor
+            (B, C, h, w) mask logits
+        """
         _check_question(queries, patches, self.dim)
         tokens = patches.flatten(2).mT
         for layer in self.layers[:-1]: queries = layer(queries, tokens)
@@ -387,7 +589,20 @@ def window_partition(
     x: Tensor,  # (B, h, w, D)
     side: int,  # of the windows, in patches
 ) -> Tensor:  # (B, W, side^2, D)
-    "Cut a grid into W windows that do not overlap, row by row; zeros are appended right and below where they do not fit."
+    """Cut a grid into W windows that do not overlap, row by row; zeros are appended right and below where they do not fit.
+
+    Parameters
+    ----------
+    x : Tensor
+        (B, h, w, D)
+    side : int
+        of the windows, in patches
+
+    Returns
+    -------
+    Tensor
+        (B, W, side^2, D)
+    """
     height, width = x.shape[1:3]
     x = F.pad(x, (0, 0, 0, -width % side, 0, -height % side))
     return x.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
@@ -397,13 +612,34 @@ def window_merge(
     side: int,
     grid: Sequence[int],  # (h, w), without the padding
 ) -> Tensor:  # (B, h, w, D)
-    "Put the windows of `window_partition` together again."
+    """Put the windows of `window_partition` together again.
+
+    Parameters
+    ----------
+    windows : Tensor
+        (B, W, side^2, D)
+    grid : Sequence[int]
+        (h, w), without the padding
+
+    Returns
+    -------
+    Tensor
+        (B, h, w, D)
+    """
     x = windows.unflatten(1, (-(-grid[0] // side), -1)).unflatten(3, (side, side)).transpose(2, 3)
     return x.flatten(3, 4).flatten(1, 2)[:, :grid[0], :grid[1]]
 
 # %% ../nbs/30_decoders.ipynb #e45fdc26
 class WindowAttention(nn.Module):
-    "High frequencies: self-attention of the patches within windows, `(B, dim, h, w)` -> `(B, N, width)` (LITv2's Hi-Fi)."
+    """High frequencies: self-attention of the patches within windows, `(B, dim, h, w)` -> `(B, N, width)` (LITv2's Hi-Fi).
+
+    Parameters
+    ----------
+    width : int
+        channels of the answer, a multiple of the heads
+    mask_padding : bool
+        False: padding takes part as zero keys and values
+    """
     def __init__(self,
         dim: int,
         heads: int,
@@ -423,13 +659,26 @@ class WindowAttention(nn.Module):
         return real.expand(len(patches), -1, -1, -1).flatten(0, 1)[:, None].mT
 
     def forward(self, patches: Tensor) -> Tensor:
-        windows = window_partition(self.query_key_value(patches.movedim(1, -1)), self.window)   # without bias padding stays zero
+        # without bias padding stays zero
+        windows = window_partition(self.query_key_value(patches.movedim(1, -1)), self.window)
         query, key, value = (split_heads(x, self.heads) for x in windows.flatten(0, 1).chunk(3, -1))
-        answer = F.scaled_dot_product_attention(query, key, value, attn_mask=self._real(patches)).transpose(1, 2).flatten(2)
-        return self.out(window_merge(answer.unflatten(0, (len(patches), -1)), self.window, patches.shape[2:])).flatten(1, 2)
+        answer = (
+            F.scaled_dot_product_attention(query, key, value, attn_mask=self._real(patches)).transpose(1, 2).flatten(2)
+        )
+        return self.out(window_merge(answer.unflatten(0, (len(patches), -1)), self.window, patches.shape[2:])).flatten(
+            1, 2
+        )
 
 class PooledAttention(nn.Module):
-    "Low frequencies: every patch asks the means of all windows, `(B, dim, h, w)` -> `(B, N, width)` (LITv2's Lo-Fi)."
+    """Low frequencies: every patch asks the means of all windows, `(B, dim, h, w)` -> `(B, N, width)` (LITv2's Lo-Fi).
+
+    Parameters
+    ----------
+    width : int
+        channels of the answer, a multiple of the heads
+    mask_padding : bool
+        False: windows at the edge are divided by window^2 all the same
+    """
     def __init__(self,
         dim: int,
         heads: int,
@@ -452,7 +701,9 @@ class PooledAttention(nn.Module):
 def _check_branches(heads: int, high_heads: int, window: int, similarity: str) -> None:
     "Raise `InputError` for options of which no spectral layer can be built."
     if not 0 <= high_heads <= heads:
-        raise InputError(f"high_heads={high_heads} of {heads} heads: give 0 (low branch only) to {heads} (high branch only).")
+        raise InputError(
+            f"high_heads={high_heads} of {heads} heads: give 0 (low branch only) to {heads} (high branch only)."
+        )
     if window < 1: raise InputError(f"window={window}: a window has at least 1 patch a side.")
     if similarity not in ("shifted", "clamp"): raise InputError(f"similarity={similarity!r}: use 'shifted' or 'clamp'.")
 
@@ -465,7 +716,29 @@ class SpectralGuidedLayer(nn.Module):
     as in the code: plain products, one head, no scale. There the output projection of the high heads is never applied; here it is,
     as the paper says. Its equations have no `residual` around the branches. But attention starts out even, so z starts as means over windows and over the whole
     picture, and a short training never finds its way back to places; the blocks that the branches come from (HiLo attention, Pan et al., 2022)
-    do have one. Raises `InputError` for options that make no sense."""
+    do have one. Raises `InputError` for options that make no sense.
+
+    Parameters
+    ----------
+    dim : int
+        width of queries and patches
+    high_heads : int
+        of them; 0 or all leaves one branch
+    window : int
+        side in patches
+    mask_padding : bool
+        False: where grids are padded to whole windows the zeros count, as in the authors' code
+    similarity : str
+        or "clamp"
+    hidden : int | None
+        width of the feed-forward part; None = 4 dim
+    dropout : float
+        of the queries' attention weights, hidden units and branches
+    answers : bool
+        False: `ask` is not wanted, what only it needs is not created
+    residual : bool
+        z = [high ; low] + patches
+    """
     def __init__(self,
         dim: int = 512,  # width of queries and patches
         heads: int = 8,
@@ -483,7 +756,9 @@ class SpectralGuidedLayer(nn.Module):
         _check_branches(heads, high_heads, window, similarity)
         width = dim // heads * high_heads
         self.high = WindowAttention(dim, high_heads, width, window, mask_padding) if high_heads else None
-        self.low = PooledAttention(dim, heads - high_heads, dim - width, window, mask_padding) if high_heads < heads else None
+        self.low = (
+            PooledAttention(dim, heads - high_heads, dim - width, window, mask_padding) if high_heads < heads else None
+        )
         self.similarity, self.dropout, self.residual = similarity, dropout, residual
         self.task, self.transform = nn.Parameter(torch.randn(dim)), nn.Parameter(torch.eye(dim))
         self.out, self.update = (nn.Linear(dim, dim), QueryUpdate(dim, hidden, dropout)) if answers else (None, None)
@@ -504,7 +779,9 @@ class SpectralGuidedLayer(nn.Module):
     def ask(self, queries: Tensor, patches: Tensor) -> Tensor:
         "Queries `(B, C, dim)` after they have read z^ `(B, dim, h, w)`."
         z = patches.flatten(2).mT[:, None]
-        answer = F.scaled_dot_product_attention(queries[:, None], z, z, dropout_p=self.dropout if self.training else 0.0, scale=1.0)
+        answer = F.scaled_dot_product_attention(
+            queries[:, None], z, z, dropout_p=self.dropout if self.training else 0.0, scale=1.0
+        )
         return self.update(queries, self.out(answer[:, 0]))
 
 # %% ../nbs/30_decoders.ipynb #7953bc50
@@ -513,7 +790,27 @@ class SpectralGuidedDecoder(nn.Module):
 
     Every class gets its mask alone, as in `CrossAttentionDecoder`. The product has no scale: with patches of unit norm the masks
     start near 0. The paper does not say what layers after the first one filter: the "tower"'s patches afresh, as in the
-    authors' code, or the "previous" layer's z^. Raises `InputError` for options that make no sense."""
+    authors' code, or the "previous" layer's z^. Raises `InputError` for options that make no sense.
+
+    Parameters
+    ----------
+    dim : int
+        width of queries and patches
+    high_heads : int
+        of them; 0 or all leaves one branch
+    window : int
+        side in patches
+    mask_padding : bool
+        False: the zeros of a padded grid count, as in the authors' code
+    similarity : str
+        or "clamp", see `SpectralGuidedLayer`
+    hidden : int | None
+        width of the feed-forward parts; None = 4 dim
+    reads : str
+        what layers filter: patches of the "tower", or the "previous" layer's features
+    residual : bool
+        around the branches, see `SpectralGuidedLayer`
+    """
     def __init__(self,
         dim: int = 512,  # width of queries and patches
         layers: int = 3,
@@ -531,14 +828,32 @@ class SpectralGuidedDecoder(nn.Module):
         _check_decoder(dim, layers, heads, hidden, dropout)
         if reads not in ("tower", "previous"): raise InputError(f"reads={reads!r}: use 'tower' or 'previous'.")
         self.dim, self.reads = dim, reads
-        self.layers = nn.ModuleList(SpectralGuidedLayer(dim, heads, high_heads, window, mask_padding, similarity, hidden, dropout,
-                                                        answers=index < layers - 1, residual=residual) for index in range(layers))
+        self.layers = nn.ModuleList(
+            SpectralGuidedLayer(
+                dim, heads, high_heads, window, mask_padding, similarity, hidden, dropout, answers=index < layers - 1,
+                residual=residual
+            )
+            for index in range(layers)
+        )
 
     def forward(self,
         queries: Tensor,  # (B, C, dim), from a `RelationshipDescriptor`
         patches: Tensor,  # (B, dim, h, w), unit norm in ZegCLIP
     ) -> Tensor:  # (B, C, h, w) mask logits
-        "Raises `InputError` for shapes that do not fit."
+        """Raises `InputError` for shapes that do not fit.
+
+        Parameters
+        ----------
+        queries : Tensor
+            (B, C, dim), from a `RelationshipDescriptor`
+        patches : Tensor
+            (B, dim, h, w), unit norm in ZegCLIP
+
+        Returns
+        -------
+        Tensor
+            (B, C, h, w) mask logits
+        """
         _check_question(queries, patches, self.dim)
         features = patches
         for layer in self.layers:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
-from .data import IGNORE
+from .lists import IGNORE
 from .files import InputError
 
 # %% ../nbs/34_losses.ipynb #78208f15
@@ -34,8 +34,22 @@ def balanced_cross_entropy(
     """Half the mean cross-entropy over background pixels plus half that over foreground pixels of the batch (WeCLIP).
 
     A side without pixels counts 0; with neither the loss is 0, and so is its gradient. Raises torch's `IndexError` on a CPU
-    for labels outside 0..C-1, and `InputError` when batch sizes differ."""
-    if len(logits) != len(labels): raise InputError(f"{len(logits)} maps of logits for {len(labels)} label maps: pass one per picture.")
+    for labels outside 0..C-1, and `InputError` when batch sizes differ.
+
+    Parameters
+    ----------
+    logits : Tensor
+        (B, C, H, W); another height and width is resized bilinearly to that of the labels
+    labels : Tensor
+        (B, H, W) int64, 0..C-1 or `ignore`
+
+    Returns
+    -------
+    Tensor
+        scalar
+    """
+    if len(logits) != len(labels):
+        raise InputError(f"{len(logits)} maps of logits for {len(labels)} label maps: pass one per picture.")
     if logits.shape[-2:] != labels.shape[-2:]:
         logits = F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=False)
     losses = F.cross_entropy(logits, labels, ignore_index=ignore, reduction="none")
@@ -48,7 +62,22 @@ def nearest_labels(
     grid: Sequence[int],  # (h, w)
     centre: bool = False,  # the pixel in the middle of each cell instead of its upper left one
 ) -> Tensor:  # (B, N), N = h w row-major
-    "One label per cell, taken from a single pixel: torch's 'nearest', or 'nearest-exact' with `centre` (any integer dtype)."
+    """One label per cell, taken from a single pixel: torch's 'nearest', or 'nearest-exact' with `centre` (any integer dtype).
+
+    Parameters
+    ----------
+    labels : Tensor
+        (B, H, W)
+    grid : Sequence[int]
+        (h, w)
+    centre : bool
+        the pixel in the middle of each cell instead of its upper left one
+
+    Returns
+    -------
+    Tensor
+        (B, N), N = h w row-major
+    """
     rows, columns = ((2 * torch.arange(cells, device=labels.device) + centre) * side // (2 * cells)
                      for cells, side in zip(grid, labels.shape[-2:]))
     return labels[:, rows[:, None], columns].flatten(1)
@@ -60,9 +89,22 @@ def neighbour_window(
     radius: int,
     device: str | torch.device = "cpu",
 ) -> Tensor:  # (N, N) bool, shared between callers: do not write into it
-    "Which patches lie within Chebyshev distance `radius` of each other, a patch and itself included."
+    """Which patches lie within Chebyshev distance `radius` of each other, a patch and itself included.
+
+    Parameters
+    ----------
+    grid : tuple[int, int]
+        (h, w)
+
+    Returns
+    -------
+    Tensor
+        (N, N) bool, shared between callers: do not write into it
+    """
     with torch.inference_mode(False):
-        near = [(torch.arange(n, device=device)[:, None] - torch.arange(n, device=device)).abs() <= radius for n in grid]
+        near = [
+            (torch.arange(n, device=device)[:, None] - torch.arange(n, device=device)).abs() <= radius for n in grid
+        ]
         return (near[0][:, None, :, None] & near[1][None, :, None]).reshape(grid[0] * grid[1], -1)
 
 def pair_labels(
@@ -74,7 +116,24 @@ def pair_labels(
 ) -> tuple[Tensor, Tensor]:  # positive, negative: (B, N, N) bool, symmetric, never both
     """Pairs of patches with equal and with different labels, within a Chebyshev radius (WeCLIP).
 
-    Pairs further apart or with an ignored side are in neither. Raises `InputError` for a negative radius."""
+    Pairs further apart or with an ignored side are in neither. Raises `InputError` for a negative radius.
+
+    Parameters
+    ----------
+    labels : Tensor
+        (B, H, W) int64, 255 = ignore
+    grid : Sequence[int]
+        (h, w), the grid of the affinity
+    radius : int
+        in patches
+    centre : bool
+        where in its cell each patch's label is read, see `nearest_labels`
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        positive, negative: (B, N, N) bool, symmetric, never both
+    """
     if radius < 0: raise InputError(f"radius={radius}: give 0 or more patches.")
     y = nearest_labels(labels, grid, centre)
     known = y != ignore
@@ -90,9 +149,26 @@ def affinity_loss(
 ) -> Tensor:  # scalar
     """Half sum_pos (1 - A) / (n_pos + 1) plus half sum_neg A / (n_neg + 1), over the pairs of the whole batch (WeCLIP).
 
-    Without pairs it is 0. Summed in float32 at least. Raises `InputError` when shapes differ."""
+    Without pairs it is 0. Summed in float32 at least. Raises `InputError` when shapes differ.
+
+    Parameters
+    ----------
+    affinity : Tensor
+        (B, N, N) in [0, 1]
+    positive : Tensor
+        (B, N, N) bool
+    negative : Tensor
+        (B, N, N) bool
+
+    Returns
+    -------
+    Tensor
+        scalar
+    """
     if not affinity.shape == positive.shape == negative.shape:
-        raise InputError(f"affinity {tuple(affinity.shape)}, positive {tuple(positive.shape)} and negative {tuple(negative.shape)} must agree.")
+        raise InputError(
+            f"affinity {tuple(affinity.shape)}, positive {tuple(positive.shape)} and negative {tuple(negative.shape)} must agree."
+        )
     a = affinity.to(torch.promote_types(affinity.dtype, torch.float32))
     apart, close = torch.where(positive, 1 - a, 0).sum(), torch.where(negative, a, 0).sum()
     return (apart / (positive.sum() + 1) + close / (negative.sum() + 1)) / 2
@@ -116,7 +192,8 @@ class _BilateralSum(torch.autograd.Function):
         return _bilateral_sum(x, features)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]: return _BilateralSum.apply(gradient, *ctx.saved_tensors), None
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return _BilateralSum.apply(gradient, *ctx.saved_tensors), None
 
 # %% ../nbs/34_losses.ipynb #7f7d879d
 def _place_and_colour(image: Tensor, sigma_xy: float, sigma_rgb: float) -> Tensor:
@@ -132,8 +209,10 @@ def _openness(probs: Tensor, labels: Tensor | None, size: tuple[int, int], ignor
 
 def _check_energy(image: Tensor, probs: Tensor, scale: float, form: str) -> None:
     "Raise `InputError` for what `dense_energy_loss` cannot work with."
-    if len(image) != len(probs): raise InputError(f"{len(image)} pictures for {len(probs)} probability maps: pass one map per picture.")
-    if not 0 < scale <= 1: raise InputError(f"scale={scale}: give the share of the picture's side to work at, above 0 and at most 1.")
+    if len(image) != len(probs):
+        raise InputError(f"{len(image)} pictures for {len(probs)} probability maps: pass one map per picture.")
+    if not 0 < scale <= 1:
+        raise InputError(f"scale={scale}: give the share of the picture's side to work at, above 0 and at most 1.")
     if form not in ("mean", "sum"): raise InputError(f"form={form!r}: use 'mean' or 'sum'.")
 
 # %% ../nbs/34_losses.ipynb #05d43b8c
@@ -154,7 +233,34 @@ def dense_energy_loss(
     The bilateral kernel k is exact. The gate g_i = 1 - max_c S_ic, 1 at unlabelled pixels, is held constant. "mean" averages
     over the pictures of the batch and does not depend on their size; "sum" is the published -1e-7 sum_ij g_i k_ij S_i . S_j,
     which ToCo weighs with 0.05. Pictures without a valid pixel count 0. Raises `InputError` for unknown options and
-    batch sizes that differ."""
+    batch sizes that differ.
+
+    Parameters
+    ----------
+    image : Tensor
+        (B, 3, H, W) in [0, 1], not normalised
+    probs : Tensor
+        (B, C, h, w) class probabilities of any size
+    labels : Tensor | None
+        (B, H, W): pixels labelled `ignore` are always open; None = none is
+    region : Tensor | None
+        (B, H, W) bool: where there is a picture; None = everywhere
+    sigma_rgb : float
+        of colours, on the scale 0..255
+    sigma_xy : float
+        of distances, in pixels of the picture
+    scale : float
+        size to work at, as a share of the picture's sides; published code: 0.5
+    form : str
+        "mean" of the kernel, in [0, 1], or the published "sum"
+    one_sided : bool
+        gradient only to open pixels, as published; False = the gradient of the value
+
+    Returns
+    -------
+    Tensor
+        scalar
+    """
     _check_energy(image, probs, scale, form)
     size = tuple(max(1, round(side * scale)) for side in image.shape[-2:])
     dtype = torch.promote_types(probs.dtype, torch.float32)
@@ -166,7 +272,9 @@ def dense_energy_loss(
 def _energy(probs: Tensor, features: Tensor, valid: Tensor, gate: Tensor, form: str, one_sided: bool) -> Tensor:
     "The energy of probabilities `(B, C, M)` under features `(B, M, 5)`; valid and gate `(B, M)`."
     weighted = torch.cat([probs, torch.ones_like(probs[:, :1])], 1) * valid[:, None]
-    spread, mass = (_bilateral_sum if one_sided else _BilateralSum.apply)(weighted, features).split((probs.shape[1], 1), 1)
+    spread, mass = (_bilateral_sum if one_sided else _BilateralSum.apply)(weighted, features).split(
+        (probs.shape[1], 1), 1
+    )
     agreement = (gate[:, None] * probs * spread).sum((1, 2))
     if one_sided: agreement = 2 * agreement - agreement.detach()   # the other side's share, sent to this one
     if form == "sum": return -1e-7 * agreement.mean()
@@ -175,7 +283,17 @@ def _energy(probs: Tensor, features: Tensor, valid: Tensor, gate: Tensor, form: 
 
 # %% ../nbs/34_losses.ipynb #27835ab7
 class MaskTargets(NamedTuple):
-    "What per-class masks should be, for B pictures and C classes."
+    """What per-class masks should be, for B pictures and C classes.
+
+    Attributes
+    ----------
+    masks : Tensor
+        (B, C, H, W) bool: the pixels of each class
+    present : Tensor
+        (B, C) bool: which classes have any
+    counted : Tensor | None
+        (B, H, W) bool: pixels that take part; None = all
+    """
     masks: Tensor           # (B, C, H, W) bool: the pixels of each class
     present: Tensor         # (B, C) bool: which classes have any
     counted: Tensor | None  # (B, H, W) bool: pixels that take part; None = all
@@ -187,9 +305,20 @@ def class_targets(
 ) -> MaskTargets:
     """One binary mask for each class. Any other label value, ignored, unlabelled or of a class not asked for, is a pixel of no class.
 
-    ZegCLIP and SPT-SEG count such pixels as negatives. Raises `InputError` for no classes and for a class named twice."""
+    ZegCLIP and SPT-SEG count such pixels as negatives. Raises `InputError` for no classes and for a class named twice.
+
+    Parameters
+    ----------
+    labels : Tensor
+        (B, H, W) integers
+    classes : Tensor | Sequence[int]
+        (C,) distinct label values, in the order of the channels
+    ignored_as_negative : bool
+        pixels of no class are negatives of every class; False leaves them out
+    """
     values = classes.tolist() if isinstance(classes, Tensor) else list(classes)
-    if not values or len(set(values)) < len(values): raise InputError(f"classes={values}: give at least one label value, and each once.")
+    if not values or len(set(values)) < len(values):
+        raise InputError(f"classes={values}: give at least one label value, and each once.")
     masks = labels[:, None] == torch.tensor(values, device=labels.device)[:, None, None]
     return MaskTargets(masks, masks.flatten(2).any(-1), None if ignored_as_negative else masks.any(1))
 
@@ -197,8 +326,10 @@ def class_targets(
 def _at_size(logits: Tensor, targets: MaskTargets) -> Tensor:
     "Logits `(B, C, h, w)` enlarged bilinearly to the targets' size, in float32 at least. Raises `InputError` when B or C differ."
     if logits.shape[:2] != targets.present.shape:
-        raise InputError(f"logits {tuple(logits.shape)} for {targets.present.shape[0]} label maps and {targets.present.shape[1]} classes: "
-                         "give (B, C, h, w) with one map per picture and class.")
+        raise InputError(
+            f"logits {tuple(logits.shape)} for {targets.present.shape[0]} label maps and {targets.present.shape[1]} classes: "
+            "give (B, C, h, w) with one map per picture and class."
+        )
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if logits.shape == targets.masks.shape: return logits
     return F.interpolate(logits, targets.masks.shape[2:], mode="bilinear", align_corners=False)
@@ -221,7 +352,22 @@ def focal_loss(
 ) -> Tensor:  # scalar
     """Focal loss of every mask, the mean over pixels, summed over all masks and divided by the number of present ones (ZegCLIP).
 
-    Masks of absent classes count in the sum. Raises `InputError` when logits do not fit the targets."""
+    Masks of absent classes count in the sum. Raises `InputError` when logits do not fit the targets.
+
+    Parameters
+    ----------
+    logits : Tensor
+        (B, C, h, w), resized bilinearly to the targets
+    alpha : float
+        weight of a class's own pixels, 1 - alpha of all others
+    gamma : float
+        how much less pixels count that are nearly right
+
+    Returns
+    -------
+    Tensor
+        scalar
+    """
     logits = _at_size(logits, targets)
     losses = sigmoid_focal_loss(logits, targets.masks.to(logits.dtype), alpha, gamma)
     return _per_pair(_pixel_mean(losses, None if targets.counted is None else targets.counted[:, None]), targets)
@@ -232,7 +378,18 @@ def dice_loss(
 ) -> Tensor:  # scalar
     """1 - (2 sum pq + 1) / (sum p + sum q + 1) with p = sigmoid(logits) and masks q, the mean over present masks (ZegCLIP).
 
-    0 when no class is present. Raises `InputError` when logits do not fit the targets."""
+    0 when no class is present. Raises `InputError` when logits do not fit the targets.
+
+    Parameters
+    ----------
+    logits : Tensor
+        (B, C, h, w), resized bilinearly to the targets
+
+    Returns
+    -------
+    Tensor
+        scalar
+    """
     p, q = _at_size(logits, targets)[targets.present].sigmoid(), targets.masks[targets.present]
     if targets.counted is not None: p = p * targets.counted[targets.present.nonzero()[:, 0]]
     losses = 1 - (2 * (p * q).sum((1, 2)) + 1) / (p.sum((1, 2)) + q.sum((1, 2)) + 1)
@@ -241,7 +398,9 @@ def dice_loss(
 # %% ../nbs/34_losses.ipynb #251123fd
 def _blur(maps: Tensor, sigma: float = 1.5, radius: int = 5) -> Tensor:
     "Maps `(..., H, W)` under a gaussian window of 11 x 11 pixels that sums to 1, zeros around them: each map a channel, rows after columns."
-    window = torch.exp(-torch.arange(-radius, radius + 1, device=maps.device, dtype=maps.dtype).square() / (2 * sigma ** 2))
+    window = torch.exp(
+        -torch.arange(-radius, radius + 1, device=maps.device, dtype=maps.dtype).square() / (2 * sigma**2)
+    )
     channels = maps.flatten(0, -3)
     kernel = (window / window.sum()).expand(len(channels), 1, 1, -1)
     with torch.autocast(maps.device.type, enabled=False):
@@ -256,12 +415,28 @@ def structural_similarity(
     """Likeness of two maps around every pixel: (2 mx my + C1)(2 sxy + C2) / ((mx^2 + my^2 + C1)(sx^2 + sy^2 + C2)) (Wang et al., SSIM).
 
     Means, variances and covariance under a gaussian window of 11 x 11 pixels with sigma 1.5; C1 = 0.01^2, C2 = 0.03^2. Pixels
-    beyond the border or not counted have no weight: there the window is cut off and sums to 1 again."""
+    beyond the border or not counted have no weight: there the window is cut off and sums to 1 again.
+
+    Parameters
+    ----------
+    x : Tensor
+        (P, H, W) in [0, 1]
+    y : Tensor
+        (P, H, W) in [0, 1]
+    counted : Tensor | None
+        (P, H, W) bool: pixels that take part; None = all
+
+    Returns
+    -------
+    Tensor
+        (P, H, W) in [-1, 1], at least float32
+    """
     x, y = (m.to(torch.promote_types(m.dtype, torch.float32)) for m in (x, y))
     if not len(x): return x   # torch convolves no empty batch of channels
     counted = torch.ones_like(x[:1]) if counted is None else counted.to(x.dtype)
     maps = torch.stack([x, y, x * x, y * y, x * y]) * counted
-    blurred = _blur(torch.cat([maps.flatten(0, 1), counted]))   # the weights beside the maps: one depthwise convolution, which never rounds to TF32
+    # the weights beside the maps: one depthwise convolution, which never rounds to TF32
+    blurred = _blur(torch.cat([maps.flatten(0, 1), counted]))
     mx, my, mxx, myy, mxy = blurred[:-len(counted)].view_as(maps) / blurred[-len(counted):].clamp_min(1e-12)
     likeness = (2 * mx * my + 1e-4) / (mx ** 2 + my ** 2 + 1e-4)
     return likeness * (2 * (mxy - mx * my) + 9e-4) / (mxx - mx ** 2 + myy - my ** 2 + 9e-4)
@@ -276,7 +451,20 @@ def ssim_loss(
 
     Over "present" masks the loss speaks of outlines and does not depend on how many classes are asked for; the authors' code takes the mean
     over "all", most of them empty (and pads with zeros, and compares logits where probabilities are meant). 0 when there is no
-    such mask. Raises `InputError` for another `over` and when logits do not fit the targets."""
+    such mask. Raises `InputError` for another `over` and when logits do not fit the targets.
+
+    Parameters
+    ----------
+    logits : Tensor
+        (B, C, h, w), resized bilinearly to the targets
+    over : str
+        masks that are looked at: of classes "present" in a picture, or "all"
+
+    Returns
+    -------
+    Tensor
+        scalar
+    """
     if over not in ("present", "all"): raise InputError(f"over={over!r}: use 'present' or 'all'.")
     chosen = targets.present if over == "present" else torch.ones_like(targets.present)
     p, q = _at_size(logits, targets)[chosen].sigmoid(), targets.masks[chosen]
@@ -298,9 +486,31 @@ def mask_losses(
     """The losses of ZegCLIP (100 focal + 1 dice, the default) and of SPT-SEG (focal=100, dice=0, ssim=1: the paper prints no weights).
 
     Logits are enlarged once for all terms, and all counts are those of this batch (on several devices: of this process).
-    Raises `InputError` for negative weights, none above 0, and as the terms do."""
+    Raises `InputError` for negative weights, none above 0, and as the terms do.
+
+    Parameters
+    ----------
+    logits : Tensor
+        (B, C, h, w) of the masks, resized bilinearly to the labels
+    labels : Tensor
+        (B, H, W)
+    classes : Tensor | Sequence[int]
+        (C,) label values, in the order of the channels
+    focal : float
+        weights of the terms; 0 leaves one out
+    ignored_as_negative : bool
+        see `class_targets`
+    over : str
+        see `ssim_loss`
+
+    Returns
+    -------
+    dict[str, Tensor]
+        weighted terms by name; their sum is the loss
+    """
     weights = {"focal": focal, "dice": dice, "ssim": ssim}
-    if min(weights.values()) < 0 or not any(weights.values()): raise InputError(f"weights {weights}: none may be negative, one must be above 0.")
+    if min(weights.values()) < 0 or not any(weights.values()):
+        raise InputError(f"weights {weights}: none may be negative, one must be above 0.")
     targets = class_targets(labels, classes, ignored_as_negative)
     logits = _at_size(logits, targets)
     terms = {"focal": focal_loss, "dice": dice_loss, "ssim": partial(ssim_loss, over=over)}

@@ -45,7 +45,35 @@ NEEDS: dict[str, tuple[str, ...]] = {   # the parts that a method is made of, be
 # %% ../nbs/36_maps.ipynb #d7fe33ac
 @dataclass(frozen=True)
 class CamSettings:
-    "Options of `frequency_cams`. Raises `InputError` naming the option and the value that cannot be."
+    """Options of `frequency_cams`. Raises `InputError` naming the option and the value that cannot be.
+
+    Attributes
+    ----------
+    mu : float
+        cut-off between low and high, cycles per token (FFR)
+    shape : str
+        of the low band: "square" (FFR) or "disc"
+    source : str | None
+        of the affinities, see `affinity.SOURCES`; None = what suits the backbone
+    layers : int | tuple[int, ...]
+        the last so many blocks, or block indices (WeCLIP, first half: 8)
+    power : int
+        how often a map travels over the affinity (WeCLIP squares it)
+    box : float | None
+        only regions in boxes around >= this share of the maximum travel (WeCLIP VOC); None = all
+    sharpness : float
+        factor on the inverted attention before it is made positive
+    similarity : str
+        behind the score of transport: patch-text maps, "value" or "intra", or "gradcam"
+    contrast : str
+        its background: the "rest" of the classes' maps, or a softmax against the background "prompts"
+    lambda_l : float
+        weight of A_s in the score of transport (DFA)
+    lambda_h : float
+        weight of A_inv (DFA)
+    epsilon : float
+        entropic regularisation of transport; smaller is sharper
+    """
     mu: float = 0.4                        # cut-off between low and high, cycles per token (FFR)
     shape: str = "square"                  # of the low band: "square" (FFR) or "disc"
     source: str | None = None              # of the affinities, see `affinity.SOURCES`; None = what suits the backbone
@@ -121,7 +149,19 @@ DEPENDS: dict[str, tuple[str, ...]] = {   # the options that a part was made wit
 class CamParts:
     """What the maps of one batch are made of; each property is computed once, when first asked for.
 
-    B images, K classes, patch grid (h, w), N = h*w. Made by `cam_parts`."""
+    B images, K classes, patch grid (h, w), N = h*w. Made by `cam_parts`.
+
+    Attributes
+    ----------
+    features : Features
+        encoded with `cam_request`
+    text : Tensor
+        (K, E) unit norm
+    present : Tensor
+        (B, K) bool
+    background : Tensor | None
+        (Kb, E) unit norm
+    """
     backbone: Backbone
     features: Features          # encoded with `cam_request`
     text: Tensor                # (K, E) unit norm
@@ -207,7 +247,18 @@ def cam_of(
     parts: CamParts,
     method: str,        # one of METHODS
 ) -> Tensor:            # (B, K, h, w) in [0, 1], 0 for absent classes
-    "One kind of map from the parts. Raises `InputError` for an unknown method."
+    """One kind of map from the parts. Raises `InputError` for an unknown method.
+
+    Parameters
+    ----------
+    method : str
+        one of METHODS
+
+    Returns
+    -------
+    Tensor
+        (B, K, h, w) in [0, 1], 0 for absent classes
+    """
     recipes = {"gradcam": lambda: parts.raw,
                "patch_text": lambda: normalise_cam(parts.value_cosines[:, :len(parts.text)], positive=False),
                "intra_correlation": lambda: normalise_cam(parts.intra_cosines[:, :len(parts.text)], positive=False),
@@ -238,7 +289,23 @@ def cam_parts(
     settings: CamSettings = CamSettings(),
     also: Mapping[str, Any]|None = None,       # what else the features shall hold, as arguments of `Backbone.encode`
 ) -> CamParts:
-    "Run the tower once, for all `methods`. Raises `InputError` for shapes that do not fit, sizes or unknown methods."
+    """Run the tower once, for all `methods`. Raises `InputError` for shapes that do not fit, sizes or unknown methods.
+
+    Parameters
+    ----------
+    images : Tensor
+        (B, 3, H, W) normalised, sides multiples of the patch
+    text : Tensor
+        (K, E) unit-norm class embeddings
+    present : Tensor
+        (B, K) bool: classes of each picture
+    background : Tensor | None
+        (Kb, E) unit-norm background prompts
+    methods : Sequence[str]
+        what `cam_of` will be asked for
+    also : Mapping[str, Any]|None
+        what else the features shall hold, as arguments of `Backbone.encode`
+    """
     _check_batch(images, text, present, background)
     features = backbone.encode(images, **merge_requests(cam_request(backbone, methods, settings), also or {"joint": False}))
     return CamParts(backbone, features, text, present, background, settings)
@@ -256,6 +323,23 @@ def frequency_cams(
     """Every kind of activation map of a batch from one forward pass, in the order of `methods`.
 
     GradCAM and refinement after WeCLIP, bands after FFR, affinities and transport after DFA, patch-text maps after MaskCLIP.
-    Raises `InputError` for shapes that do not fit, image sides that are not whole patches, and unknown methods."""
+    Raises `InputError` for shapes that do not fit, image sides that are not whole patches, and unknown methods.
+
+    Parameters
+    ----------
+    images : Tensor
+        (B, 3, H, W) normalised, sides multiples of the patch
+    text : Tensor
+        (K, E) unit-norm class embeddings
+    present : Tensor
+        (B, K) bool: classes of each picture
+    background : Tensor | None
+        (Kb, E) unit-norm background prompts
+
+    Returns
+    -------
+    dict[str, Tensor]
+        method -> (B, K, h, w) in [0, 1], 0 for absent classes
+    """
     parts = cam_parts(backbone, images, text, present, background, methods, settings)
     return {method: cam_of(parts, method) for method in methods}

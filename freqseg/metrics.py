@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data import IGNORE
+from .lists import IGNORE
 from .files import InputError
 
 # %% ../nbs/35_metrics.ipynb #7d0bdb78
@@ -75,7 +75,9 @@ def _label_pair(pred: Array, target: Array, classes: int) -> tuple[Tensor, Tenso
     pred = _label_map(pred, classes, "prediction", void=False)
     target = _label_map(target, classes, "target", void=True).to(pred.device)
     if pred.shape != target.shape:
-        raise InputError(f"prediction {tuple(pred.shape)} and target {tuple(target.shape)} differ: resize the prediction")
+        raise InputError(
+            f"prediction {tuple(pred.shape)} and target {tuple(target.shape)} differ: resize the prediction"
+        )
     return pred, target
 
 # %% ../nbs/35_metrics.ipynb #8773c937
@@ -104,33 +106,105 @@ def confusion_matrix(
     Returns int64 `(C, C)`, rows = target, columns = prediction, or `(B, C, C)` with `per_image`. Matrices of several
     batches add up to the matrix of all of them. Raises `InputError` on shapes that differ, on values that are no
     class (named, with their pixel count), and on a prediction of 255: a prediction has no ignored pixels.
+
+    Parameters
+    ----------
+    pred : Array
+        class ids (H, W) or (B, H, W), values 0..classes-1
+    target : Array
+        ground truth of the same shape; 255 is dropped
+    classes : int
+        how many classes, background included
+    per_image : bool
+        one matrix per picture instead of their sum
     """
     pred, target = _label_pair(pred, target, classes)
     if per_image: return _joint_histogram(pred, target, classes, _image_index(pred), len(pred))
     return _joint_histogram(pred, target, classes)[0].clone()
 
 # %% ../nbs/35_metrics.ipynb #af6b3982
-def class_iou(
-    confusion: Array,  # counts (..., C, C), rows = target
-) -> Tensor:
-    "Intersection over union of every class, float64 `(..., C)`; NaN where a class occurs nowhere (Everingham et al., VOC)."
+def _counts(
+    confusion: Array,  # counts, or a prediction
+    target: Array | None,  # its ground truth
+) -> Tensor:  # (..., C, C) float64
+    "The counts that are given, or those of a prediction with as many classes as occur. Raises `InputError` for what is neither."
+    if target is not None:
+        pair = [_tensor(labels) for labels in (confusion, target)]
+        highest = [int(labels[labels != IGNORE].max()) for labels in pair if labels.numel() and (labels != IGNORE).any()]
+        return confusion_matrix(*pair, max(highest, default=0) + 1).to(torch.float64)
     counts = _tensor(confusion).to(torch.float64)
+    if counts.ndim >= 2 and counts.shape[-1] == counts.shape[-2]: return counts
+    raise InputError(f"{tuple(counts.shape)} are no counts (..., C, C): give a confusion matrix, or a prediction and its ground truth.")
+
+def class_iou(
+    confusion: Array,  # counts (..., C, C), rows = target; or a prediction, class ids (H, W) or (B, H, W)
+    target: Array | None = None,  # the ground truth of a prediction, of the same shape; 255 is dropped
+) -> Tensor:  # (..., C) float64, 0 to 1
+    """Intersection over union of every class; NaN where a class occurs nowhere (Everingham et al., VOC).
+
+    Raises `InputError` for what is neither a confusion matrix nor a prediction with its ground truth.
+
+    Parameters
+    ----------
+    confusion : Array
+        counts (..., C, C), rows = target; or a prediction, class ids (H, W) or (B, H, W)
+    target : Array | None
+        the ground truth of a prediction, of the same shape; 255 is dropped
+
+    Returns
+    -------
+    Tensor
+        (..., C) float64, 0 to 1
+    """
+    counts = _counts(confusion, target)
     hits = counts.diagonal(dim1=-2, dim2=-1)
     return hits / (counts.sum(-1) + counts.sum(-2) - hits)
 
 # %% ../nbs/35_metrics.ipynb #a8d1a9fb
 def mean_iou(
-    confusion: Array,  # counts (..., C, C)
-    average: Sequence[int] | None = None,  # classes to average; default all of them
-) -> Tensor:
-    "Mean IoU `(...)` over the classes that occur in the ground truth or in the prediction; NaN when none does."
-    iou = class_iou(confusion)
+    confusion: Array,  # counts (..., C, C), rows = target; or a prediction, class ids (H, W) or (B, H, W)
+    target: Array | None = None,  # the ground truth of a prediction, of the same shape; 255 is dropped
+    average: Sequence[int] | None = None,  # classes to average; None = all of them
+) -> Tensor:  # (...) float64, 0 to 1
+    """Mean IoU over the classes that occur in the ground truth or in the prediction; NaN when none does.
+
+    Raises `InputError` for what is neither a confusion matrix nor a prediction with its ground truth.
+
+    Parameters
+    ----------
+    confusion : Array
+        counts (..., C, C), rows = target; or a prediction, class ids (H, W) or (B, H, W)
+    target : Array | None
+        the ground truth of a prediction, of the same shape; 255 is dropped
+    average : Sequence[int] | None
+        classes to average; None = all of them
+
+    Returns
+    -------
+    Tensor
+        (...) float64, 0 to 1
+    """
+    iou = class_iou(confusion, target)
     return (iou if average is None else iou[..., list(average)]).nanmean(-1)
 
 # %% ../nbs/35_metrics.ipynb #c2b6f245
 @dataclass(frozen=True, eq=False)
 class Scores:
-    "What one confusion matrix says; fractions in 0..1. Reads like a dict too: `dict(scores)`, `scores['miou']`."
+    """What one confusion matrix says; fractions in 0..1. Reads like a dict too: `dict(scores)`, `scores['miou']`.
+
+    Attributes
+    ----------
+    miou : float
+        mean of `iou` over the averaged classes that occur
+    iou : Tensor
+        (C,) intersection over union, NaN = class occurs nowhere
+    pixel_accuracy : float
+        share of the labelled pixels (of averaged classes) that are right
+    precision : Tensor
+        (C,) right share of the predicted pixels, NaN = never predicted
+    recall : Tensor
+        (C,) right share of the true pixels, NaN = not in the ground truth
+    """
 
     miou: float  # mean of `iou` over the averaged classes that occur
     iou: Tensor  # (C,) intersection over union, NaN = class occurs nowhere
@@ -158,6 +232,13 @@ def iou_scores(
 
     `average` picks the classes of the mean IoU and the ground truth rows of the pixel accuracy (for instance without
     the background); the vectors per class are always complete. Raises `InputError` if the matrix is not square.
+
+    Parameters
+    ----------
+    confusion : Array
+        counts (C, C), rows = target
+    average : Sequence[int] | None
+        classes that enter the means; default all
     """
     counts = _tensor(confusion).to(torch.float64)
     if counts.ndim != 2 or counts.shape[0] != counts.shape[1]:
@@ -165,7 +246,7 @@ def iou_scores(
     hits, true, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
     rows = list(range(len(counts)) if average is None else average)
     return Scores(
-        miou=mean_iou(counts, average).item(), iou=class_iou(counts),
+        miou=mean_iou(counts, average=average).item(), iou=class_iou(counts),
         pixel_accuracy=(hits[rows].sum() / true[rows].sum()).item(),
         precision=hits / predicted, recall=hits / true)
 
@@ -190,6 +271,13 @@ def boundary_band(
 
     Returns bool of the shape of `labels`. Pixels closer than `d` to the picture's edge are always in the band
     (Boundary IoU, Cheng et al.).
+
+    Parameters
+    ----------
+    labels : Array
+        label maps (B, H, W) or (H, W)
+    width : int
+        rim width d in pixels
     """
     labels = _tensor(labels)
     height, breadth = labels.shape[-2:]
@@ -213,8 +301,20 @@ def boundary_confusion(
 
     Add the matrices over a data set, then `iou_scores(total, average=range(C))` gives boundary IoU (Cheng et al.).
     `(B, C+1, C+1)` with `per_image`. Raises `InputError` like `confusion_matrix`; at most 254 classes.
+
+    Parameters
+    ----------
+    pred : Array
+        class ids (H, W) or (B, H, W)
+    target : Array
+        ground truth, 255 ignored
+    fraction : float
+        rim width as a share of the diagonal
+    per_image : bool
+        one matrix per picture
     """
-    if classes >= IGNORE: raise InputError(f"classes is {classes}: the boundary matrix needs one id below {IGNORE} to spare")
+    if classes >= IGNORE:
+        raise InputError(f"classes is {classes}: the boundary matrix needs one id below {IGNORE} to spare")
     pred, target = _label_pair(pred, target, classes)
     void = target == IGNORE
     pred = pred.masked_fill(void, IGNORE)
@@ -230,7 +330,17 @@ def boundary_iou(
     classes: int,
     fraction: float = 0.02,  # rim width as a share of the diagonal
 ) -> Scores:
-    "Boundary IoU of one batch: `iou` and `miou` of the rims (Cheng et al.). Over a set, add `boundary_confusion`s instead."
+    """Boundary IoU of one batch: `iou` and `miou` of the rims (Cheng et al.). Over a set, add `boundary_confusion`s instead.
+
+    Parameters
+    ----------
+    pred : Array
+        class ids (H, W) or (B, H, W)
+    target : Array
+        ground truth, 255 ignored
+    fraction : float
+        rim width as a share of the diagonal
+    """
     return iou_scores(boundary_confusion(pred, target, classes, fraction), average=range(classes))
 
 # %% ../nbs/35_metrics.ipynb #5053426b
@@ -263,6 +373,13 @@ def boundary_distance(
     """Euclidean distance in pixels to the nearest pixel that touches another label (0 there), exact below `limit`.
 
     Returns float32 of the shape of `labels`. The picture's edge is no boundary.
+
+    Parameters
+    ----------
+    labels : Array
+        label maps (B, H, W) or (H, W); ignored pixels are a label like any other
+    limit : int
+        distances from here on are all reported as `limit`
     """
     squared = _column_distance(_touches_other(_tensor(labels)), limit).square()
     padded = F.pad(squared, (limit - 1, limit - 1), value=limit * limit)
@@ -284,6 +401,17 @@ def trimap_confusion(
     The band of width `w` holds the labelled pixels less than `w` from a pixel that touches another label, so width 1
     is those pixels themselves. Matrices add up over a data set; `mean_iou` of them is the trimap curve (Kohli et al.,
     Krähenbühl and Koltun). Raises `InputError` like `confusion_matrix`.
+
+    Parameters
+    ----------
+    pred : Array
+        class ids (H, W) or (B, H, W)
+    target : Array
+        ground truth, 255 ignored
+    widths : int
+        the widest band in pixels
+    per_image : bool
+        (B, widths, C, C) instead of the sum over the batch
     """
     if widths < 1: raise InputError(f"widths is {widths}: the widest band needs at least 1 pixel")
     pred, target = _label_pair(pred, target, classes)
@@ -301,12 +429,34 @@ def trimap_miou(
     classes: int,
     widths: int = 20,  # the widest band in pixels
 ) -> Tensor:
-    "Mean IoU `(widths,)` within 1..`widths` pixels of the boundary, for one batch. Over a set, add `trimap_confusion`s."
+    """Mean IoU `(widths,)` within 1..`widths` pixels of the boundary, for one batch. Over a set, add `trimap_confusion`s.
+
+    Parameters
+    ----------
+    pred : Array
+        class ids (H, W) or (B, H, W)
+    target : Array
+        ground truth, 255 ignored
+    widths : int
+        the widest band in pixels
+    """
     return mean_iou(trimap_confusion(pred, target, classes, widths))
 
 # %% ../nbs/35_metrics.ipynb #87348cc8
 class GzssScores(NamedTuple):
-    "Figures of generalised zero-shot segmentation, fractions in 0..1."
+    """Figures of generalised zero-shot segmentation, fractions in 0..1.
+
+    Attributes
+    ----------
+    pixel_accuracy : float
+        pAcc over the pixels of seen and unseen classes
+    miou_seen : float
+        mIoU(S)
+    miou_unseen : float
+        mIoU(U)
+    hiou : float
+        harmonic mean 2SU/(S+U)
+    """
 
     pixel_accuracy: float  # pAcc over the pixels of seen and unseen classes
     miou_seen: float  # mIoU(S)
@@ -327,10 +477,25 @@ def gzss_figures(
     seen: Sequence[int],  # ids with training masks
     unseen: Sequence[int],  # ids without
 ) -> Tensor:  # (..., 4): pAcc, mIoU(S), mIoU(U), hIoU
-    "The figures of `gzss_scores` for many matrices at once; hIoU is 0 where both means are."
+    """The figures of `gzss_scores` for many matrices at once; hIoU is 0 where both means are.
+
+    Parameters
+    ----------
+    confusion : Array
+        counts (..., C, C), rows = target
+    seen : Sequence[int]
+        ids with training masks
+    unseen : Sequence[int]
+        ids without
+
+    Returns
+    -------
+    Tensor
+        (..., 4): pAcc, mIoU(S), mIoU(U), hIoU
+    """
     counts, rows = _tensor(confusion).double(), [*seen, *unseen]
     accuracy = counts.diagonal(dim1=-2, dim2=-1)[..., rows].sum(-1) / counts[..., rows, :].sum((-2, -1))
-    s, u = mean_iou(confusion, seen), mean_iou(confusion, unseen)
+    s, u = mean_iou(confusion, average=seen), mean_iou(confusion, average=unseen)
     harmonic = torch.where(s + u > 0, 2 * s * u / (s + u), torch.zeros_like(s)).where(~(s + u).isnan(), torch.nan)
     return torch.stack([accuracy, s, u, harmonic], -1)
 
@@ -343,6 +508,15 @@ def gzss_scores(
 
     Classes in neither list (VOC's background) are not scored: their ground truth pixels do not enter pAcc. Raises
     `InputError` when the lists overlap, are empty, or name classes that the matrix does not have.
+
+    Parameters
+    ----------
+    confusion : Array
+        counts (C, C) over all classes, rows = target
+    seen : Sequence[int]
+        ids with training masks
+    unseen : Sequence[int]
+        ids without
     """
     _check_split(seen, unseen, len(confusion))
     return GzssScores(*gzss_figures(confusion, seen, unseen).tolist())
@@ -357,18 +531,47 @@ def sweep_bias(
     """Confusion of argmax(scores - bias [class is seen]) for every bias, in one pass over the pixels.
 
     The best seen class keeps a pixel while its lead over the best unseen one exceeds the bias; so two histograms over the leads, summed up, hold
-    all confusions. Raises `InputError` for lists as `gzss_scores` does, for classes in neither, and for biases that do not rise."""
+    all confusions. Raises `InputError` for lists as `gzss_scores` does, for classes in neither, and for biases that do not rise.
+
+    Parameters
+    ----------
+    scores : Array
+        (C, H, W) of one picture
+    target : Array
+        (H, W), 255 ignored
+    seen : Sequence[int]
+        ids with training masks
+    unseen : Sequence[int]
+        ids without
+    biases : Sequence[float]
+        rising
+
+    Returns
+    -------
+    Tensor
+        (n, C, C) counts, rows = target
+    """
     scores, target, classes = _tensor(scores), _tensor(target), len(scores)
     _check_split(seen, unseen, classes)
-    if len(seen) + len(unseen) < classes: raise InputError(f"{classes} classes are scored, but only {len(seen) + len(unseen)} are seen or unseen: name every one.")
+    if len(seen) + len(unseen) < classes:
+        raise InputError(
+            f"{classes} classes are scored, but only {len(seen) + len(unseen)} are seen or unseen: name every one."
+        )
     if sorted(set(biases)) != list(biases): raise InputError(f"biases={list(biases)}: give each once, in rising order.")
     (lead, first), (rival, second) = (scores[list(group)].max(0) for group in (seen, unseen))
-    best = torch.tensor(list(seen), device=scores.device)[first], torch.tensor(list(unseen), device=scores.device)[second]
-    place = torch.bucketize(lead - rival, torch.tensor(biases, dtype=scores.dtype, device=scores.device)).flatten()   # biases below the lead
+    best = (
+        torch.tensor(list(seen), device=scores.device)[first],
+        torch.tensor(list(unseen), device=scores.device)[second],
+    )
+    # biases below the lead
+    place = torch.bucketize(lead - rival, torch.tensor(biases, dtype=scores.dtype, device=scores.device)).flatten()
     labelled = (target.flatten() != IGNORE).to(scores.device)
     rows, bins = target.flatten().long().to(scores.device)[labelled], len(biases) + 1
     held, lost = ((rows * classes + own.flatten()[labelled]) * bins + place[labelled] for own in best)
-    held, lost = (cells.bincount(minlength=classes * classes * bins).view(classes, classes, bins).movedim(-1, 0) for cells in (held, lost))
+    held, lost = (
+        cells.bincount(minlength=classes * classes * bins).view(classes, classes, bins).movedim(-1, 0)
+        for cells in (held, lost)
+    )
     return (held.flip(0).cumsum(0).flip(0)[1:] + lost.cumsum(0)[:-1]).cpu()
 
 
@@ -392,10 +595,14 @@ def _critical_power(score: Tensor) -> Tensor:
 def _check_sweep(cam: Tensor, present: Tensor, target: Tensor, powers: bool) -> None:
     "Shapes of a sweep, and a CAM without NaN (in [0, 1] for the power variant)."
     if present.shape != cam.shape[:2] or len(target) != len(cam):
-        raise InputError(f"cam {tuple(cam.shape)}, present {tuple(present.shape)} and mask {tuple(target.shape)} do not match")
+        raise InputError(
+            f"cam {tuple(cam.shape)}, present {tuple(present.shape)} and mask {tuple(target.shape)} do not match"
+        )
     if cam.isnan().any(): raise InputError(f"cam holds NaN in {int(cam.isnan().sum())} places")
     if powers and (cam.min() < 0 or cam.max() > 1):
-        raise InputError(f"cam spans {cam.min():.3g}..{cam.max():.3g}: the power variant needs [0, 1], normalise it first")
+        raise InputError(
+            f"cam spans {cam.min():.3g}..{cam.max():.3g}: the power variant needs [0, 1], normalise it first"
+        )
 
 # %% ../nbs/35_metrics.ipynb #d850d309
 def _cumulative_confusions(score: Tensor, label: Tensor, target: Tensor, thresholds: Tensor, classes: int) -> Tensor:
@@ -420,9 +627,26 @@ def sweep_background(
     or `(1 - max)^t` as SEAM and its successors sweep it. The CAM is resized bilinearly to the mask. Add the results
     over a data set, then read `best_threshold`. Raises `InputError` on shapes that do not match, NaN, mask values
     that are no class, an unknown variant, or a CAM outside [0, 1] for `power`.
+
+    Parameters
+    ----------
+    cam : Array
+        (K, h, w) or (B, K, h, w) in [0, 1], channel k = class k + 1
+    present : Array
+        bool (K,) or (B, K): classes of the picture's image-level label
+    mask : Array
+        ground truth (H, W) or (B, H, W), 255 ignored
+    thresholds : Sequence[float]
+        background scores, or powers, in any order
+    variant : Literal["threshold", "power"]
+        background score t, or (1 - max)^t
     """
     if variant not in ("threshold", "power"): raise InputError(f"variant is {variant!r}: choose 'threshold' or 'power'")
-    cam, present, values = _tensor(cam).float(), _tensor(present).bool(), torch.as_tensor(thresholds, dtype=torch.float64)
+    cam, present, values = (
+        _tensor(cam).float(),
+        _tensor(present).bool(),
+        torch.as_tensor(thresholds, dtype=torch.float64),
+    )
     if cam.ndim == 3: cam, present = cam[None], present[None]
     classes = cam.shape[1] + 1
     target = _label_map(mask, classes, "mask", void=True).to(cam.device)
@@ -435,7 +659,17 @@ def sweep_background(
 
 # %% ../nbs/35_metrics.ipynb #9b1ce79a
 class BestThreshold(NamedTuple):
-    "The best point of a sweep."
+    """The best point of a sweep.
+
+    Attributes
+    ----------
+    threshold : float
+        the background threshold or power
+    miou : float
+        its mean IoU
+    scores : Scores
+        everything else about it
+    """
 
     threshold: float  # the background threshold or power
     miou: float  # its mean IoU
@@ -446,7 +680,15 @@ def best_threshold(
     confusions: Array,  # (T, C, C), summed over the data set
     thresholds: Sequence[float],  # the T values of the sweep
 ) -> BestThreshold:
-    "The point of the sweep with the highest mean IoU (the first of equals). Raises `InputError` if the lengths differ."
+    """The point of the sweep with the highest mean IoU (the first of equals). Raises `InputError` if the lengths differ.
+
+    Parameters
+    ----------
+    confusions : Array
+        (T, C, C), summed over the data set
+    thresholds : Sequence[float]
+        the T values of the sweep
+    """
     if len(confusions) != len(thresholds) or not len(thresholds):
         raise InputError(f"{len(confusions)} confusion matrices for {len(thresholds)} thresholds")
     best = int(mean_iou(confusions).nan_to_num(nan=-1.0).argmax())
@@ -460,6 +702,13 @@ class ConfusionMeter:
     Typically a picture fills 4 to 40 cells, so memory is some hundred bytes per picture whatever the number of
     classes. Feed it label maps (`update`) or matrices of any leading shape (`add`), then read `total`,
     or hand it to `bootstrap_interval`.
+
+    Parameters
+    ----------
+    classes : int
+        C; matrices are (C, C)
+    leading : Sequence[int]
+        axes before them, such as (20,) for a trimap
     """
 
     def __init__(
@@ -488,7 +737,8 @@ class ConfusionMeter:
 
     def merge(self, other: "ConfusionMeter") -> None:
         "Append the pictures of another meter, for instance one of another process; `InputError` for another shape."
-        if other.shape != self.shape: raise InputError(f"cannot merge a meter of {other.shape} into one of {self.shape}")
+        if other.shape != self.shape:
+            raise InputError(f"cannot merge a meter of {other.shape} into one of {self.shape}")
         offset = torch.tensor([[self._images], [0], [0]], dtype=torch.int32)
         self._append(other.triples + offset, len(other))
 
@@ -512,7 +762,9 @@ class ConfusionMeter:
         "Float64 sparse `(cells, pictures)`: what resampled sums are products with."
         image, cell, count = self.triples.to(torch.int64)
         size = (math.prod(self.shape), self._images)
-        return torch.sparse_coo_tensor(torch.stack([cell, image]), count.to(torch.float64), size, check_invariants=False).coalesce()
+        return torch.sparse_coo_tensor(
+            torch.stack([cell, image]), count.to(torch.float64), size, check_invariants=False
+        ).coalesce()
 
 # %% ../nbs/35_metrics.ipynb #017e40b0
 def _multiplicities(images: int, samples: int, seed: int, block: int) -> Iterator[Tensor]:
@@ -525,7 +777,17 @@ def _multiplicities(images: int, samples: int, seed: int, block: int) -> Iterato
 
 # %% ../nbs/35_metrics.ipynb #e6e1a439
 class Interval(NamedTuple):
-    "A figure with its bootstrap interval; floats, or tensors when the statistic is a vector."
+    """A figure with its bootstrap interval; floats, or tensors when the statistic is a vector.
+
+    Attributes
+    ----------
+    value : float | Tensor
+        on all pictures
+    low : float | Tensor
+        lower end
+    high : float | Tensor
+        upper end
+    """
 
     value: float | Tensor  # on all pictures
     low: float | Tensor  # lower end
@@ -558,12 +820,26 @@ def bootstrap_interval(
     Pictures are drawn with replacement, their matrices added, and `statistic` applied to each sum: the spread one
     would see with other pictures of the same kind. The same `seed` gives the same interval. Raises `InputError` with
     no pictures, no samples or a level outside (0, 1).
+
+    Parameters
+    ----------
+    confusions : Array | ConfusionMeter
+        per-picture counts (n, ..., C, C), or a meter
+    statistic : Callable[[Tensor], Tensor]
+        counts (b, ..., C, C) -> figures (b, ...)
+    samples : int
+        how many resampled data sets
+    level : float
+        share of them inside the interval
     """
     meter = confusions if isinstance(confusions, ConfusionMeter) else _meter_of(confusions)
     _check_bootstrap(len(meter), samples, level)
     counts = meter.sparse()
     block = max(1, min(samples, 4_000_000 // max(counts.shape)))
-    sums = ((counts @ weights.T).T.reshape(-1, *meter.shape) for weights in _multiplicities(len(meter), samples, seed, block))
+    sums = (
+        (counts @ weights.T).T.reshape(-1, *meter.shape)
+        for weights in _multiplicities(len(meter), samples, seed, block)
+    )
     return _interval(statistic(meter.total[None])[0], torch.cat([statistic(total) for total in sums]), level)
 
 # %% ../nbs/35_metrics.ipynb #fd106c19
@@ -585,6 +861,15 @@ def rank_auc(
     """Exact area under the ROC curve `(...)`, float64, by the Mann-Whitney rank statistic; ties count half.
 
     NaN where there is no positive or no negative entry. Raises `InputError` for scores that are not finite.
+
+    Parameters
+    ----------
+    scores : Array
+        (..., M)
+    positive : Array
+        bool (..., M)
+    valid : Array | None
+        bool (..., M), entries that take part; default all
     """
     scores, positive = _tensor(scores), _tensor(positive).bool()
     if not scores.is_floating_point(): scores = scores.to(torch.float64)
@@ -606,6 +891,15 @@ def patch_labels(
     """Majority label of every patch, int64 `(B, N)` row-major, 255 where most pixels are ignored (the lowest of equals).
 
     One `(H, W)` mask gives `(N,)`. Raises `InputError` for values that are no class.
+
+    Parameters
+    ----------
+    mask : Array
+        label maps (B, H, W) or (H, W), 255 = ignored
+    grid : tuple[int, int]
+        patches (h, w); a pixel belongs to patch floor(y h / H), floor(x w / W)
+    classes : int
+        values allowed: 0..classes-1 and 255
     """
     labels = _label_map(mask, classes, "mask", void=True)
     images, height, width = labels.shape
@@ -627,6 +921,15 @@ def affinity_auc(
     The pair of a patch with itself is left out. `matrix` ranks all pairs of a picture together; `row` averages the
     AUC of every query that has both kinds of partner, which forgives scales that differ between rows. NaN for a
     picture with one class only. Raises `InputError` when shapes do not match.
+
+    Parameters
+    ----------
+    affinity : Array
+        (B, N, N) or (N, N), larger = closer
+    labels : Array
+        patch labels (B, N) or (N,), background a class, 255 dropped
+    per : Literal["matrix", "row"]
+        rank all pairs together, or each query by itself
     """
     affinity, labels = _tensor(affinity), _tensor(labels)
     if affinity.shape != (*labels.shape, labels.shape[-1]):
@@ -634,7 +937,9 @@ def affinity_auc(
     if per not in ("matrix", "row"): raise InputError(f"per is {per!r}: choose 'matrix' or 'row'")
     labels = labels.to(affinity.device)
     known = labels != IGNORE
-    valid = known[..., :, None] & known[..., None, :] & ~torch.eye(labels.shape[-1], dtype=torch.bool, device=labels.device)
+    valid = (
+        known[..., :, None] & known[..., None, :] & ~torch.eye(labels.shape[-1], dtype=torch.bool, device=labels.device)
+    )
     same = labels[..., :, None] == labels[..., None, :]
     if per == "row": return rank_auc(affinity, same, valid).nanmean(-1)
     return rank_auc(affinity.flatten(-2), same.flatten(-2), valid.flatten(-2))
@@ -648,6 +953,15 @@ def average_precision(
     """Average precision of every class, float64 `(..., C)`: sum over thresholds of (R_k - R_{k-1}) P_k, not interpolated.
 
     NaN for classes without a positive picture. Raises `InputError` on shapes that differ or scores that are not finite.
+
+    Parameters
+    ----------
+    scores : Array
+        (n, C), larger = more likely
+    labels : Array
+        0/1 or bool (n, C)
+    weights : Array | None
+        (..., n): how often each picture counts; default once
     """
     scores, labels = _tensor(scores), _tensor(labels).to(torch.float64)
     if scores.ndim != 2 or scores.shape != labels.shape:
@@ -668,7 +982,15 @@ def mean_average_precision(
     scores: Array,  # (n, C)
     labels: Array,  # 0/1 or bool (n, C)
 ) -> float:
-    "Multi-label mAP over the classes that have a positive picture; NaN when none has. Errors as in `average_precision`."
+    """Multi-label mAP over the classes that have a positive picture; NaN when none has. Errors as in `average_precision`.
+
+    Parameters
+    ----------
+    scores : Array
+        (n, C)
+    labels : Array
+        0/1 or bool (n, C)
+    """
     return average_precision(scores, labels).nanmean().item()
 
 # %% ../nbs/35_metrics.ipynb #78fef350
@@ -683,6 +1005,17 @@ def bootstrap_average_precision(
 
     A picture drawn twice ties with itself, which favours the ranking a little: with few positive pictures the interval
     lies slightly high. Errors as in `average_precision` and `bootstrap_interval`.
+
+    Parameters
+    ----------
+    scores : Array
+        (n, C)
+    labels : Array
+        0/1 or bool (n, C)
+    samples : int
+        how many resampled data sets
+    level : float
+        share of them inside the interval
     """
     scores, labels = _tensor(scores).cpu(), _tensor(labels).cpu()
     _check_bootstrap(len(scores), samples, level)

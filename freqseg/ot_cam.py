@@ -21,7 +21,15 @@ def neighbourhood_mean(
     affinity: Tensor,  # (B, N, N) non-negative
     values: Tensor,    # (B, N, K), fp32 or fp64
 ) -> Tensor:
-    "Each patch's mean of the values, weighted by its row of the affinity: (B, N, K); zero for rows without any affinity."
+    """Each patch's mean of the values, weighted by its row of the affinity: (B, N, K); zero for rows without any affinity.
+
+    Parameters
+    ----------
+    affinity : Tensor
+        (B, N, N) non-negative
+    values : Tensor
+        (B, N, K), fp32 or fp64
+    """
     affinity = affinity.to(values)
     return affinity @ values / affinity.sum(-1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
 
@@ -35,7 +43,24 @@ def similarity_matrix(
     """How well every patch fits the present classes and the background (S in DFA); absent classes are 0.
 
     "rest": each class's cosines from least to most in the picture, the background 1 - max. "prompts": softmax over the present classes
-    and all background prompts, whose shares are summed. Raises `InputError` for another word, or "prompts" without any."""
+    and all background prompts, whose shares are summed. Raises `InputError` for another word, or "prompts" without any.
+
+    Parameters
+    ----------
+    cosines : Tensor
+        (B, K + Kb, h, w) of patches with class prompts, then background prompts
+    present : Tensor
+        (B, K) bool
+    scale : float
+        CLIP's logit scale, for "prompts"
+    contrast : str
+        what the background is: "rest" of the classes' maps, or "prompts" of its own
+
+    Returns
+    -------
+    Tensor
+        S (B, N, K + 1) in [0, 1], the background last
+    """
     classes = present.shape[1]
     absent = ~present[:, :, None, None]
     if contrast not in ("rest", "prompts"): raise InputError(f"contrast={contrast!r}: choose 'rest' or 'prompts'")
@@ -61,6 +86,21 @@ def score_matrix(
     "class" (default): (lambda_l A_la + lambda_h A_ha) S with row-normalised affinities. "literal": lambda_l A_la S plus
     lambda_h times the row sums of A_ha, affinities as given; that second term has no class index and cannot change the
     transport plan, which is why it is not the default. Raises `InputError` for shapes that do not fit or an unknown `score`.
+
+    Parameters
+    ----------
+    similarity : Tensor
+        S (B, N, K): how well patch i fits class c
+    low : Tensor
+        A_la (B, N, N), non-negative
+    high : Tensor | None
+        A_ha (B, N, N), non-negative, or None
+    lambda_l : float
+        weight of the low-frequency affinity
+    lambda_h : float
+        weight of the high-frequency affinity
+    score : str
+        "class", or "literal" for the form as printed
     """
     _check_shapes(similarity, low, high)
     if score not in ("class", "literal"):
@@ -93,6 +133,17 @@ def class_marginal(
     v = softmax(sum_i S_ic / temperature), raised to `floor`. The paper has no temperature, which gives all of the picture to
     one class; N is the default for that reason. Absent classes get 0, and so does everything in a picture
     without any class. Raises `InputError` for a temperature or floor that is not positive, or a mask of another shape.
+
+    Parameters
+    ----------
+    similarity : Tensor
+        S (B, N, K)
+    temperature : float | None
+        divides the sum over patches; None is N, hence the mean; 1 the form as printed
+    floor : float
+        least share of a class that is present
+    present : Tensor | None
+        (B, K) bool
     """
     if temperature is None:
         temperature = similarity.shape[-2]
@@ -128,6 +179,33 @@ def transport_plan(
 
     Absent classes get zeros, and so does a picture without any class. Raises `InputError` for shapes or options that do not
     fit.
+
+    Parameters
+    ----------
+    similarity : Tensor
+        S (B, N, K)
+    low : Tensor
+        A_la (B, N, N)
+    high : Tensor | None
+        A_ha (B, N, N)
+    present : Tensor | None
+        (B, K) bool; background prompts count as present
+    score : str
+        "class" or "literal", see `score_matrix`
+    eps : float
+        entropic regularisation in units of the score: smaller is sharper
+    temperature : float | None
+        of the class shares, see `class_marginal`
+    floor : float
+        least class share
+    share : Tensor | None
+        (B, K) class shares to use instead of the estimated ones
+    iterations : int
+        most Sinkhorn rounds
+    tolerance : float
+        stop when every share is met within this part of itself
+    gradient : str
+        "unroll" or "implicit"
     """
     gained = score_matrix(similarity, low, high, lambda_l, lambda_h, score)
     share = class_marginal(similarity, temperature, floor, present) if share is None else share
@@ -148,6 +226,21 @@ def transport_cam(
 
     Every class that is present has maximum 1, absent ones are 0 everywhere. Raises `InputError` when the patches do not
     fill the grid, and what `transport_plan` raises.
+
+    Parameters
+    ----------
+    similarity : Tensor
+        S (B, N, K)
+    low : Tensor
+        A_la (B, N, N)
+    high : Tensor | None
+        A_ha (B, N, N), or None
+    grid : tuple[int, int]
+        (h, w) with h * w = N, row-major
+    present : Tensor | None
+        (B, K) bool
+    **options : Any
+        of `transport_plan`: lambda_l, lambda_h, score, eps, temperature, floor, share, iterations, ...
     """
     h, w = grid
     if similarity.shape[-2] != h * w:

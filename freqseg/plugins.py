@@ -21,7 +21,13 @@ def load_plugin(
     """Run a file of the user's once and give its module; run it anew only after it has changed.
 
     The module's `__sha256__` is that of the file. Raises `InputError` for a file that is missing or is no Python, and naming the
-    line at which it failed."""
+    line at which it failed.
+
+    Parameters
+    ----------
+    path : str | Path
+        a Python file
+    """
     file = Path(path).expanduser().resolve()
     if not file.is_file() or file.suffix != ".py": raise InputError(f"{path}: there is no such Python file. Give the path of a .py file.")
     digest, known = sha256(file), PLUGINS.get(file)
@@ -56,14 +62,26 @@ def _line(error: Exception, file: Path) -> str:
 def plugin_of(
     kind: type,   # a class
 ) -> ModuleType | None:
-    "The loaded file in which a class was defined; None for one of the package or of a session."
+    """The loaded file in which a class was defined; None for one of the package or of a session.
+
+    Parameters
+    ----------
+    kind : type
+        a class
+    """
     return next((module for module in PLUGINS.values() if module.__name__ == kind.__module__), None)
 
 # %% ../nbs/09_plugins.ipynb #0c79062e
 def split_target(
     name: str,   # as the user wrote it
 ) -> tuple[str, str] | None:
-    "File and class of `FILE.py:CLASS`; None for any other name. Raises `InputError` for a file without a class."
+    """File and class of `FILE.py:CLASS`; None for any other name. Raises `InputError` for a file without a class.
+
+    Parameters
+    ----------
+    name : str
+        as the user wrote it
+    """
     file, colon, target = str(name).rpartition(":")
     if colon and file.endswith(".py"):
         if not target.isidentifier(): raise InputError(f"{name}: name a class of the file, such as {file}:Mine.")
@@ -76,7 +94,17 @@ def load_target(
     target: str,        # name of a class in it
     kind: type,         # what it has to be a subclass of
 ) -> type:
-    "A class of a user's file. Raises `InputError` when the file cannot be run, or has no such class, naming those that it has."
+    """A class of a user's file. Raises `InputError` when the file cannot be run, or has no such class, naming those that it has.
+
+    Parameters
+    ----------
+    file : str | Path
+        a Python file
+    target : str
+        name of a class in it
+    kind : type
+        what it has to be a subclass of
+    """
     module = load_plugin(file)
     mine = {name: value for name, value in vars(module).items() if isinstance(value, type) and issubclass(value, kind) and value.__module__ == module.__name__}
     if target in mine: return mine[target]

@@ -29,7 +29,20 @@ def unit_vectors(
     """Vectors scaled to length 1 along `dim`; zero vectors stay 0.
 
     Divided by their largest entry first: squares of entries beyond 1e19 overflow, and below 1e-23 they vanish. The lower
-    bound on the length afterwards only concerns zero vectors, whose gradient it keeps finite."""
+    bound on the length afterwards only concerns zero vectors, whose gradient it keeps finite.
+
+    Parameters
+    ----------
+    x : Tensor
+        (..., D, ...) of any dtype
+    dim : int
+        axis of the channels
+
+    Returns
+    -------
+    Tensor
+        like x, fp32 or fp64
+    """
     x = _precise(x)
     largest = x.detach().abs().amax(dim, keepdim=True)
     x = x / torch.where(largest > 0, largest, 1.0)
@@ -39,8 +52,10 @@ def unit_vectors(
 def _check_maps(tokens: Tensor, maps: Tensor, name: str) -> None:
     "Raise `InputError` unless `maps` (B, K, h, w) lie on the grid of `tokens` (B, D, h, w)."
     if tokens.ndim == maps.ndim == 4 and len(tokens) == len(maps) and tokens.shape[2:] == maps.shape[2:]: return
-    raise InputError(f"{name} {tuple(maps.shape)} does not fit tokens {tuple(tokens.shape)}: both need the same images and the "
-                     "same grid; resize the maps to the tokens' grid.")
+    raise InputError(
+        f"{name} {tuple(maps.shape)} does not fit tokens {tuple(tokens.shape)}: both need the same images and the "
+        "same grid; resize the maps to the tokens' grid."
+    )
 
 # %% ../nbs/26_prototypes.ipynb #60ee39bb
 @torch.no_grad()
@@ -52,11 +67,29 @@ def class_prototypes(
 ) -> tuple[Tensor, Tensor]:        # (B, K, D) fp32 or fp64 without gradient, 0 where not found; (B, K) bool
     """Mean of the tokens where a class is certain, p_c = mean of f_i over {CAM_c > threshold}, image by image (FFR).
 
-    Raises `InputError` when maps, tokens and `present` do not fit together."""
+    Raises `InputError` when maps, tokens and `present` do not fit together.
+
+    Parameters
+    ----------
+    tokens : Tensor
+        (B, D, h, w)
+    cam : Tensor
+        (B, K, h, w) in [0, 1]
+    present : Tensor|None
+        (B, K) bool: classes in the picture; None = all
+    threshold : float
+        a token counts where the map exceeds it
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        (B, K, D) fp32 or fp64 without gradient, 0 where not found; (B, K) bool
+    """
     _check_maps(tokens, cam, "cam")
     certain = cam > threshold
     if present is not None:
-        if present.shape != cam.shape[:2]: raise InputError(f"present {tuple(present.shape)} does not fit maps {tuple(cam.shape)}.")
+        if present.shape != cam.shape[:2]:
+            raise InputError(f"present {tuple(present.shape)} does not fit maps {tuple(cam.shape)}.")
         certain = certain & present.bool()[:, :, None, None]
     count = certain.sum((-2, -1))
     x = _precise(tokens)
@@ -73,8 +106,24 @@ def attenuation_gap(
 ) -> Tensor:              # (B, K, h, w) in [0, 2], fp32 or fp64, without gradient; 0 for prototypes of 0
     """|cos(f_i, p_c) - cos(f_i^low, p_c)|: what the high frequencies do to each token's class similarity (FFR).
 
-    Raises `InputError` when the low-frequency version is of another shape."""
-    if low.shape != tokens.shape: raise InputError(f"low {tuple(low.shape)} must have the shape of tokens {tuple(tokens.shape)}.")
+    Raises `InputError` when the low-frequency version is of another shape.
+
+    Parameters
+    ----------
+    tokens : Tensor
+        (B, D, h, w)
+    low : Tensor
+        (B, D, h, w) their low-frequency version
+    prototypes : Tensor
+        (B, K, D)
+
+    Returns
+    -------
+    Tensor
+        (B, K, h, w) in [0, 2], fp32 or fp64, without gradient; 0 for prototypes of 0
+    """
+    if low.shape != tokens.shape:
+        raise InputError(f"low {tuple(low.shape)} must have the shape of tokens {tuple(tokens.shape)}.")
     with torch.autocast(tokens.device.type, enabled=False):
         change = unit_vectors(tokens) - unit_vectors(low)
         return torch.einsum("bkd,bdhw->bkhw", unit_vectors(prototypes, -1).to(change), change).abs()
@@ -97,10 +146,28 @@ def attenuated(
     """Omega_c, the tokens whose gap is above the mean of their class's map, or the highest `share` of them.
 
     "mean" is FFR's and the default; "share" is ours. A constant gap selects nothing with "mean", a gap of 0 nothing at all.
-    Raises `InputError` for an unknown selection, a share outside (0, 1], or a `found` that does not fit."""
+    Raises `InputError` for an unknown selection, a share outside (0, 1], or a `found` that does not fit.
+
+    Parameters
+    ----------
+    gap : Tensor
+        (B, K, h, w) of `attenuation_gap`
+    found : Tensor
+        (B, K) bool: classes with a prototype
+    select : str
+        "mean" (FFR) or "share" (ours)
+    share : float
+        of all tokens, for "share"
+
+    Returns
+    -------
+    Tensor
+        (B, K, h, w) bool, False for classes not found
+    """
     if select not in SELECTIONS: raise InputError(f"select={select!r}: use 'mean' (FFR) or 'share'.")
     if not 0 < share <= 1: raise InputError(f"share={share}: give a part of all tokens, above 0 and at most 1.")
-    if found.shape != gap.shape[:2]: raise InputError(f"found {tuple(found.shape)} does not fit gaps {tuple(gap.shape)}.")
+    if found.shape != gap.shape[:2]:
+        raise InputError(f"found {tuple(found.shape)} does not fit gaps {tuple(gap.shape)}.")
     # the margin: a constant map's mean can round to just below its value
     chosen = gap > gap.mean((-2, -1), keepdim=True) * (1 + 1e-6) if select == "mean" else _top_share(gap, share)
     return chosen & found[:, :, None, None]
@@ -116,10 +183,29 @@ def rectification_loss(
 
     A class that is not found is left out of its image's mean; one that selects nothing counts as 0, as does an image without
     classes. So a batch's loss is the mean of its images' losses. A token or target of exactly 0 costs 1/2. Raises `InputError` for
-    shapes that disagree."""
-    if low.shape != tokens.shape: raise InputError(f"low {tuple(low.shape)} must have the shape of tokens {tuple(tokens.shape)}.")
+    shapes that disagree.
+
+    Parameters
+    ----------
+    tokens : Tensor
+        (B, D, h, w): gets the gradient
+    low : Tensor
+        (B, D, h, w) their low-frequency version: a fixed target
+    omega : Tensor
+        (B, K, h, w) bool of `attenuated`
+    found : Tensor
+        (B, K) bool: classes with a prototype
+
+    Returns
+    -------
+    Tensor
+        scalar in [0, 2], fp32 or fp64
+    """
+    if low.shape != tokens.shape:
+        raise InputError(f"low {tuple(low.shape)} must have the shape of tokens {tuple(tokens.shape)}.")
     _check_maps(tokens, omega, "omega")
-    if found.shape != omega.shape[:2]: raise InputError(f"found {tuple(found.shape)} does not fit selections {tuple(omega.shape)}.")
+    if found.shape != omega.shape[:2]:
+        raise InputError(f"found {tuple(found.shape)} does not fit selections {tuple(omega.shape)}.")
     distance = (unit_vectors(tokens) - unit_vectors(low.detach())).square().sum(1) / 2
     chosen = (omega & found[:, :, None, None]).to(distance.dtype)
     weight = chosen / chosen.sum((-2, -1), keepdim=True).clamp_min(1)
@@ -129,7 +215,25 @@ def rectification_loss(
 # %% ../nbs/26_prototypes.ipynb #88f2ecf3
 @dataclass
 class Rectification:
-    "What `FrequencyRectification` found in B images with K classes on a grid (h, w) of tokens of width D."
+    """What `FrequencyRectification` found in B images with K classes on a grid (h, w) of tokens of width D.
+
+    Attributes
+    ----------
+    loss : Tensor
+        scalar, weighted
+    selected : Tensor
+        (B, K, h, w) bool: Omega_c
+    gap : Tensor
+        (B, K, h, w), no gradient
+    low : Tensor
+        (B, D, h, w) low-frequency tokens; a gradient flows here, but none from the loss
+    high : Tensor
+        (B, D, h, w) high-frequency tokens, with gradient
+    prototypes : Tensor
+        (B, K, D), no gradient
+    found : Tensor
+        (B, K) bool: classes with a prototype
+    """
     loss: Tensor         # scalar, weighted
     selected: Tensor     # (B, K, h, w) bool: Omega_c
     gap: Tensor          # (B, K, h, w), no gradient
@@ -142,7 +246,23 @@ class Rectification:
 class FrequencyRectification(nn.Module):
     """FFR's masking strategy, prototypes, selection and rectification loss in one module without parameters.
 
-    Raises `InputError` for settings outside their range and for shapes that disagree."""
+    Raises `InputError` for settings outside their range and for shapes that disagree.
+
+    Parameters
+    ----------
+    mu : float
+        half-width of the low-frequency region, cycles per token (FFR: 0.4)
+    shape : str
+        of the region: "square" (FFR) or "disc"
+    threshold : float
+        of the activation map, for prototypes
+    weight : float
+        lambda_1 of FFR; the loss is returned weighted
+    select : str
+        of `attenuated`: "mean" (FFR) or "share" (ours)
+    share : float
+        of all tokens, for "share"
+    """
 
     def __init__(self,
         mu: float = 0.4,            # half-width of the low-frequency region, cycles per token (FFR: 0.4)
@@ -155,7 +275,8 @@ class FrequencyRectification(nn.Module):
         super().__init__()
         if not 0 <= mu <= 0.5: raise InputError(f"mu={mu}: give 0 to 0.5 cycles per token; FFR uses 0.4.")
         if shape not in ("square", "disc"): raise InputError(f"shape={shape!r}: use 'square' (FFR) or 'disc'.")
-        if not 0 <= threshold < 1: raise InputError(f"threshold={threshold}: activation maps lie in 0..1; FFR uses 0.7.")
+        if not 0 <= threshold < 1:
+            raise InputError(f"threshold={threshold}: activation maps lie in 0..1; FFR uses 0.7.")
         if not 0 <= weight < float("inf"): raise InputError(f"weight={weight}: give 0 or more; FFR uses 1.")
         if select not in SELECTIONS: raise InputError(f"select={select!r}: use 'mean' (FFR) or 'share'.")
         if not 0 < share <= 1: raise InputError(f"share={share}: give a part of all tokens, above 0 and at most 1.")
@@ -171,7 +292,17 @@ class FrequencyRectification(nn.Module):
         cam: Tensor,                   # (B, K, h, w) in [0, 1]
         present: Tensor|None = None,   # (B, K) bool; None = all
     ) -> Rectification:
-        "Cut, find prototypes, select, and take the loss."
+        """Cut, find prototypes, select, and take the loss.
+
+        Parameters
+        ----------
+        tokens : Tensor
+            (B, D, h, w): gets the gradient
+        cam : Tensor
+            (B, K, h, w) in [0, 1]
+        present : Tensor|None
+            (B, K) bool; None = all
+        """
         low, high = split_bands(tokens, self.mu, self.shape)
         prototypes, found = class_prototypes(tokens, cam, present, self.threshold)
         gap = attenuation_gap(tokens, low, prototypes)

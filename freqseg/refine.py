@@ -43,7 +43,17 @@ def _position_logits(dilations: Sequence[int], width: float, like: Tensor) -> Te
 class PAR(nn.Module):
     """Pixel-adaptive refinement as WeCLIP uses it (first in AFA, Ru et al., 2022): scores spread between pixels of like colour.
 
-    Has no parameters. Standard deviations are over the neighbours, with Bessel's correction."""
+    Has no parameters. Standard deviations are over the neighbours, with Bessel's correction.
+
+    Parameters
+    ----------
+    dilations : Sequence[int]
+        distances of the 8 neighbours each, in pixels
+    width : float
+        of the Gaussian, in local standard deviations
+    position_weight : float
+        share of the colour-blind term
+    """
     def __init__(self,
         iterations: int = 20,
         dilations: Sequence[int] = (1, 2, 4, 8, 12, 24),  # distances of the 8 neighbours each, in pixels
@@ -66,16 +76,31 @@ class PAR(nn.Module):
     ) -> Tensor:  # (B, K, H, W)
         """Refined scores. The memory beside `probs` is the n weights per pixel, whatever the number of classes K.
 
-        Raises `InputError` when the batch sizes differ."""
+        Raises `InputError` when the batch sizes differ.
+
+        Parameters
+        ----------
+        image : Tensor
+            (B, 3, h, w), in [0, 1] or 0..255: the weights are the same; resized if not (H, W)
+        probs : Tensor
+            (B, K, H, W) class scores
+
+        Returns
+        -------
+        Tensor
+            (B, K, H, W)
+        """
         if len(image) != len(probs):
             raise InputError(f"PAR got {len(image)} images but {len(probs)} score maps: pass one map per image")
-        together = 1 if probs.device.type == "cpu" else len(probs)   # a processor's cache holds one picture's weights, not four
+        # a processor's cache holds one picture's weights, not four
+        together = 1 if probs.device.type == "cpu" else len(probs)
         return torch.cat([self._refine(*part) for part in zip(image.split(together), probs.split(together))])
 
     def _refine(self, image: Tensor, probs: Tensor) -> Tensor:
         "`forward` for pictures whose weights are in memory together."
         image = image.float()
-        if image.shape[-2:] != probs.shape[-2:]: image = F.interpolate(image, probs.shape[-2:], mode="bilinear", align_corners=True)
+        if image.shape[-2:] != probs.shape[-2:]:
+            image = F.interpolate(image, probs.shape[-2:], mode="bilinear", align_corners=True)
         weights = self.weights(image).to(probs.dtype).split(1, dim=1)
         for _ in range(self.iterations): probs = self._spread(probs, weights)
         return probs

@@ -12,7 +12,19 @@ from torch import Tensor
 
 # %% ../nbs/04_sinkhorn.ipynb #789928eb
 class SinkhornResult(NamedTuple):
-    "What `sinkhorn` returns."
+    """What `sinkhorn` returns.
+
+    Attributes
+    ----------
+    plan : Tensor
+        (..., R, C) the scaled matrix
+    log_plan : Tensor
+        (..., R, C) its logarithm, -inf where a marginal is zero
+    iterations : int
+        rounds done (column, then row)
+    error : Tensor
+        (...) largest |column sum / wanted - 1|, no gradient; rows are exact
+    """
 
     plan: Tensor  # (..., R, C) the scaled matrix
     log_plan: Tensor  # (..., R, C) its logarithm, -inf where a marginal is zero
@@ -22,7 +34,8 @@ class SinkhornResult(NamedTuple):
 # %% ../nbs/04_sinkhorn.ipynb #ee9bf34f
 TRUSTED = 1e13  # e^30: scalings within [1/TRUSTED, TRUSTED] cannot have lost an fp32 entry that matters
 CHECK_EVERY = 5  # rounds between two looks at the error: each look waits for the device
-WIDE = 128  # columns; products with the transpose of a narrower matrix are twice as fast from a copy, of a wider one hardly faster
+# columns; products with the transpose of a narrower matrix are twice as fast from a copy, of a wider one hardly faster
+WIDE = 128
 
 def _product(
     vector: Tensor,  # (..., R)
@@ -61,7 +74,9 @@ class _Alternating:
 
     def start(self) -> tuple[Tensor, Tensor]:
         "Scalings (..., R) and (..., C) under which the first column sums are those of exp(density) itself, as it is given."
-        return torch.where(self.row > 0, 1 / self.row.clamp(min=torch.finfo(self.row.dtype).tiny), 1), torch.ones_like(self.col)
+        return torch.where(self.row > 0, 1 / self.row.clamp(min=torch.finfo(self.row.dtype).tiny), 1), torch.ones_like(
+            self.col
+        )
 
     def ones(self) -> tuple[Tensor, Tensor]:
         "Scalings that change nothing: (..., R) and (..., C)."
@@ -96,7 +111,9 @@ class _Alternating:
 
     def log_plan(self, density: Tensor, scale: tuple[Tensor, Tensor]) -> Tensor:
         "Logarithm of the plan: the density with the scalings absorbed, times both marginals."
-        return (density + (scale[0].log() + self.log_row)[..., :, None]).add_((scale[1].log() + self.log_col)[..., None, :])
+        return (density + (scale[0].log() + self.log_row)[..., :, None]).add_(
+            (scale[1].log() + self.log_col)[..., None, :]
+        )
 
 
 # %% ../nbs/04_sinkhorn.ipynb #b1548bcb
@@ -235,6 +252,25 @@ def sinkhorn(
     `iterations` is returned as it is, with its error.
     Raises `ValueError` for negative marginals, unknown `gradient`, or "implicit" with `rounds` (there is no solution to
     differentiate at).
+
+    Parameters
+    ----------
+    log_kernel : Tensor
+        (..., R, C) logarithm of the matrix to scale; -inf entries are taken as very small
+    row : Tensor | None
+        (..., R) wanted row sums, uniform 1/R by default
+    col : Tensor | None
+        (..., C) wanted column sums, uniform by default; rescaled to the rows' total
+    iterations : int
+        most rounds
+    tolerance : float
+        stop when every column sum is right within this share of itself
+    rounds : int | None
+        exactly so many rounds, no look at the error (WeCLIP: 3)
+    mask : Tensor | None
+        (..., C) bool, False gives a column no mass
+    gradient : str
+        "unroll" through the rounds, or "implicit" at the solution
     """
     kernel = log_kernel if log_kernel.dtype == torch.float64 else log_kernel.float()
     row, col, some = _marginals(kernel, row, col, mask)
@@ -261,7 +297,9 @@ def _solve(
     if gradient not in ("unroll", "implicit"):
         raise ValueError(f"gradient={gradient!r}: choose 'unroll' or 'implicit'")
     if gradient == "implicit" and rounds is not None:
-        raise ValueError("gradient='implicit' differentiates at the solution, which fixed rounds do not reach: unroll them")
+        raise ValueError(
+            "gradient='implicit' differentiates at the solution, which fixed rounds do not reach: unroll them"
+        )
     if min(iterations, iterations if rounds is None else rounds) < 1:
         raise ValueError("at least one round is needed")
     many, good = (iterations, tolerance) if rounds is None else (rounds, None)
@@ -284,13 +322,30 @@ def doubly_stochastic(
     "average" is the papers' form and takes any input. "scaling" replaces the input by its symmetric part and scales rows and
     columns alike: exactly symmetric, and faster where patches mostly attend to themselves. Zeros are taken as the
     smallest normal number. Raises `ValueError` for negative entries, a matrix that is not square, or unknown options.
+
+    Parameters
+    ----------
+    affinity : Tensor
+        (..., N, N) non-negative
+    iterations : int
+        most rounds
+    tolerance : float
+        stop when all rows and columns sum to 1 within this
+    rounds : int | None
+        exactly so many rounds of column, then row normalisation (WeCLIP: 3)
+    symmetric : str | None
+        None; "average" of result and transpose (DFA, WeCLIP); "scaling" of the symmetrised input
+    gradient : str
+        "unroll" or "implicit"
     """
     if affinity.shape[-1] != affinity.shape[-2]:
         raise ValueError(f"affinity {tuple(affinity.shape)}: a doubly stochastic matrix is square")
     if symmetric not in (None, "average", "scaling"):
         raise ValueError(f"symmetric={symmetric!r}: choose None, 'average' or 'scaling'")
     if affinity.numel() and affinity.amin() < 0:
-        raise ValueError("affinity has negative entries: Sinkhorn scales non-negative matrices (a softplus makes them so)")
+        raise ValueError(
+            "affinity has negative entries: Sinkhorn scales non-negative matrices (a softplus makes them so)"
+        )
     wide = affinity if affinity.dtype == torch.float64 else affinity.float()
     ones = torch.ones_like(wide[..., 0])
     tiny = torch.finfo(wide.dtype).tiny
@@ -316,9 +371,32 @@ def transport(
     <T, score> + eps H(T) under T 1 = row and T^T 1 = col, found as the scaling of exp(score / eps).
 
     `col` is rescaled to the mass of the rows after masking. Raises `ValueError` for `eps <= 0` and what `sinkhorn` raises.
+
+    Parameters
+    ----------
+    score : Tensor
+        (..., N, K) what is gained by moving mass from patch i to class c
+    col : Tensor
+        (..., K) share of the classes
+    row : Tensor | None
+        (..., N) mass of the patches, uniform 1/N by default
+    eps : float
+        entropic regularisation, in units of the score
+    mask : Tensor | None
+        (..., K) bool, False for classes that are absent
+    iterations : int
+        most rounds
+    tolerance : float
+        stop when every class is filled within this share of itself
+    rounds : int | None
+        exactly so many rounds instead
+    gradient : str
+        "unroll" or "implicit"
     """
     if not eps > 0:
-        raise ValueError(f"eps={eps}: the entropic regularisation must be positive; DFA-style scores work with 0.01 to 1")
+        raise ValueError(
+            f"eps={eps}: the entropic regularisation must be positive; DFA-style scores work with 0.01 to 1"
+        )
     wide = score if score.dtype == torch.float64 else score.float()
     plan = sinkhorn(wide / eps, row, col, iterations, tolerance, rounds, mask, gradient).plan
     return plan.to(score.dtype)

@@ -25,6 +25,15 @@ def radial_frequency(
     """Length of the frequency vector of every Fourier coefficient, in cycles per token.
 
     Returns (h, w) in the layout of `torch.fft.fft2`, or (h, w // 2 + 1) in that of `rfft2` with `half`.
+
+    Parameters
+    ----------
+    h : int
+        rows of the grid
+    w : int
+        columns of the grid
+    half : bool
+        only the columns that a real FFT stores
     """
     columns = torch.fft.rfftfreq(w, device=device) if half else torch.fft.fftfreq(w, device=device)
     return torch.hypot(torch.fft.fftfreq(h, device=device)[:, None], columns[None])
@@ -40,6 +49,17 @@ def lowpass_mask(
     """Which Fourier coefficients count as low frequency: bool (h, w), unshifted FFT layout (FFR, region ratio mu).
 
     `mu >= 0.5` keeps every coefficient. Raises `ValueError` for a negative `mu` or an unknown `shape`.
+
+    Parameters
+    ----------
+    h : int
+        rows of the grid
+    w : int
+        columns of the grid
+    mu : float
+        half-width of the region as a share of the grid, which is its cut-off in cycles per token
+    shape : str
+        "square" as in FFR, or "disc"
     """
     if mu < 0:
         raise ValueError(f"mu={mu}: the low-frequency region ratio cannot be negative; FFR uses 0.1 to 0.4")
@@ -57,7 +77,13 @@ def lowpass_mask(
 def to_spectrum(
     x: Tensor,  # (..., h, w) real maps of any dtype
 ) -> Tensor:
-    "Orthonormal real 2-D FFT in fp32 (fp64 stays fp64): complex (..., h, w // 2 + 1)."
+    """Orthonormal real 2-D FFT in fp32 (fp64 stays fp64): complex (..., h, w // 2 + 1).
+
+    Parameters
+    ----------
+    x : Tensor
+        (..., h, w) real maps of any dtype
+    """
     return torch.fft.rfft2(x if x.dtype == torch.float64 else x.float(), norm="ortho")
 
 # %% ../nbs/00_spectra.ipynb #1b567e33
@@ -65,7 +91,15 @@ def from_spectrum(
     spectrum: Tensor,  # (..., h, w // 2 + 1) complex
     like: Tensor,  # the map whose grid and dtype the result takes
 ) -> Tensor:
-    "Inverse of `to_spectrum`: real maps (..., h, w) in the dtype of `like` (fp32 where that is an integer type)."
+    """Inverse of `to_spectrum`: real maps (..., h, w) in the dtype of `like` (fp32 where that is an integer type).
+
+    Parameters
+    ----------
+    spectrum : Tensor
+        (..., h, w // 2 + 1) complex
+    like : Tensor
+        the map whose grid and dtype the result takes
+    """
     x = torch.fft.irfft2(spectrum, s=like.shape[-2:], norm="ortho")
     return x.to(like.dtype) if like.is_floating_point() else x
 
@@ -78,6 +112,15 @@ def low_pass(
     """The low-frequency version of every map (FFR): same shape and dtype; the input itself when `mu >= 0.5`.
 
     Raises `ValueError` for a negative `mu` or an unknown `shape`.
+
+    Parameters
+    ----------
+    x : Tensor
+        (..., h, w)
+    mu : float
+        region ratio: cut-off in cycles per token
+    shape : str
+        "square" or "disc"
     """
     mask = lowpass_mask(*x.shape[-2:], mu, shape, x.device)
     if mu >= 0.5:
@@ -93,6 +136,15 @@ def split_bands(
     """Low- and high-frequency parts of every map, each (..., h, w); their sum is the input (FFR; DFA's F_ld and F_hd).
 
     `mu >= 0.5` gives exactly `(x, 0)`. Raises `ValueError` for a negative `mu` or an unknown `shape`.
+
+    Parameters
+    ----------
+    x : Tensor
+        (..., h, w)
+    mu : float
+        region ratio: cut-off in cycles per token
+    shape : str
+        "square" or "disc"
     """
     low = low_pass(x, mu, shape)
     return low, x - low
@@ -106,6 +158,15 @@ def band_stack(
     """Cut maps into `len(edges) + 1` bands, lowest first: (bands, ..., h, w); the bands sum to the input.
 
     Raises `ValueError` when `edges` do not rise.
+
+    Parameters
+    ----------
+    x : Tensor
+        (..., h, w)
+    edges : Sequence[float]
+        rising cut-offs between the bands, cycles per token
+    shape : str
+        "square" or "disc"
     """
     if any(b <= a for a, b in pairwise(edges)):
         raise ValueError(f"edges={tuple(edges)}: band edges must rise, for example (0.1, 0.25)")
@@ -121,7 +182,13 @@ Transfer = Callable[[Tensor], Tensor]  # radial frequency in cycles per token ->
 def gaussian_transfer(
     cutoff: float,  # frequency of half power, cycles per token
 ) -> Transfer:
-    "Gaussian low-pass, no ringing: gain exp(-(r/cutoff)^2 ln(2)/2)."
+    """Gaussian low-pass, no ringing: gain exp(-(r/cutoff)^2 ln(2)/2).
+
+    Parameters
+    ----------
+    cutoff : float
+        frequency of half power, cycles per token
+    """
     return lambda r: torch.exp(-0.5 * math.log(2) * (r / cutoff).square())
 
 # %% ../nbs/00_spectra.ipynb #02d0b879
@@ -129,14 +196,28 @@ def butterworth_transfer(
     cutoff: float,  # frequency of half power, cycles per token
     order: int = 2,  # steepness
 ) -> Transfer:
-    "Butterworth low-pass, between a gaussian and a sharp mask: gain (1 + (r/cutoff)^(2 order))^(-1/2)."
+    """Butterworth low-pass, between a gaussian and a sharp mask: gain (1 + (r/cutoff)^(2 order))^(-1/2).
+
+    Parameters
+    ----------
+    cutoff : float
+        frequency of half power, cycles per token
+    order : int
+        steepness
+    """
     return lambda r: (1 + (r / cutoff) ** (2 * order)).rsqrt()
 
 # %% ../nbs/00_spectra.ipynb #4241115d
 def complement(
     transfer: Transfer,  # for example a low-pass
 ) -> Transfer:
-    "The filter that passes what `transfer` stops: gain 1 - transfer(r)."
+    """The filter that passes what `transfer` stops: gain 1 - transfer(r).
+
+    Parameters
+    ----------
+    transfer : Transfer
+        for example a low-pass
+    """
     return lambda r: 1 - transfer(r)
 
 # %% ../nbs/00_spectra.ipynb #c42f582b
@@ -147,6 +228,13 @@ def radial_filter(
     """Multiply the spectrum of every map by a function of radial frequency: same shape and dtype.
 
     The filter has zero phase, so nothing moves; gradients also reach whatever `transfer` is made of.
+
+    Parameters
+    ----------
+    x : Tensor
+        (..., h, w)
+    transfer : Transfer
+        radial frequency in cycles per token (h, w // 2 + 1) -> gain of the same shape
     """
     gain = transfer(radial_frequency(*x.shape[-2:], half=True, device=x.device))
     return from_spectrum(to_spectrum(x) * gain, x)
@@ -155,7 +243,13 @@ def radial_filter(
 def spectral_energy(
     x: Tensor,  # (..., h, w)
 ) -> Tensor:
-    "Energy of every stored Fourier coefficient, conjugates included: (..., h, w // 2 + 1), summing to sum(x^2) (Parseval)."
+    """Energy of every stored Fourier coefficient, conjugates included: (..., h, w // 2 + 1), summing to sum(x^2) (Parseval).
+
+    Parameters
+    ----------
+    x : Tensor
+        (..., h, w)
+    """
     energy, w = to_spectrum(x).abs().square(), x.shape[-1]
     energy[..., 1 : (w + 1) // 2] *= 2
     return energy
@@ -171,6 +265,15 @@ def radial_power_spectrum(
     Returns the rings' frequencies (bins,) in cycles per token, from 0 to sqrt(1/2), and the energy (..., bins). Summed
     over rings it is the energy of the maps (Parseval); with `density`, white noise gives a flat line.
     Raises `ValueError` for fewer than 2 bins.
+
+    Parameters
+    ----------
+    x : Tensor
+        (..., D, h, w) maps averaged over their D channels, or one map (h, w)
+    bins : int | None
+        rings; by default one cycle per longest side apart, so that the first ring is the constant alone
+    density : bool
+        mean energy per coefficient of the ring instead of the sum
     """
     h, w = x.shape[-2:]
     bins = max(2, round(0.5**0.5 * max(h, w)) + 1) if bins is None else bins
@@ -193,7 +296,15 @@ def high_frequency_share(
     x: Tensor,  # (..., h, w)
     cutoff: float = 0.25,  # cycles per token
 ) -> Tensor:
-    "Share of every map's energy (its mean left out) above a radial cut-off: (...) in [0, 1], 0 for a constant map."
+    """Share of every map's energy (its mean left out) above a radial cut-off: (...) in [0, 1], 0 for a constant map.
+
+    Parameters
+    ----------
+    x : Tensor
+        (..., h, w)
+    cutoff : float
+        cycles per token
+    """
     x = x if x.dtype == torch.float64 else x.float()
     energy = spectral_energy(x - x.mean((-2, -1), keepdim=True))
     high = energy * (radial_frequency(*x.shape[-2:], half=True, device=x.device) > cutoff)
@@ -221,6 +332,17 @@ def resize_response(
 
     Returns (h', w' // 2 + 1, D). Nyquist coefficients are treated so that filtering on `grid` and then enlarging a
     map spectrally equals enlarging it and then filtering on `size`. Raises `ValueError` for an unknown `beyond`.
+
+    Parameters
+    ----------
+    response : Tensor
+        (h, w // 2 + 1, D) complex gain in the layout of a real FFT
+    grid : tuple[int, int]
+        (h, w) it was made for
+    size : tuple[int, int]
+        (h, w) wanted
+    beyond : str
+        frequencies that `grid` lacks: "hold" the highest one's gain, or "zero"
     """
     if beyond not in ("hold", "zero"):
         raise ValueError(f"beyond={beyond!r}: choose 'hold' or 'zero'")
@@ -244,6 +366,19 @@ class SpectralFilter(nn.Module):
     The weight is real, (h, w // 2 + 1, dim, 2), its last axis real and imaginary part. `init` is "normal" (each part
     `std` x N(0, 1), as in the authors' code), "zero" or "identity". Maps (B, dim, h', w') of any grid are accepted: the
     weight is carried over by `resize_response`. Raises `ValueError` for an unknown `init` or `beyond`, or a wrong number of channels.
+
+    Parameters
+    ----------
+    dim : int
+        channels
+    grid : tuple[int, int]
+        native (h, w)
+    init : str
+        "normal", "zero" or "identity"
+    std : float
+        of each part with "normal"
+    beyond : str
+        on larger grids: "hold" the highest frequency's gain, or "zero"
     """
 
     def __init__(
@@ -306,6 +441,13 @@ def centre_on_query(
     """Every row as a map with its own query at the origin, by circular shift: (..., N, h, w).
 
     Raises `ValueError` when the matrix does not fit the grid.
+
+    Parameters
+    ----------
+    attention : Tensor
+        (..., N, N), rows are queries, N = h * w row-major
+    grid : tuple[int, int]
+        (h, w)
     """
     h, w = _fitting_grid(attention, grid)
     y, x = (torch.arange(n, device=attention.device) for n in (h, w))
@@ -325,6 +467,17 @@ def invert_attention(
 
     Without `transfer`, I is the all-pass and the result is I - W. Rows sum to 0 (for "identity": to transfer(0) - 1).
     Raises `ValueError` when the matrix does not fit the grid or `filtered` is unknown.
+
+    Parameters
+    ----------
+    attention : Tensor
+        (..., N, N) row-stochastic, CLS row and column dropped
+    grid : tuple[int, int]
+        (h, w) of the keys, N = h * w row-major
+    transfer : Transfer | None
+        radial frequency -> gain; None is the all-pass
+    filtered : str
+        what `transfer` acts on: the "difference" I - W, or only the "identity"
     """
     h, w = _fitting_grid(attention, grid)
     if filtered not in ("difference", "identity"):

@@ -29,14 +29,24 @@ def prompt_blocks(
 ) -> tuple[int, ...]:
     """Indices 0..depth-1, rising, of blocks that a paper numbers 1..depth: "1-2" is (0, 1), where SPT-SEG puts its spectral prompts.
 
-    Raises `InputError` for blocks that the tower does not have, ranges that run backwards, and anything else."""
+    Raises `InputError` for blocks that the tower does not have, ranges that run backwards, and anything else.
+
+    Parameters
+    ----------
+    text : str|Sequence[int]
+        "1-2", "3" or "all", counted from 1 as papers do; or indices, counted from 0
+    depth : int
+        blocks of the tower
+    """
     if text == "all": return tuple(range(depth))
     ends = re.fullmatch(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", text.strip()) if isinstance(text, str) else None
     first, last = (int(ends[1]), int(ends[2] or ends[1])) if ends else (0, 0)
     if 1 <= first <= last <= depth: return tuple(range(first - 1, last))
     if _are_indices(text, depth): return tuple(sorted(set(text)))
-    raise InputError(f"blocks {text!r}: this tower has blocks 1 to {depth}. Write a range such as '1-2', one block such as '3', or 'all'; "
-                     f"or give indices counted from 0, such as (0, 1).")
+    raise InputError(
+        f"blocks {text!r}: this tower has blocks 1 to {depth}. Write a range such as '1-2', one block such as '3', or 'all'; "
+        f"or give indices counted from 0, such as (0, 1)."
+    )
 
 def _are_indices(blocks: Any, depth: float = math.inf) -> bool:
     "Are these block indices of a tower, counted from 0?"
@@ -48,7 +58,19 @@ class DeepPrompts(nn.Module):
     """M learned tokens for each block of a frozen tower, behind one linear layer that they share (visual prompt tuning, Jia et al. 2022; ZegCLIP).
 
     Tokens start uniform in +-sqrt(6 / (3 patch^2 + width)), the linear layer kaiming-normal over its fan-out with a bias of 0.
-    Raises `InputError` for a negative number of tokens; with 0 there is nothing that learns."""
+    Raises `InputError` for a negative number of tokens; with 0 there is nothing that learns.
+
+    Parameters
+    ----------
+    width : int
+        channels of the tower
+    patch : int
+        side of a patch in pixels
+    blocks : int
+        blocks of the tower
+    tokens : int
+        M: ZegCLIP takes 10 on VOC, 100 on COCO-Stuff
+    """
 
     def __init__(self,
         width: int,            # channels of the tower
@@ -58,7 +80,10 @@ class DeepPrompts(nn.Module):
         dropout: float = 0.1,
     ):
         super().__init__()
-        if tokens < 0: raise InputError(f"tokens={tokens}: the number of prompts per block is 0 (none) or more; ZegCLIP takes 10 or 100.")
+        if tokens < 0:
+            raise InputError(
+                f"tokens={tokens}: the number of prompts per block is 0 (none) or more; ZegCLIP takes 10 or 100."
+            )
         reach = math.sqrt(6 / (3 * patch**2 + width))
         self.tokens = nn.Parameter(torch.empty(blocks, tokens, width).uniform_(-reach, reach), requires_grad=tokens > 0)
         self.projection = nn.Linear(width, width) if tokens else nn.Identity()
@@ -107,17 +132,36 @@ class _Filter(torch.autograd.Function):
 # %% ../nbs/28_spectral_prompts.ipynb #189a46d9
 def spectral_prompt(
     tokens: Tensor,   # (B, D, h, w) patch tokens H that enter a block, of any dtype
-    cls: Tensor,      # (B, D) CLS token g at the same depth
+    cls: Tensor,      # (B, D) or (B, 1, D) CLS token g at the same depth
     gain: Tensor,     # (h, w // 2 + 1, D) complex w_f, as `SpectralFilter.response` gives it
 ) -> Tensor:          # (B, D, h, w), dtype of the tokens
     """S = F^-1(F(H * g) w_f), what a spectral prompt adds to the tokens (SPT-SEG, Eq. 1): orthonormal real FFT over the grid, in fp32.
 
-    Raises `InputError` when the gain is of another grid or another number of channels."""
-    h, w = tokens.shape[2:]
+    Raises `InputError` when the gain is of another grid or another number of channels, or the CLS token of other pictures.
+
+    Parameters
+    ----------
+    tokens : Tensor
+        (B, D, h, w) patch tokens H that enter a block, of any dtype
+    cls : Tensor
+        (B, D) or (B, 1, D) CLS token g at the same depth
+    gain : Tensor
+        (h, w // 2 + 1, D) complex w_f, as `SpectralFilter.response` gives it
+
+    Returns
+    -------
+    Tensor
+        (B, D, h, w), dtype of the tokens
+    """
+    (count, width), (h, w) = tokens.shape[:2], tokens.shape[2:]
+    if tuple(cls.shape) not in ((count, width), (count, 1, width)):
+        raise InputError(f"cls {tuple(cls.shape)} does not fit tokens {tuple(tokens.shape)}: expected {(count, width)}, a CLS token for every picture.")
     if gain.shape != (h, w // 2 + 1, tokens.shape[1]):
-        raise InputError(f"gain {tuple(gain.shape)} does not fit {tokens.shape[1]} channels on a {h} x {w} grid: expected "
-                         f"{(h, w // 2 + 1, tokens.shape[1])}. SpectralFilter.response(({h}, {w})) carries a filter over.")
-    product = _precise(tokens) * _precise(cls)[:, :, None, None]
+        raise InputError(
+            f"gain {tuple(gain.shape)} does not fit {tokens.shape[1]} channels on a {h} x {w} grid: expected "
+            f"{(h, w // 2 + 1, tokens.shape[1])}. SpectralFilter.response(({h}, {w})) carries a filter over."
+        )
+    product = _precise(tokens) * _precise(cls).reshape(count, width, 1, 1)
     return _Filter.apply(product, gain.permute(2, 0, 1).contiguous()).to(tokens.dtype)
 
 # %% ../nbs/28_spectral_prompts.ipynb #13481046
@@ -125,7 +169,23 @@ class SpectralPrompts(nn.Module):
     """Learned filters that add a spectral prompt to the patch tokens entering some blocks of a frozen tower (SPT-SEG).
 
     "normal" draws real and imaginary part from `std` N(0, 1), as in the authors' code; with "zero" nothing is added at first.
-    Raises `InputError` for another start, and for blocks that are no indices or none at all."""
+    Raises `InputError` for another start, and for blocks that are no indices or none at all.
+
+    Parameters
+    ----------
+    width : int
+        channels of the tower
+    grid : tuple[int, int]
+        patches (h, w) that the filters are made for
+    blocks : Sequence[int]
+        blocks whose input is prompted, 0 is the first
+    shared : bool
+        one filter for all blocks, or one each
+    init : str
+        "normal", "zero" or "identity" (a gain of 1)
+    std : float
+        of each part with "normal"
+    """
 
     def __init__(self,
         width: int,                        # channels of the tower
@@ -136,22 +196,43 @@ class SpectralPrompts(nn.Module):
         std: float = 0.02,                 # of each part with "normal"
     ):
         super().__init__()
-        if init not in ("normal", "zero", "identity"): raise InputError(f"init={init!r}: filters start 'normal', 'zero' or 'identity'.")
-        if not blocks or not _are_indices(blocks): raise InputError(f"blocks={blocks!r}: give block indices counted from 0, such as (0, 1).")
+        if init not in ("normal", "zero", "identity"):
+            raise InputError(f"init={init!r}: filters start 'normal', 'zero' or 'identity'.")
+        if not blocks or not _are_indices(blocks):
+            raise InputError(f"blocks={blocks!r}: give block indices counted from 0, such as (0, 1).")
         self.blocks, self.shared = tuple(sorted(set(blocks))), shared
-        self.filters = nn.ModuleList(SpectralFilter(width, grid, init, std) for _ in range(1 if shared else len(self.blocks)))
+        self.filters = nn.ModuleList(
+            SpectralFilter(width, grid, init, std) for _ in range(1 if shared else len(self.blocks))
+        )
 
     def gain(self, block: int, grid: tuple[int, int]|None = None) -> Tensor:
         "Complex gain (h, w // 2 + 1, D) of a prompted block at the grid of the filters, or carried to another."
         return self.filters[0 if self.shared else self.blocks.index(block)].response(grid)
 
     def forward(self,
-        block: int,
+        block: int,               # index of the block, 0 is the first
         tokens: Tensor,           # (B, N, D) patch tokens that enter it
-        cls: Tensor,              # (B, D) its CLS token
+        cls: Tensor,              # (B, D) or (B, 1, D) its CLS token
         grid: tuple[int, int],    # (h, w), N = h * w row-major
     ) -> Tensor:                  # (B, N, D)
-        "The tokens with their spectral prompt, or as they are where the block has none. Raises `InputError` for another grid than theirs."
+        """The tokens with their spectral prompt, or as they are where the block has none. Raises `InputError` for another grid than theirs.
+
+        Parameters
+        ----------
+        block : int
+            index of the block, 0 is the first
+        tokens : Tensor
+            (B, N, D) patch tokens that enter it
+        cls : Tensor
+            (B, D) or (B, 1, D) its CLS token
+        grid : tuple[int, int]
+            (h, w), N = h * w row-major
+
+        Returns
+        -------
+        Tensor
+            (B, N, D)
+        """
         if block not in self.blocks: return tokens
         if grid[0] * grid[1] != tokens.shape[1]:
             raise InputError(f"{tokens.shape[1]} patch tokens are no {grid[0]} x {grid[1]} grid: leave the CLS out.")
@@ -161,14 +242,29 @@ class SpectralPrompts(nn.Module):
 def _full_gain(gain: Tensor, grid: tuple[int, int]) -> Tensor:
     "What a gain (h, w // 2 + 1, D) does to real maps at every frequency of the whole plane: complex (h, w, D), FFT layout."
     if gain.shape[:2] != (grid[0], grid[1] // 2 + 1):
-        raise InputError(f"gain {tuple(gain.shape)} is not of a {grid[0]} x {grid[1]} grid: expected ({grid[0]}, {grid[1] // 2 + 1}, D).")
+        raise InputError(
+            f"gain {tuple(gain.shape)} is not of a {grid[0]} x {grid[1]} grid: expected ({grid[0]}, {grid[1] // 2 + 1}, D)."
+        )
     return torch.fft.fft2(torch.fft.irfft2(gain.detach(), s=grid, dim=(0, 1)), dim=(0, 1))
 
 def filter_magnitude(
     gain: Tensor,             # (h, w // 2 + 1, D) complex
     grid: tuple[int, int],    # (h, w)
 ) -> Tensor:                  # (h, w)
-    "Magnitude of a gain over the whole plane, averaged over channels, the constant at (h // 2, w // 2). Raises `InputError` for another grid."
+    """Magnitude of a gain over the whole plane, averaged over channels, the constant at (h // 2, w // 2). Raises `InputError` for another grid.
+
+    Parameters
+    ----------
+    gain : Tensor
+        (h, w // 2 + 1, D) complex
+    grid : tuple[int, int]
+        (h, w)
+
+    Returns
+    -------
+    Tensor
+        (h, w)
+    """
     return torch.fft.fftshift(_full_gain(gain, grid).abs().mean(-1))
 
 def radial_gain(
@@ -178,7 +274,22 @@ def radial_gain(
 ) -> tuple[Tensor, Tensor]:   # (bins,) cycles per token; (groups, bins)
     """Mean magnitude of a gain in rings of equal radial frequency, one cycle per longest side apart.
 
-    Raises `InputError` for another grid, and for groups of unequal size."""
+    Raises `InputError` for another grid, and for groups of unequal size.
+
+    Parameters
+    ----------
+    gain : Tensor
+        (h, w // 2 + 1, D) complex
+    grid : tuple[int, int]
+        (h, w)
+    groups : int
+        channels are cut into that many groups of neighbours
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        (bins,) cycles per token; (groups, bins)
+    """
     magnitude = _full_gain(gain, grid).abs()
     if groups < 1 or magnitude.shape[-1] % groups:
         raise InputError(f"groups={groups}: {magnitude.shape[-1]} channels cannot be cut into that many equal groups.")
@@ -191,7 +302,15 @@ def radial_gain(
 # %% ../nbs/28_spectral_prompts.ipynb #d4e3d179
 @dataclass(frozen=True, eq=False)
 class Prompted:
-    "What a prompted tower gives: joint embeddings of length 1."
+    """What a prompted tower gives: joint embeddings of length 1.
+
+    Attributes
+    ----------
+    patches : Tensor
+        (B, E, h, w)
+    cls : Tensor
+        (B, E)
+    """
     patches: Tensor   # (B, E, h, w)
     cls: Tensor       # (B, E)
 
@@ -200,7 +319,25 @@ class PromptedTower(nn.Module):
     """What learns in a frozen image tower: prompts in every block, spectral prompts in some, a LayerNorm on the last output (SPT-SEG on ZegCLIP).
 
     The backbone is used, not kept. Raises `InputError` for blocks that it does not have, a negative number of tokens, an unknown start of
-    the filters, and a `drop_path` outside [0, 1)."""
+    the filters, and a `drop_path` outside [0, 1).
+
+    Parameters
+    ----------
+    tokens : int
+        M prompts per block, 0 for none
+    spectral : str|Sequence[int]
+        blocks with spectral prompts: indices, or as `prompt_blocks` reads; () for none
+    shared : bool
+        one filter for all of them
+    init : str
+        start of the filters: "normal" or "zero"
+    dropout : float
+        on the prompts
+    drop_path : float
+        stochastic depth of the last block
+    grid : tuple[int, int]|None
+        patches that the filters are made for, best those of training; None = the native grid
+    """
 
     def __init__(self,
         backbone: Backbone,
@@ -213,10 +350,13 @@ class PromptedTower(nn.Module):
         grid: tuple[int, int]|None = None,         # patches that the filters are made for, best those of training; None = the native grid
     ):
         super().__init__()
-        if not 0 <= drop_path < 1: raise InputError(f"drop_path={drop_path}: give a probability from 0 up to, but not including, 1.")
+        if not 0 <= drop_path < 1:
+            raise InputError(f"drop_path={drop_path}: give a probability from 0 up to, but not including, 1.")
         blocks = prompt_blocks(spectral, backbone.depth)
         self.prompts = DeepPrompts(backbone.width, backbone.patch_size, backbone.depth, tokens, dropout)
-        self.spectral = SpectralPrompts(backbone.width, grid or backbone.native_grid, blocks, shared, init) if blocks else None
+        self.spectral = (
+            SpectralPrompts(backbone.width, grid or backbone.native_grid, blocks, shared, init) if blocks else None
+        )
         self.norm = nn.LayerNorm(backbone.width, eps=1e-6)
         self.drop_path = torch.linspace(0, drop_path, backbone.depth).tolist()
 
@@ -237,10 +377,20 @@ class PromptedTower(nn.Module):
         backbone: Backbone,    # the one it was made for, or one like it
         images: Tensor,        # (B, 3, H, W) normalised, any whole number of patches
     ) -> Prompted:
-        "Joint embeddings under the prompts, in fp32. Raises `InputError` for a tower of another size and images that are not whole patches."
+        """Joint embeddings under the prompts, in fp32. Raises `InputError` for a tower of another size and images that are not whole patches.
+
+        Parameters
+        ----------
+        backbone : Backbone
+            the one it was made for, or one like it
+        images : Tensor
+            (B, 3, H, W) normalised, any whole number of patches
+        """
         grid, (depth, _, width) = backbone.grid_of(images), self.prompts.tokens.shape
         if (depth, width) != (backbone.depth, backbone.width):
-            raise InputError(f"these prompts are for {depth} blocks of width {width}, {backbone.name} has {backbone.depth} of {backbone.width}.")
+            raise InputError(
+                f"these prompts are for {depth} blocks of width {width}, {backbone.name} has {backbone.depth} of {backbone.width}."
+            )
         with torch.no_grad(): x = backbone.embed(images)
         for index, block in enumerate(backbone.blocks):
             if self.spectral is not None and index in self.spectral.blocks:

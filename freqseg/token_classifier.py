@@ -20,8 +20,22 @@ def multilabel_loss(
 ) -> Tensor:           # scalar, fp32 or fp64
     """Multi-label soft margin loss, mean over images and classes (FFR: both classification losses).
 
-    Raises `InputError` when logits and labels differ in shape."""
-    if logits.shape != present.shape: raise InputError(f"logits {tuple(logits.shape)} and labels {tuple(present.shape)} differ in shape.")
+    Raises `InputError` when logits and labels differ in shape.
+
+    Parameters
+    ----------
+    logits : Tensor
+        (B, K)
+    present : Tensor
+        (B, K) bool or 0/1: classes in the picture
+
+    Returns
+    -------
+    Tensor
+        scalar, fp32 or fp64
+    """
+    if logits.shape != present.shape:
+        raise InputError(f"logits {tuple(logits.shape)} and labels {tuple(present.shape)} differ in shape.")
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return F.multilabel_soft_margin_loss(logits, present.to(logits))
 
@@ -34,7 +48,21 @@ class TokenClassifier(nn.Module):
 
     FFR leaves open what is pooled. Pooling the "scores" is the default, because the activation map then shows where a score came
     from; "tokens" pools channel by channel and classifies the result, as ToCo's code does with its auxiliary classifier. For the
-    mean both are the same. Raises `InputError` for unknown options, and for tokens that do not fit."""
+    mean both are the same. Raises `InputError` for unknown options, and for tokens that do not fit.
+
+    Parameters
+    ----------
+    width : int
+        D, channels of the tokens
+    classes : int
+        K, without background
+    pool : str
+        over the grid: "max" or "mean"
+    order : str
+        pool the class "scores", or the "tokens" before classifying (ToCo)
+    normalise : bool
+        LayerNorm without parameters on every token first: CLIP's blocks have outlier channels
+    """
 
     def __init__(self,
         width: int,                # D, channels of the tokens
@@ -71,8 +99,21 @@ class TokenClassifier(nn.Module):
     def forward(self,
         tokens: Tensor,   # (B, D, h, w)
     ) -> Tensor:          # (B, K)
-        "One logit per image and class."
-        pooled = self._pool(self.evidence(tokens)) if self.order == "scores" else self.score(self._pool(self._read(tokens)))
+        """One logit per image and class.
+
+        Parameters
+        ----------
+        tokens : Tensor
+            (B, D, h, w)
+
+        Returns
+        -------
+        Tensor
+            (B, K)
+        """
+        pooled = (
+            self._pool(self.evidence(tokens)) if self.order == "scores" else self.score(self._pool(self._read(tokens)))
+        )
         return pooled[:, :, 0, 0]
 
     @torch.no_grad()
@@ -81,9 +122,25 @@ class TokenClassifier(nn.Module):
         present: Tensor|None = None,   # (B, K) bool: classes in the picture; None = all
         eps: float = 1e-7,             # of the min-max scaling
     ) -> Tensor:                       # (B, K, h, w) in [0, 1], fp32 or fp64, without gradient; 0 for absent classes
-        "Activation maps: ReLU of the scores, min-max scaled map by map (FFR). Raises `InputError` when `present` does not fit."
+        """Activation maps: ReLU of the scores, min-max scaled map by map (FFR). Raises `InputError` when `present` does not fit.
+
+        Parameters
+        ----------
+        tokens : Tensor
+            (B, D, h, w)
+        present : Tensor|None
+            (B, K) bool: classes in the picture; None = all
+        eps : float
+            of the min-max scaling
+
+        Returns
+        -------
+        Tensor
+            (B, K, h, w) in [0, 1], fp32 or fp64, without gradient; 0 for absent classes
+        """
         evidence = self.evidence(tokens)
         maps = normalise_cam(evidence if evidence.dtype == torch.float64 else evidence.float(), eps=eps)
         if present is None: return maps
-        if present.shape != maps.shape[:2]: raise InputError(f"present {tuple(present.shape)} does not fit maps {tuple(maps.shape)}.")
+        if present.shape != maps.shape[:2]:
+            raise InputError(f"present {tuple(present.shape)} does not fit maps {tuple(maps.shape)}.")
         return maps * present.bool()[:, :, None, None]

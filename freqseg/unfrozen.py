@@ -26,7 +26,8 @@ def resolve_blocks(depth: int, blocks: Sequence[int]|str) -> tuple[int, ...]:
         if blocks == "all": return tuple(range(depth))
         raise InputError(f"blocks={blocks!r}: give 'all' or block indices such as (-2, -1).")
     for index in blocks:
-        if not -depth <= index < depth: raise InputError(f"block {index} cannot learn: there are blocks 0..{depth - 1} (or -{depth}..-1).")
+        if not -depth <= index < depth:
+            raise InputError(f"block {index} cannot learn: there are blocks 0..{depth - 1} (or -{depth}..-1).")
     return tuple(sorted({index % depth for index in blocks}))
 
 # %% ../nbs/15_unfrozen.ipynb #307bf250
@@ -55,7 +56,19 @@ class TrainableBackbone(Backbone):
 
     The text tower and all other parameters stay frozen, and the backbone given is left alone. Activation maps taken from it carry
     a graph where features do: detach what serves as a label. Raises `InputError` for blocks that do not exist and when nothing is
-    left to learn."""
+    left to learn.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        is copied
+    blocks : Sequence[int]|str
+        block indices, negatives counting from the last, or "all"
+    embedding : bool|None
+        patch embedding, CLS, positions, ln_pre; None = when blocks is "all"
+    projection : bool
+        ln_post and the projection into joint space
+    """
 
     def __init__(self,
         backbone: Backbone,                    # is copied
@@ -67,10 +80,14 @@ class TrainableBackbone(Backbone):
                          backbone.position_resize, backbone.metadata, backbone.recipe)
         self.learning, self.projection = resolve_blocks(self.depth, blocks), projection
         self.embedding = isinstance(blocks, str) if embedding is None else embedding
-        if not (self.learning or self.embedding or projection): raise InputError("blocks is empty: nothing would learn. Use the frozen backbone.")
+        if not (self.learning or self.embedding or projection):
+            raise InputError("blocks is empty: nothing would learn. Use the frozen backbone.")
         for index in self.learning: self.blocks[index].requires_grad_(True)
         visual = self.model.visual
-        for parameter in [*(_embedding(visual) if self.embedding else ()), *(_projection(visual) if projection else ())]:
+        for parameter in [
+            *(_embedding(visual) if self.embedding else ()),
+            *(_projection(visual) if projection else ()),
+        ]:
             parameter.requires_grad_(True)
 
     @property
@@ -80,15 +97,20 @@ class TrainableBackbone(Backbone):
 
     def trainable_state(self) -> dict[str, Tensor]:
         "Name -> detached tensor of every parameter that learns: what a checkpoint has to hold."
-        return {name: parameter.detach() for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        return {
+            name: parameter.detach() for name, parameter in self.model.named_parameters() if parameter.requires_grad
+        }
 
     @torch.no_grad()
     def load_trainable(self, state: Mapping[str, Tensor]) -> None:
         "Copy in what `trainable_state` gave. Raises `InputError` naming what is missing, unexpected or of another shape."
         own = self.trainable_state()
         wrong = sorted(own.keys() ^ state.keys()) or [name for name in own if own[name].shape != state[name].shape]
-        if wrong: raise InputError(f"this state does not fit the unfrozen parts of {self.name}: {', '.join(wrong[:3])}"
-                                   f"{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}. Unfreeze the same blocks as when it was saved.")
+        if wrong:
+            raise InputError(
+                f"this state does not fit the unfrozen parts of {self.name}: {', '.join(wrong[:3])}"
+                f"{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}. Unfreeze the same blocks as when it was saved."
+            )
         for name, tensor in own.items(): tensor.copy_(state[name])
 
     def __repr__(self) -> str:
@@ -104,5 +126,17 @@ def unfreeze(
 ) -> TrainableBackbone:
     """A copy of `backbone` whose given blocks learn (option of FFR).
 
-    Raises `InputError` for blocks that do not exist and when nothing is left to learn."""
+    Raises `InputError` for blocks that do not exist and when nothing is left to learn.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        is copied and stays frozen itself
+    blocks : Sequence[int]|str
+        block indices, negatives counting from the last, or "all"
+    embedding : bool|None
+        patch embedding, CLS, positions, ln_pre; None = when blocks is "all"
+    projection : bool
+        ln_post and the projection into joint space
+    """
     return TrainableBackbone(backbone, blocks, embedding, projection)

@@ -20,9 +20,12 @@ HAAR = tuple(tuple(sign / math.sqrt(2) for sign in signs) for signs in ((1, 1), 
 
 def _pywt_taps(name: str) -> Sequence[Sequence[float]]:
     "The filters of a discrete PyWavelets wavelet."
-    try: import pywt
+    try:
+        import pywt
     except ImportError as error:
-        raise ImportError(f"the taps of {name!r} are read from PyWavelets: pip install PyWavelets (haar needs nothing)") from error
+        raise ImportError(
+            f"the taps of {name!r} are read from PyWavelets: pip install PyWavelets (haar needs nothing)"
+        ) from error
     if name not in pywt.wavelist(kind="discrete"):
         raise ValueError(f"unknown wavelet {name!r}: choose one of {', '.join(pywt.wavelist(kind='discrete'))}")
     return pywt.Wavelet(name).filter_bank
@@ -37,7 +40,18 @@ def filter_bank(
     """Filter taps `(4, L)` of a named wavelet; `L` is even. `dmey` is the usual finite approximation.
 
     Raises `ValueError` for a name that is no orthogonal or biorthogonal discrete wavelet of PyWavelets.
-    The tensor is shared between callers: clone it before changing it in place."""
+    The tensor is shared between callers: clone it before changing it in place.
+
+    Parameters
+    ----------
+    name : str
+        PyWavelets name: haar, db2, sym4, coif1, bior2.2, rbio1.3, dmey, ...
+
+    Returns
+    -------
+    Tensor
+        (4, L): rows dec_lo, dec_hi, rec_lo, rec_hi
+    """
     taps = HAAR if name in ("haar", "db1") else _pywt_taps(name)
     with torch.inference_mode(False):
         return torch.tensor(taps, dtype=dtype, device=device)
@@ -128,7 +142,22 @@ def sub_bands(
 ) -> Tensor:  # (..., 4, h, w): LL, LH (detail across height), HL (across width), HH
     """One level of the separable 2-D wavelet transform, all four sub-bands in one tensor (Mallat, 1989).
 
-    Raises `ValueError` for an unknown wavelet or mode, or taps that are not `(4, even)`."""
+    Raises `ValueError` for an unknown wavelet or mode, or taps that are not `(4, even)`.
+
+    Parameters
+    ----------
+    x : Tensor
+        (..., H, W)
+    wavelet : str | Tensor
+        PyWavelets name, or taps (4, L) from `filter_bank` or `LearnableWavelet`
+    mode : str
+        "periodic" (PyWavelets' "periodization") or "symmetric"
+
+    Returns
+    -------
+    Tensor
+        (..., 4, h, w): LL, LH (detail across height), HL (across width), HH
+    """
     taps = _taps(wavelet, x)
     _check_mode(mode)
     if taps.shape[1] == 2: return _analyse_blocks(x, taps)
@@ -150,13 +179,28 @@ def merge_sub_bands(
 ) -> Tensor:  # (..., H, W)
     """Inverse of `sub_bands`. Without `size` the result has the even size that the coefficients stand for.
 
-    Raises `ValueError` if `size` is larger than that."""
+    Raises `ValueError` if `size` is larger than that.
+
+    Parameters
+    ----------
+    bands : Tensor
+        (..., 4, h, w), as from `sub_bands`
+    size : Sequence[int] | None
+        (H, W) of the original map; needed for odd sizes
+
+    Returns
+    -------
+    Tensor
+        (..., H, W)
+    """
     taps = _taps(wavelet, bands)
     _check_mode(mode)
     x = _merge(bands, taps, mode)
     if size is None: return x
     if size[0] > x.shape[-2] or size[1] > x.shape[-1]:
-        raise ValueError(f"sub-bands {tuple(bands.shape[-2:])} hold a map of at most {tuple(x.shape[-2:])}, not {tuple(size)}")
+        raise ValueError(
+            f"sub-bands {tuple(bands.shape[-2:])} hold a map of at most {tuple(x.shape[-2:])}, not {tuple(size)}"
+        )
     return x[..., :size[0], :size[1]]
 
 # %% ../nbs/02_wavelet.ipynb #159d8777
@@ -166,7 +210,18 @@ def dwt2(
 ) -> tuple[Tensor, Tensor]:  # LL (..., h, w), details (..., 3, h, w)
     """One level of the 2-D wavelet transform: the smooth band and the three details (LH, HL, HH).
 
-    Equal to PyWavelets' `dwt2` (its cA and cH, cV, cD). Raises as `sub_bands`."""
+    Equal to PyWavelets' `dwt2` (its cA and cH, cV, cD). Raises as `sub_bands`.
+
+    Parameters
+    ----------
+    x : Tensor
+        (..., H, W)
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        LL (..., h, w), details (..., 3, h, w)
+    """
     ll, details = sub_bands(x, wavelet, mode).split((1, 3), dim=-3)
     return ll.squeeze(-3), details
 
@@ -176,7 +231,22 @@ def idwt2(
     wavelet: str | Tensor = "haar", mode: str = "periodic",
     size: Sequence[int] | None = None,  # (H, W) of the original map; needed for odd sizes
 ) -> Tensor:  # (..., H, W)
-    "Inverse of `dwt2`; raises as `merge_sub_bands`."
+    """Inverse of `dwt2`; raises as `merge_sub_bands`.
+
+    Parameters
+    ----------
+    ll : Tensor
+        (..., h, w)
+    details : Tensor
+        (..., 3, h, w)
+    size : Sequence[int] | None
+        (H, W) of the original map; needed for odd sizes
+
+    Returns
+    -------
+    Tensor
+        (..., H, W)
+    """
     return merge_sub_bands(torch.cat([ll.unsqueeze(-3), details], -3), wavelet, mode, size)
 
 # %% ../nbs/02_wavelet.ipynb #603238b6
@@ -188,7 +258,18 @@ def wavedec2(
 ) -> list[Tensor]:  # [LL_n, details_n, ..., details_1], details (..., 3, h, w), coarsest first
     """Wavelet decomposition over several levels, in the order of PyWavelets' `wavedec2` (Mallat, 1989).
 
-    Raises as `sub_bands`, and `ValueError` for fewer than one level."""
+    Raises as `sub_bands`, and `ValueError` for fewer than one level.
+
+    Parameters
+    ----------
+    x : Tensor
+        (..., H, W)
+
+    Returns
+    -------
+    list[Tensor]
+        [LL_n, details_n, ..., details_1], details (..., 3, h, w), coarsest first
+    """
     if levels < 1: raise ValueError(f"levels must be at least 1, got {levels}")
     coefficients = []
     for _ in range(levels):
@@ -201,7 +282,20 @@ def waverec2(
     wavelet: str | Tensor = "haar", mode: str = "periodic",
     size: Sequence[int] | None = None,  # (H, W) of the original map; needed for odd sizes
 ) -> Tensor:  # (..., H, W)
-    "Inverse of `wavedec2`; raises as `merge_sub_bands`."
+    """Inverse of `wavedec2`; raises as `merge_sub_bands`.
+
+    Parameters
+    ----------
+    coefficients : Sequence[Tensor]
+        as from `wavedec2`
+    size : Sequence[int] | None
+        (H, W) of the original map; needed for odd sizes
+
+    Returns
+    -------
+    Tensor
+        (..., H, W)
+    """
     x, *details = coefficients
     sizes = [d.shape[-2:] for d in details[1:]] + [size]
     for d, target in zip(details, sizes): x = idwt2(x, d, wavelet, mode, target)
@@ -213,7 +307,18 @@ def reconstruction_penalty(
 ) -> Tensor:  # scalar, 0 for perfect reconstruction
     """Squared violation of biorthogonality, sum_{a,b,k} (<rec_a, reversed dec_b shifted by 2k> - [a = b][k = 0])^2.
 
-    Zero exactly when the filter bank reconstructs every map perfectly (Vetterli and Herley, 1992)."""
+    Zero exactly when the filter bank reconstructs every map perfectly (Vetterli and Herley, 1992).
+
+    Parameters
+    ----------
+    taps : Tensor
+        (4, L): dec_lo, dec_hi, rec_lo, rec_hi
+
+    Returns
+    -------
+    Tensor
+        scalar, 0 for perfect reconstruction
+    """
     length = taps.shape[1]
     products = F.conv1d(taps[2:, None], taps[:2, None].flip(-1), stride=2, padding=length - 2)
     target = torch.zeros_like(products)
@@ -224,7 +329,13 @@ def reconstruction_penalty(
 class LearnableWavelet(nn.Module):
     """Wavelet transform whose analysis and synthesis taps are parameters (the learnable transform of WTCLIP).
 
-    `taps` is `(4, L)`: 4 L parameters (8 for haar), shared by all channels and both axes. Raises as `filter_bank`."""
+    `taps` is `(4, L)`: 4 L parameters (8 for haar), shared by all channels and both axes. Raises as `filter_bank`.
+
+    Parameters
+    ----------
+    wavelet : str
+        where the taps start
+    """
     def __init__(self,
         wavelet: str = "haar",  # where the taps start
         mode: str = "periodic",
@@ -246,7 +357,13 @@ class LearnableWavelet(nn.Module):
 
 # %% ../nbs/02_wavelet.ipynb #ca5db17f
 class ScaledDepthwise(nn.Module):
-    "Depthwise convolution with 'same' zero padding, times a learnable scale per channel: `(B, C, h, w)` -> the same shape."
+    """Depthwise convolution with 'same' zero padding, times a learnable scale per channel: `(B, C, h, w)` -> the same shape.
+
+    Parameters
+    ----------
+    scale : float
+        initial value of the scale
+    """
     def __init__(self,
         channels: int, kernel: int = 3,
         scale: float = 1.0,  # initial value of the scale
@@ -267,7 +384,17 @@ class WaveletConv2d(nn.Module):
     Parameters: `dim (k^2 + 1) + dim` (base) `+ levels (4 dim k^2 + 4 dim) + dim^2` (pointwise), and 4 L with learnable
     filters. With dim 256 and k 3 these are 78,592; the published decoder has 8,192 more, which are fixed Haar filters
     stored once per channel, 2 (4 dim) 2^2. Here fixed filters are one buffer, which no checkpoint holds.
-    Raises `ValueError` for fewer than one level and as `filter_bank`."""
+    Raises `ValueError` for fewer than one level and as `filter_bank`.
+
+    Parameters
+    ----------
+    dim : int
+        channels in and out
+    kernel : int
+        side of the depthwise kernels
+    learn_filters : bool
+        make the wavelet's taps parameters
+    """
     def __init__(self,
         dim: int,  # channels in and out
         kernel: int = 3,  # side of the depthwise kernels

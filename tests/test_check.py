@@ -11,7 +11,7 @@ from PIL import Image
 from freqseg import data
 from freqseg.work import check
 from freqseg.work.check import check_folder
-from freqseg.data import InputError
+from freqseg.files import InputError
 
 
 def make_folder(root: Path, splits: dict[str, list[str]]) -> Path:

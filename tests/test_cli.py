@@ -19,7 +19,7 @@ from PIL import Image
 import freqseg
 from freqseg.faces.cli import build_parser, cam_prompts, fitted_size, main, output_names, picture_files
 from freqseg.clip import Backbone, load_clip
-from freqseg.data import read_mask
+from freqseg.pictures import read_mask
 from freqseg.maps import METHODS
 from freqseg.faces.terminal import class_list, interruptible
 from freqseg.world.scenes import WORLD_CLASSES, World

@@ -16,7 +16,7 @@ from freqseg.work.checkpoints import SYSTEMS
 from freqseg.faces.cli import main
 from freqseg.clip import Backbone, build_clip, load_clip, named_config
 from freqseg.work.cost import FORMULAS, FlopTally, conditions, cost_classes, cost_markdown, measure_cost, measure_costs, parts_markdown, peak_memory, wall_clock
-from freqseg.data import COCO_CLASSES, VOC_CLASSES, VOC_ZERO_SHOT
+from freqseg.lists import COCO_CLASSES, VOC_CLASSES, VOC_ZERO_SHOT
 from freqseg.files import InputError
 from freqseg.systems.segmenter import Segmenter, System
 from freqseg.systems.weclip import WeCLIP

@@ -4,7 +4,8 @@ import re
 import shlex
 import subprocess
 import sys
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -25,19 +26,16 @@ def blocks(page: Path, language: str) -> list[str]:
 
 def commands(page: Path) -> list[list[str]]:
     "The words of every `freqseg` command in the shell blocks of a page; what stands before it (torchrun, a quote) is left out."
-    lines = "\n".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
-    found = [re.search(r"(?:^|--no-python |bash -c ')freqseg (.*?)'?$", line) for line in lines]
-    return [shlex.split(one[1], comments=True) for one in found if one]
+    text = "\n".join(blocks(page, "sh")).replace("\\\n", " ")
+    return [shlex.split(words, comments=True)
+            for words in re.findall(r"(?:^|--no-python |bash -c ')freqseg (.*?)'?$", text, re.MULTILINE)]
 
 
-ALL_COMMANDS = [pytest.param(words, id=f"{page.stem}: {' '.join(words)[:60]}") for page in PAGES for words in commands(page)]
-
-
-@pytest.mark.parametrize("words", [words for words in ALL_COMMANDS if words.values[0] != ["--help"]])
-def test_a_command_of_the_guide_is_one_that_freqseg_takes(words: list[str]) -> None:
+def check_command(words: list[str]) -> None:
+    "Raises what `freqseg WORDS` would, before it does anything."
     from freqseg.faces.cli import build_parser
-    from freqseg.work.experiments import PRESETS, plan
     from freqseg.faces.training_cli import given_parameters, grid_axes
+    from freqseg.work.experiments import PRESETS, plan
     numbers = {"$SLURM_NNODES": "2", "$SLURM_NODEID": "0"}
     args = build_parser().parse_args([numbers.get(word, word) for word in words])
     if words[0] in ("train", "sweep"):
@@ -47,11 +45,37 @@ def test_a_command_of_the_guide_is_one_that_freqseg_takes(words: list[str]) -> N
     if words[0] == "run": assert (ROOT / args.notebook).is_file()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_python_in_the_guide_compiles_and_imports_what_there_is(page: Path) -> None:
-    for code in blocks(page, "python"):
-        compile(code, page.name, "exec")
-        for line in re.findall(r"^from freqseg\S* import .+$", code, re.MULTILINE): exec(line, {})
+def check_python(code: str) -> None:
+    "Raises what a block of Python would when it is compiled, and what its imports from the package would."
+    compile(code, "block", "exec")
+    for line in re.findall(r"^from freqseg\S* import .+$", code, re.MULTILINE): exec(line, {})
+
+
+def faults(checks: list[tuple[str, Callable[[], None]]]) -> list[str]:
+    "What fails of these checks, with its name."
+    failed = []
+    for name, check in checks:
+        try: check()
+        except (Exception, SystemExit) as error: failed.append(f"{name}: {error!r}")
+    return failed
+
+
+def test_commands_of_the_guide_are_ones_that_freqseg_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    checks = [(f"{page.stem}: freqseg {' '.join(words)}", partial(check_command, words))
+              for page in PAGES for words in commands(page) if words != ["--help"]]
+    wrong = faults(checks)
+    assert len(checks) > 30 and not wrong, "\n".join([*wrong, capsys.readouterr().err])
+
+
+def test_python_in_the_guide_compiles_and_imports_what_there_is() -> None:
+    checks = [(page.stem, partial(check_python, code)) for page in PAGES for code in blocks(page, "python")]
+    wrong = faults(checks)
+    assert checks and not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("words", ["train dfaa", "train dfa -p lambda_x=1", "train dfa --preset large", "run nbs/none.ipynb", "camm x"])
+def test_a_wrong_command_would_be_noticed(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(faults([("page", partial(check_command, words.split()))])) == 1
 
 
 def test_options_that_the_page_on_systems_names_are_options() -> None:
@@ -127,6 +151,6 @@ def test_the_navigation_begins_with_home_and_the_guide(site: Path) -> None:
 
 @pytest.mark.slow
 def test_pages_read_nothing_from_elsewhere(site: Path) -> None:
-    for page in site.rglob("*.html"):
-        text = page.read_text(encoding="utf-8")
-        assert not re.search(r"<(?:script|img|iframe)[^>]+src=\"https?:|<link[^>]+rel=\"stylesheet\"[^>]+href=\"https?:", text), page.name
+    elsewhere = re.compile(r"<(?:script|img|iframe)[^>]+src=\"https?:|<link[^>]+rel=\"stylesheet\"[^>]+href=\"https?:")
+    wrong = [str(page.relative_to(site)) for page in site.rglob("*.html") if elsewhere.search(page.read_text(encoding="utf-8"))]
+    assert not wrong, "\n".join(wrong)

@@ -1,4 +1,4 @@
-"""The explorer without widgets: views against the rooms behind them, one look, masks and scores, pictures of all kinds, saved views."""
+"""The explorer without widgets: views against the rooms behind them, one analysis, masks and scores, pictures of all kinds, saved views."""
 
 import errno
 import io
@@ -23,8 +23,9 @@ from freqseg.affinity import affinity_request, box_mask, propagate
 from freqseg.cam import normalise_cam
 from freqseg.work.checkpoints import SYSTEMS, load_system, save_system
 from freqseg.clip import Backbone, load_clip, merge_requests
-from freqseg.data import COCOSTUFF_CLASSES, IGNORE, write_mask
-from freqseg.faces.explorer import (CELL_SIDE, LONGEST_SIDE, Look, Subject, View, dataset_picture, explore, jpeg, mask_cells, open_model, patch_cells,
+from freqseg.lists import COCOSTUFF_CLASSES, IGNORE
+from freqseg.pictures import write_mask
+from freqseg.faces.explorer import (CELL_SIDE, LONGEST_SIDE, Analysis, Subject, View, dataset_picture, explore, jpeg, mask_cells, open_model, patch_cells,
                               photograph, save_view, scene, spectrum_svg, uploaded, usual_side, view_cells, view_code, view_figure)
 from freqseg.files import InputError
 from freqseg.maps import CamParts, CamSettings, cam_parts, frequency_cams
@@ -44,12 +45,12 @@ def backbone() -> Backbone:
 
 
 @pytest.fixture(scope="module")
-def look() -> Look:
+def analysis() -> Analysis:
     return explore(scene(48), model="world")
 
 
 @pytest.fixture(scope="module")
-def small(backbone: Backbone) -> Look:
+def small(backbone: Backbone) -> Analysis:
     return explore(scene(48), ["wheel", "star"], backbone, SMALL)
 
 
@@ -83,7 +84,7 @@ def encoded_as(image: Image.Image, kind: str, **options) -> bytes:
 @pytest.fixture
 def plain_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     "Figures of one white inch, for tests that look at the other files of a saved view."
-    monkeypatch.setattr(room, "view_figure", lambda look, view: matplotlib.figure.Figure(figsize=(1, 1)))
+    monkeypatch.setattr(room, "view_figure", lambda analysis, view: matplotlib.figure.Figure(figsize=(1, 1)))
 
 
 def subject(pixels: np.ndarray, **about) -> Subject:
@@ -91,20 +92,20 @@ def subject(pixels: np.ndarray, **about) -> Subject:
     return Subject(pixels, "a picture", "picture()", **about)
 
 
-def assert_drawable(look: Look, view: View = USUAL) -> None:
+def assert_drawable(analysis: Analysis, view: View = USUAL) -> None:
     "Everything that the screen shows of a view can be made."
-    shown = look.shown(view)
-    height, width = look.subject.image.shape[:2]
+    shown = analysis.shown(view)
+    height, width = analysis.subject.image.shape[:2]
     scale = CELL_SIDE / max(height, width)
     expected = tuple(max(1, round(side * scale)) for side in (width, height))
-    table = view_cells(look, shown, view)
-    assert len(table) == len(look.names) and all(len(row) == len(shown.columns) for row in table)
-    for cell in [*(cell for row in table for cell in row), *mask_cells(look, shown), *patch_cells(look, (0, 0), view)]:
+    table = view_cells(analysis, shown, view)
+    assert len(table) == len(analysis.names) and all(len(row) == len(shown.columns) for row in table)
+    for cell in [*(cell for row in table for cell in row), *mask_cells(analysis, shown), *patch_cells(analysis, (0, 0), view)]:
         size = Image.open(io.BytesIO(cell.picture)).size
         assert max(size) == CELL_SIDE and max(abs(a - b) for a, b in zip(size, expected, strict=True)) <= 1 and cell.alt
     for maps in shown.columns.values():
-        assert maps.shape == (len(look.names), *look.grid) and maps.isfinite().all() and maps.min() >= 0 and maps.max() <= 1
-    assert shown.labels.shape == (height, width) and shown.labels.dtype == np.uint8 and shown.labels.max() <= len(look.names)
+        assert maps.shape == (len(analysis.names), *analysis.grid) and maps.isfinite().all() and maps.min() >= 0 and maps.max() <= 1
+    assert shown.labels.shape == (height, width) and shown.labels.dtype == np.uint8 and shown.labels.max() <= len(analysis.names)
     assert xml.fromstring(spectrum_svg(shown, view.mu)) is not None
 
 
@@ -132,21 +133,21 @@ SAME = [
 
 
 @pytest.mark.parametrize("view, title, method, changed", SAME, ids=lambda value: value if isinstance(value, str) else "")
-def test_columns_are_the_maps_of_frequency_cams(view: View, title: str, method: str, changed: dict, look: Look, backbone: Backbone) -> None:
-    images = backbone.preprocess([look.subject.image], 224)
-    prompts = embed_wording(backbone, usual_wording(backbone, look.names))
+def test_columns_are_the_maps_of_frequency_cams(view: View, title: str, method: str, changed: dict, analysis: Analysis, backbone: Backbone) -> None:
+    images = backbone.preprocess([analysis.subject.image], 224)
+    prompts = embed_wording(backbone, usual_wording(backbone, analysis.names))
     settings = replace(CamSettings(mu=.14, layers=6), **changed)
-    expected = frequency_cams(backbone, images, prompts.text, torch.ones(1, len(look.names), dtype=torch.bool), prompts.background, (method,), settings)
-    torch.testing.assert_close(look.shown(view).columns[title], expected[method][0], atol=2e-5, rtol=1e-4)
+    expected = frequency_cams(backbone, images, prompts.text, torch.ones(1, len(analysis.names), dtype=torch.bool), prompts.background, (method,), settings)
+    torch.testing.assert_close(analysis.shown(view).columns[title], expected[method][0], atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("bands", [2, 4, 6])
 @pytest.mark.parametrize("shape", ["square", "disc"])
-def test_a_stack_is_cut_where_its_titles_say_and_sums_to_the_whole(bands: int, shape: str, look: Look) -> None:
-    view, evidence = View(band="stack", bands=bands, shape=shape), look.parts.evidence[0].double().numpy()
-    stack = room._bands(look.parts.evidence, view)
-    torch.testing.assert_close(sum(stack.values()), look.parts.evidence, atol=1e-5, rtol=1e-5)
-    rows, columns = np.meshgrid(*map(np.fft.fftfreq, look.grid), indexing="ij")
+def test_a_stack_is_cut_where_its_titles_say_and_sums_to_the_whole(bands: int, shape: str, analysis: Analysis) -> None:
+    view, evidence = View(band="stack", bands=bands, shape=shape), analysis.parts.evidence[0].double().numpy()
+    stack = room._bands(analysis.parts.evidence, view)
+    torch.testing.assert_close(sum(stack.values()), analysis.parts.evidence, atol=1e-5, rtol=1e-5)
+    rows, columns = np.meshgrid(*map(np.fft.fftfreq, analysis.grid), indexing="ij")
     distance = np.hypot(rows, columns) if shape == "disc" else np.maximum(abs(rows), abs(columns))
     edges = [0, *(.5 * k / bands for k in range(1, bands)), 1]
     spectrum = np.fft.fft2(evidence)
@@ -154,75 +155,75 @@ def test_a_stack_is_cut_where_its_titles_say_and_sums_to_the_whole(bands: int, s
         inside = (distance <= edges[place + 1] + 1e-6) & ((distance > edges[place] + 1e-6) | (place == 0))
         expected = np.fft.ifft2(spectrum * inside).real
         np.testing.assert_allclose(found[0].numpy(), expected, atol=1e-5 * np.abs(evidence).max(), err_msg=title)
-    shown = look.shown(view).columns
+    shown = analysis.shown(view).columns
     assert list(shown) == ["GradCAM", *stack, "over the smoothed affinity"]
     assert [f"{edge:.2g}" in title for edge, title in zip(edges[1:-1], list(stack)[:-1], strict=True)] == [True] * (bands - 1)
 
 
-def test_on_the_shared_scale_bands_add_up(look: Look) -> None:
-    shown = look.shown(View(scale="shared")).columns
-    top = look.parts.evidence.relu().amax((2, 3))[0][:, None, None]
-    for title, band in zip(("low", "high"), look.parts.bands, strict=True):
+def test_on_the_shared_scale_bands_add_up(analysis: Analysis) -> None:
+    shown = analysis.shown(View(scale="shared")).columns
+    top = analysis.parts.evidence.relu().amax((2, 3))[0][:, None, None]
+    for title, band in zip(("low", "high"), analysis.parts.bands, strict=True):
         torch.testing.assert_close(shown[title], (band[0] / top).clamp(0, 1), atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(shown["GradCAM"], (sum(look.parts.bands)[0] / top).clamp(0, 1), atol=1e-5, rtol=1e-5)
-    own = look.shown(View()).columns
+    torch.testing.assert_close(shown["GradCAM"], (sum(analysis.parts.bands)[0] / top).clamp(0, 1), atol=1e-5, rtol=1e-5)
+    own = analysis.shown(View()).columns
     assert own["high"].amax((1, 2)).min() > .99 > shown["high"].amax((1, 2)).min()
 
 
 @pytest.mark.parametrize("band", ["low", "high"])
 @pytest.mark.parametrize("affinity", ["smoothed", "inverse", "none"])
-def test_the_band_that_is_kept_goes_on_to_affinity_and_labels(band: str, affinity: str, look: Look) -> None:
+def test_the_band_that_is_kept_goes_on_to_affinity_and_labels(band: str, affinity: str, analysis: Analysis) -> None:
     view = View(band=band, affinity=affinity, mu=.2, threshold=.3)
-    shown = look.shown(view)
-    going = normalise_cam(look.parts.bands[band == "high"])
-    matrix = {"smoothed": look.parts.smooth, "inverse": look.parts.invert}.get(affinity)
+    shown = analysis.shown(view)
+    going = normalise_cam(analysis.parts.bands[band == "high"])
+    matrix = {"smoothed": analysis.parts.smooth, "inverse": analysis.parts.invert}.get(affinity)
     expected = going if matrix is None else normalise_cam(propagate(matrix, going, 2, box_mask(going, .4)))
     torch.testing.assert_close(shown.final, expected[0], atol=1e-5, rtol=1e-4)
     if matrix is not None: torch.testing.assert_close(shown.columns[f"over the {affinity} affinity"], normalise_cam(expected)[0], atol=1e-5, rtol=1e-4)
-    large = F.interpolate(expected, look.subject.image.shape[:2], mode="bilinear", align_corners=False)[0].numpy()
+    large = F.interpolate(expected, analysis.subject.image.shape[:2], mode="bilinear", align_corners=False)[0].numpy()
     assert (shown.labels == np.where(large.max(0) > .3, large.argmax(0) + 1, 0)).mean() > .9999
 
 
-def test_the_ends_of_the_sliders_are_fine(look: Look) -> None:
-    nothing_high, nothing_low = look.shown(View(mu=.5)).columns, look.shown(View(mu=0.)).columns
+def test_the_ends_of_the_sliders_are_fine(analysis: Analysis) -> None:
+    nothing_high, nothing_low = analysis.shown(View(mu=.5)).columns, analysis.shown(View(mu=0.)).columns
     assert not nothing_high["high"].any()
     torch.testing.assert_close(nothing_high["low"], nothing_high["GradCAM"])
     assert nothing_low["low"].isfinite().all()   # the constant alone
-    assert (look.shown(View(threshold=1.)).labels == 0).all() and (look.shown(View(threshold=0.)).labels > 0).any()
-    weak, strong = (look.shown(View(affinity="both", lambda_l=a, lambda_h=b)).columns["over both affinities"] for a, b in ((0., .5), (2., 0.)))
-    torch.testing.assert_close(weak, look.shown(View(affinity="inverse")).columns["over the inverse affinity"], atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(strong, look.shown(View()).columns["over the smoothed affinity"], atol=1e-6, rtol=1e-5)
-    for epsilon in (.01, 1.): assert look.shown(View(maps="transport", epsilon=epsilon)).columns["transport"].isfinite().all()
+    assert (analysis.shown(View(threshold=1.)).labels == 0).all() and (analysis.shown(View(threshold=0.)).labels > 0).any()
+    weak, strong = (analysis.shown(View(affinity="both", lambda_l=a, lambda_h=b)).columns["over both affinities"] for a, b in ((0., .5), (2., 0.)))
+    torch.testing.assert_close(weak, analysis.shown(View(affinity="inverse")).columns["over the inverse affinity"], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(strong, analysis.shown(View()).columns["over the smoothed affinity"], atol=1e-6, rtol=1e-5)
+    for epsilon in (.01, 1.): assert analysis.shown(View(maps="transport", epsilon=epsilon)).columns["transport"].isfinite().all()
 
 
 @pytest.mark.parametrize("maps", ["gradcam", "transport"])
-def test_affinities_without_any_weight_are_refused(maps: str, look: Look) -> None:
-    with pytest.raises(InputError, match="lambda_l and lambda_h"): look.shown(View(maps=maps, affinity="both", lambda_l=0., lambda_h=0.))
+def test_affinities_without_any_weight_are_refused(maps: str, analysis: Analysis) -> None:
+    with pytest.raises(InputError, match="lambda_l and lambda_h"): analysis.shown(View(maps=maps, affinity="both", lambda_l=0., lambda_h=0.))
 
 
-def test_transport_over_one_affinity_is_that_over_both_with_the_other_weight_zero(look: Look) -> None:
+def test_transport_over_one_affinity_is_that_over_both_with_the_other_weight_zero(analysis: Analysis) -> None:
     for alone, weights in (("smoothed", (1., 0.)), ("inverse", (0., 1.))):
-        both = look.shown(View(maps="transport", affinity="both", lambda_l=weights[0], lambda_h=weights[1]))
-        torch.testing.assert_close(look.shown(View(maps="transport", affinity=alone)).columns["transport"], both.columns["transport"], atol=1e-4, rtol=1e-3)
-    assert "over the smoothed affinity" not in look.shown(View(maps="transport", affinity="smoothed")).columns
+        both = analysis.shown(View(maps="transport", affinity="both", lambda_l=weights[0], lambda_h=weights[1]))
+        torch.testing.assert_close(analysis.shown(View(maps="transport", affinity=alone)).columns["transport"], both.columns["transport"], atol=1e-4, rtol=1e-3)
+    assert "over the smoothed affinity" not in analysis.shown(View(maps="transport", affinity="smoothed")).columns
 
 
-def test_what_a_view_shows_does_not_depend_on_the_views_before(look: Look) -> None:
+def test_what_a_view_shows_does_not_depend_on_the_views_before(analysis: Analysis) -> None:
     rng, fresh = np.random.default_rng(0), explore(scene(48), model="world")
     for _ in range(40):
-        look.shown(View(maps=rng.choice(["gradcam", "patch_text", "transport"]), layers=int(rng.integers(1, 7)), mu=float(rng.uniform(0, .5)),
+        analysis.shown(View(maps=rng.choice(["gradcam", "patch_text", "transport"]), layers=int(rng.integers(1, 7)), mu=float(rng.uniform(0, .5)),
                         shape=rng.choice(["square", "disc"]), band=rng.choice(list(room.BANDS)), affinity=rng.choice(list(room.AFFINITIES)), boxes=bool(rng.integers(2))))
     for view in (View(), VARIED):
-        before, after = fresh.shown(view), look.shown(view)
+        before, after = fresh.shown(view), analysis.shown(view)
         assert before.columns.keys() == after.columns.keys() and (before.labels == after.labels).all()
         assert all(torch.equal(before.columns[title], after.columns[title]) for title in before.columns)
 
 
-def test_spectra_are_shares_of_the_energy_by_radius(look: Look) -> None:
-    shown = look.shown(View())
-    evidence = look.parts.evidence[0].double().clamp_min(0).numpy()
+def test_spectra_are_shares_of_the_energy_by_radius(analysis: Analysis) -> None:
+    shown = analysis.shown(View())
+    evidence = analysis.parts.evidence[0].double().clamp_min(0).numpy()
     energy = np.abs(np.fft.fft2(evidence / evidence.max((1, 2), keepdims=True))) ** 2
-    radius = np.hypot(*np.meshgrid(*map(np.fft.fftfreq, look.grid), indexing="ij"))
+    radius = np.hypot(*np.meshgrid(*map(np.fft.fftfreq, analysis.grid), indexing="ij"))
     energy[:, radius == 0] = 0
     rings = np.concatenate([[0], shown.frequencies.numpy()])
     ring = np.abs(radius[..., None] - rings).argmin(-1)
@@ -230,7 +231,7 @@ def test_spectra_are_shares_of_the_energy_by_radius(look: Look) -> None:
     np.testing.assert_allclose(shown.spectra["map"].numpy(), expected / expected.sum(), atol=1e-5)
     assert all(float(share.sum()) == pytest.approx(1, abs=1e-4) for share in shown.spectra.values())
     assert list(shown.spectra) == ["map", "after the affinity"]
-    for stays in (View(affinity="none"), View(maps="transport")): assert list(look.shown(stays).spectra) == ["map"]   # nothing travels, nothing changes
+    for stays in (View(affinity="none"), View(maps="transport")): assert list(analysis.shown(stays).spectra) == ["map"]   # nothing travels, nothing changes
 
 
 # ---- parts that are kept, passes that are saved ---------------------------------------------------------------------
@@ -277,15 +278,15 @@ def test_parts_that_were_never_made_are_not_made_for_keeping(parts: CamParts) ->
 
 
 def test_the_tower_runs_once_however_many_views_there_are(encoded: list[int]) -> None:
-    look = explore(scene(48), model="world", longest=SMALL)
+    analysis = explore(scene(48), model="world", longest=SMALL)
     assert len(encoded) == 1
     for view in (View(), VARIED, View(layers=3), View(mu=.3, band="low"), View(maps="patch_text", affinity="inverse"), View(affinity="both", lambda_h=.7)):
-        shown = look.shown(view)
-        view_cells(look, shown, view); mask_cells(look, shown); patch_cells(look, (1, 2), view); spectrum_svg(shown, view.mu)
+        shown = analysis.shown(view)
+        view_cells(analysis, shown, view); mask_cells(analysis, shown); patch_cells(analysis, (1, 2), view); spectrum_svg(shown, view.mu)
     assert len(encoded) == 1
 
 
-def test_moving_the_cut_off_makes_no_affinity_and_no_evidence_again(small: Look, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_moving_the_cut_off_makes_no_affinity_and_no_evidence_again(small: Analysis, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     for name in ("grad_cam_evidence", "mean_relation", "symmetrise", "patch_embeddings"):
         function = getattr(cams_room, name)
@@ -304,7 +305,7 @@ def test_moving_the_cut_off_makes_no_affinity_and_no_evidence_again(small: Look,
     assert len(calls) == 6 and torch.equal(first.final, again.final)   # blocks shown before cost nothing
 
 
-def test_a_look_keeps_a_bounded_number_of_affinities(small: Look, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_analysis_keeps_a_bounded_number_of_affinities(small: Analysis, monkeypatch: pytest.MonkeyPatch) -> None:
     import freqseg.faces.explorer as room
     small.related.clear()
     size = small.grid[0]*small.grid[1]
@@ -338,24 +339,24 @@ def test_scores_are_those_of_counting_pixels(names: tuple[str, ...], backbone: B
     drawn = scene(48)
     mask = drawn.mask.copy()
     mask[:20] = IGNORE
-    look = explore(replace(drawn, mask=mask), names, backbone, SMALL)
-    shown = look.shown(View(threshold=.3))
+    analysis = explore(replace(drawn, mask=mask), names, backbone, SMALL)
+    shown = analysis.shown(View(threshold=.3))
     truth = np.select([mask == IGNORE, *(mask == WORLD_CLASSES.index(name) + 1 for name in names)], [IGNORE, *range(1, len(names) + 1)], 0)
-    assert (look.truth == truth).all()
+    assert (analysis.truth == truth).all()
     expected = numpy_iou(shown.labels, truth, len(names))
     assert list(shown.scores) == ["pseudo-label"] and list(shown.scores["pseudo-label"]) == ["background", *names, "mean"]
     np.testing.assert_allclose(list(shown.scores["pseudo-label"].values()), [*expected, np.nanmean(expected)])
 
 
 def test_without_a_mask_there_are_no_scores(backbone: Backbone) -> None:
-    look = explore(subject(picture()), ["star"], backbone, SMALL)
-    shown = look.shown()
-    assert look.truth is None and shown.scores == {} and [cell.title for cell in mask_cells(look, shown)] == ["picture", "pseudo-label"]
+    analysis = explore(subject(picture()), ["star"], backbone, SMALL)
+    shown = analysis.shown()
+    assert analysis.truth is None and shown.scores == {} and [cell.title for cell in mask_cells(analysis, shown)] == ["picture", "pseudo-label"]
 
 
-def test_a_scene_brings_its_names_and_its_mask(look: Look) -> None:
+def test_a_scene_brings_its_names_and_its_mask(analysis: Analysis) -> None:
     drawn = World(0, "test")[48]
-    assert look.names == tuple(drawn.classes) and (look.subject.image == drawn.image).all() and (look.subject.mask == drawn.mask).all()
+    assert analysis.names == tuple(drawn.classes) and (analysis.subject.image == drawn.image).all() and (analysis.subject.mask == drawn.mask).all()
     assert (scene(3, "val", 1).image == World(1, "val")[3].image).all()
     with pytest.raises(InputError, match="-1"): scene(-1)
     with pytest.raises(InputError, match="nowhere"): scene(0, "nowhere")
@@ -442,8 +443,8 @@ def test_every_kind_of_picture_can_be_looked_at(mode: str, kind: str, backbone: 
     found = uploaded(content, f"a.{kind.lower()}")
     expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
     assert found.image.dtype == np.uint8 and (found.image == expected).all() and found.title == f"a.{kind.lower()}"
-    look = explore(found, ["star"], backbone, SMALL)
-    assert look.grid == (8, 12) and look.shown().labels.shape == (40, 60)
+    analysis = explore(found, ["star"], backbone, SMALL)
+    assert analysis.grid == (8, 12) and analysis.shown().labels.shape == (40, 60)
 
 
 def test_grey_of_sixteen_bits_keeps_its_shades() -> None:
@@ -493,25 +494,25 @@ def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("height, width", [(40, 160), (160, 40), (1, 1), (3, 500), (500, 2), (101, 97)])
 @pytest.mark.parametrize("view", [View(), VARIED], ids=["usual", "varied"])
 def test_pictures_of_any_shape_can_be_looked_at(height: int, width: int, view: View, backbone: Backbone) -> None:
-    look = explore(subject(picture(height, width)), ["star", "wheel"], backbone, SMALL)
+    analysis = explore(subject(picture(height, width)), ["star", "wheel"], backbone, SMALL)
     longest = SMALL // backbone.patch_size
-    assert max(look.grid) == longest and look.grid == tuple(max(1, round(longest * side / max(height, width))) for side in (height, width))
-    assert_drawable(look, view)
+    assert max(analysis.grid) == longest and analysis.grid == tuple(max(1, round(longest * side / max(height, width))) for side in (height, width))
+    assert_drawable(analysis, view)
 
 
 def test_one_patch_is_enough(backbone: Backbone) -> None:
-    look = explore(subject(picture()), ["star"], backbone, backbone.patch_size)
-    assert look.grid == (1, 1)
-    for view in (View(), VARIED, View(maps="patch_text", affinity="inverse")): assert_drawable(look, view)
+    analysis = explore(subject(picture()), ["star"], backbone, backbone.patch_size)
+    assert analysis.grid == (1, 1)
+    for view in (View(), VARIED, View(maps="patch_text", affinity="inverse")): assert_drawable(analysis, view)
 
 
 def test_fifty_classes_fit_into_one_look(backbone: Backbone) -> None:
     names = [f"{first} {second}" for first in WORLD_CLASSES[:5] for second in WORLD_CLASSES[5:15]]
-    look = explore(scene(48), names, backbone, SMALL)
-    for view in (View(), VARIED): assert_drawable(look, view)
-    shown = look.shown()
-    alone = view_cells(look, shown, View(), slice(46, 50))
-    assert [row[0].name for row in alone] == names[46:] and alone == view_cells(look, shown, View())[46:]
+    analysis = explore(scene(48), names, backbone, SMALL)
+    for view in (View(), VARIED): assert_drawable(analysis, view)
+    shown = analysis.shown()
+    alone = view_cells(analysis, shown, View(), slice(46, 50))
+    assert [row[0].name for row in alone] == names[46:] and alone == view_cells(analysis, shown, View())[46:]
 
 
 # ---- names and models -----------------------------------------------------------------------------------------------
@@ -553,9 +554,9 @@ def test_no_model_is_asked_for_in_words(name: str) -> None:
 @pytest.mark.slow
 def test_random_weights_may_be_asked_for_any_name() -> None:
     "A ViT in the shape of published ones; it is looked at with 448 pixels unless told."
-    look = explore(subject(picture()), ["dog", "hairy grass"], "ViT-B-32 (random weights)", 64)
-    assert usual_side(look.backbone) == 448 and look.model == "ViT-B-32 (random weights)" and look.grid == (1, 2)
-    assert_drawable(look)
+    analysis = explore(subject(picture()), ["dog", "hairy grass"], "ViT-B-32 (random weights)", 64)
+    assert usual_side(analysis.backbone) == 448 and analysis.model == "ViT-B-32 (random weights)" and analysis.grid == (1, 2)
+    assert_drawable(analysis)
 
 
 @pytest.fixture(scope="module")
@@ -580,19 +581,19 @@ def zegclip(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone) -> Pat
 
 
 def test_a_trained_system_shows_its_own_maps_and_what_it_says(weclip: Path, backbone: Backbone) -> None:
-    look, system = explore(scene(48), ["wheel", "key", "star"], str(weclip)), load_system(weclip)
-    images, present = backbone.preprocess([look.subject.image], 224), torch.zeros(1, 20, dtype=torch.bool)
-    order = [WORLD_CLASSES.index(name) for name in look.names]
+    analysis, system = explore(scene(48), ["wheel", "key", "star"], str(weclip)), load_system(weclip)
+    images, present = backbone.preprocess([analysis.subject.image], 224), torch.zeros(1, 20, dtype=torch.bool)
+    order = [WORLD_CLASSES.index(name) for name in analysis.names]
     present[0, order] = True
     maps, logits = system.cam(images, present)[0, order], system.predict(images)
-    shown = look.shown(View(maps="trained"))
+    shown = analysis.shown(View(maps="trained"))
     torch.testing.assert_close(shown.columns["trained"], normalise_cam(maps[None])[0], atol=1e-5, rtol=1e-4)
-    best = F.interpolate(logits, look.subject.image.shape[:2], mode="bilinear", align_corners=False)[0].argmax(0).numpy()
+    best = F.interpolate(logits, analysis.subject.image.shape[:2], mode="bilinear", align_corners=False)[0].argmax(0).numpy()
     expected = np.select([best == index + 1 for index in order], [1, 2, 3], 0)
     assert (shown.prediction == expected).mean() > .9999 and set(np.unique(best)) - {0}
-    np.testing.assert_allclose(list(shown.scores["prediction"].values())[:-1], numpy_iou(shown.prediction, look.truth, 3))
-    assert [cell.title.split(" (")[0] for cell in mask_cells(look, shown)] == ["picture", "pseudo-label", "prediction", "mask"]
-    assert_drawable(look, View(maps="trained", affinity="both"))
+    np.testing.assert_allclose(list(shown.scores["prediction"].values())[:-1], numpy_iou(shown.prediction, analysis.truth, 3))
+    assert [cell.title.split(" (")[0] for cell in mask_cells(analysis, shown)] == ["picture", "pseudo-label", "prediction", "mask"]
+    assert_drawable(analysis, View(maps="trained", affinity="both"))
 
 
 def test_a_trained_system_is_asked_for_its_own_classes_only(weclip: Path, encoded: list[int]) -> None:
@@ -604,19 +605,19 @@ def test_a_trained_system_is_asked_for_its_own_classes_only(weclip: Path, encode
 def test_a_system_by_itself_and_its_checkpoint_look_alike(weclip: Path) -> None:
     system = load_system(weclip).train()
     by_hand, by_name = explore(scene(48), ["star"], system, SMALL), explore(scene(48), ["star"], weclip / "best.safetensors", SMALL)
-    one, other = (look.shown(View(maps="trained")) for look in (by_hand, by_name))
+    one, other = (analysis.shown(View(maps="trained")) for analysis in (by_hand, by_name))
     assert torch.equal(one.columns["trained"], other.columns["trained"]) and (one.prediction == other.prediction).all()
     assert system.training and by_name.model.endswith("best.safetensors")
 
 
 def test_a_zero_shot_system_answers_for_any_names(zegclip: Path, backbone: Backbone) -> None:
     names = ["wheel", "grass", "key", "star"]   # grass is none of its classes
-    look, system = explore(scene(48), names, str(zegclip)), load_system(zegclip).with_vocabulary(names)
-    logits = system.predict(backbone.preprocess([look.subject.image], 224))
-    shown = look.shown(View(maps="trained", affinity="none"))
+    analysis, system = explore(scene(48), names, str(zegclip)), load_system(zegclip).with_vocabulary(names)
+    logits = system.predict(backbone.preprocess([analysis.subject.image], 224))
+    shown = analysis.shown(View(maps="trained", affinity="none"))
     torch.testing.assert_close(shown.columns["trained"], normalise_cam(logits.sigmoid())[0], atol=1e-5, rtol=1e-4)
-    assert set(np.unique(shown.prediction)) <= {1, 2, 3, 4} and look.system.vocabulary == tuple(names)
-    assert_drawable(look, View(maps="trained"))
+    assert set(np.unique(shown.prediction)) <= {1, 2, 3, 4} and analysis.system.vocabulary == tuple(names)
+    assert_drawable(analysis, View(maps="trained"))
 
 
 def test_a_zero_shot_system_holds_seen_names_back_as_in_every_other_place(zegclip: Path, backbone: Backbone) -> None:
@@ -625,12 +626,12 @@ def test_a_zero_shot_system_holds_seen_names_back_as_in_every_other_place(zegcli
     names = [max(system.split.seen, key=answers.get), min(system.split.unseen, key=answers.get)]   # so close that the handicap decides
     logits = F.interpolate(system.with_vocabulary(names).predict(images), (224, 224), mode="bilinear", align_corners=False)[0]
     expected = (logits.sigmoid() - torch.tensor([.1, 0])[:, None, None]).argmax(0).numpy() + 1
-    look = explore(scene(48), names, str(zegclip))
-    assert look.subject.image.shape == (224, 224, 3) and (logits.argmax(0).numpy() + 1 != expected).any()
-    assert (look.shown().prediction == expected).mean() > .9999
+    analysis = explore(scene(48), names, str(zegclip))
+    assert analysis.subject.image.shape == (224, 224, 3) and (logits.argmax(0).numpy() + 1 != expected).any()
+    assert (analysis.shown().prediction == expected).mean() > .9999
 
 
-def test_a_backbone_has_no_maps_of_its_own(small: Look) -> None:
+def test_a_backbone_has_no_maps_of_its_own(small: Analysis) -> None:
     with pytest.raises(InputError, match="no maps of its own: take a trained system"): small.shown(View(maps="trained"))
 
 
@@ -664,49 +665,49 @@ def test_every_option_explains_itself_and_has_its_default_in_range() -> None:
 
 # ---- on the screen --------------------------------------------------------------------------------------------------
 
-def test_cells_say_what_they_show(look: Look) -> None:
-    table = view_cells(look, look.shown(), View())
+def test_cells_say_what_they_show(analysis: Analysis) -> None:
+    table = view_cells(analysis, analysis.shown(), View())
     assert [[cell.title for cell in row] for row in table] == [["GradCAM", "low", "high", "over the smoothed affinity"]] * 2
-    assert [row[0].name for row in table] == list(look.names)
-    assert all(cell.title in cell.alt and cell.name in cell.alt and look.subject.title in cell.alt for row in table for cell in row)
+    assert [row[0].name for row in table] == list(analysis.names)
+    assert all(cell.title in cell.alt and cell.name in cell.alt and analysis.subject.title in cell.alt for row in table for cell in row)
 
 
-def test_a_cell_is_the_overlay_of_its_map_over_the_picture(look: Look) -> None:
+def test_a_cell_is_the_overlay_of_its_map_over_the_picture(analysis: Analysis) -> None:
     view = View(opacity=.7, cmap="viridis")
-    shown = look.shown(view)
-    face = np.asarray(Image.fromarray(look.subject.image).resize((CELL_SIDE, CELL_SIDE), Image.Resampling.LANCZOS))
-    for place, row in enumerate(view_cells(look, shown, view)):
+    shown = analysis.shown(view)
+    face = np.asarray(Image.fromarray(analysis.subject.image).resize((CELL_SIDE, CELL_SIDE), Image.Resampling.LANCZOS))
+    for place, row in enumerate(view_cells(analysis, shown, view)):
         for cell, maps in zip(row, shown.columns.values(), strict=True):
             assert cell.picture == jpeg(overlay(face, maps[place], .7, "viridis"))
-    masks = mask_cells(look, shown)
+    masks = mask_cells(analysis, shown)
     small = np.asarray(Image.fromarray(shown.labels).resize((CELL_SIDE, CELL_SIDE), Image.Resampling.NEAREST))
     assert masks[0].picture == jpeg(face) and masks[1].picture == jpeg(paint_mask(small, face))
     assert masks[1].title == f"pseudo-label (mIoU\u00a0{100 * shown.scores['pseudo-label']['mean']:.1f})" and masks[2].title == "mask"
 
 
-def test_a_patch_shows_its_rows_of_both_affinities(look: Look) -> None:
+def test_a_patch_shows_its_rows_of_both_affinities(analysis: Analysis) -> None:
     "The smoothed one with the strongest at 1, the inverse one in red and blue around its median; the patch itself sets no scale."
     (row, column), view = (5, 9), View(opacity=.8)
-    look.shown(view)
-    face = np.asarray(Image.fromarray(look.subject.image).resize((CELL_SIDE, CELL_SIDE), Image.Resampling.LANCZOS))
-    asked = row * look.grid[1] + column
-    smooth, inverse = (affinity[0].numpy()[asked].astype(np.float64) for affinity in (look.parts.smooth, look.parts.invert))
+    analysis.shown(view)
+    face = np.asarray(Image.fromarray(analysis.subject.image).resize((CELL_SIDE, CELL_SIDE), Image.Resampling.LANCZOS))
+    asked = row * analysis.grid[1] + column
+    smooth, inverse = (affinity[0].numpy()[asked].astype(np.float64) for affinity in (analysis.parts.smooth, analysis.parts.invert))
     for values in (smooth, inverse): values[asked] = np.sort(values)[(len(values) - 1) // 2]
     inverse -= np.sort(inverse)[(len(inverse) - 1) // 2]
     reach = np.abs(inverse).max()
-    expected = (overlay(face, smooth.reshape(look.grid) / smooth.max(), .8), overlay(face, inverse.reshape(look.grid), .75, "RdBu_r", (-reach, reach), grey=1))
-    for cell, picture_of_it in zip(patch_cells(look, (row, column), view), expected, strict=True):
+    expected = (overlay(face, smooth.reshape(analysis.grid) / smooth.max(), .8), overlay(face, inverse.reshape(analysis.grid), .75, "RdBu_r", (-reach, reach), grey=1))
+    for cell, picture_of_it in zip(patch_cells(analysis, (row, column), view), expected, strict=True):
         found = np.asarray(Image.open(io.BytesIO(cell.picture))).astype(int)
         assert np.abs(found - picture_of_it).mean() < 4 and "row 5, column 9" in cell.title and "row 5, column 9" in cell.alt
 
 
 @pytest.mark.parametrize("patch", [(-1, 0), (0, -1), (28, 0), (0, 28)])
-def test_patches_outside_the_grid_are_refused(patch: tuple[int, int], look: Look) -> None:
-    with pytest.raises(InputError, match="outside the grid of 28 x 28"): patch_cells(look, patch, View())
+def test_patches_outside_the_grid_are_refused(patch: tuple[int, int], analysis: Analysis) -> None:
+    with pytest.raises(InputError, match="outside the grid of 28 x 28"): patch_cells(analysis, patch, View())
 
 
-def test_the_spectrum_is_drawn_with_its_cut_off(look: Look) -> None:
-    shown, space = look.shown(), "{http://www.w3.org/2000/svg}"
+def test_the_spectrum_is_drawn_with_its_cut_off(analysis: Analysis) -> None:
+    shown, space = analysis.shown(), "{http://www.w3.org/2000/svg}"
     drawn = xml.fromstring(spectrum_svg(shown, .14))
     lines, texts = drawn.findall(f"{space}polyline"), [text.text for text in drawn.findall(f"{space}text")]
     assert len(lines) == 2 and "cut-off 0.14" in texts and {"map", "after the affinity"} <= set(texts)
@@ -756,7 +757,7 @@ def again(path: Path) -> dict:
 def assert_same(saved: dict[str, Path], made: dict) -> None:
     "The program made the arrays that were saved, bit for bit."
     kept, shown = np.load(saved["npz"]), made["shown"]
-    assert kept["titles"].tolist() == list(shown.columns) and kept["names"].tolist() == list(made["look"].names)
+    assert kept["titles"].tolist() == list(shown.columns) and kept["names"].tolist() == list(made["analysis"].names)
     assert kept["maps"].dtype == np.float32 and kept["maps"].tobytes() == torch.stack(list(shown.columns.values())).numpy().tobytes()
     assert kept["labels"].tobytes() == shown.labels.tobytes()
     assert View(**json.loads(str(kept["options"]))) == made["view"]
@@ -765,16 +766,16 @@ def assert_same(saved: dict[str, Path], made: dict) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("view", [View(), VARIED, View(maps="patch_text", boxes=False, mu=.3, shape="disc", threshold=.25)], ids=["usual", "varied", "disc"])
-def test_a_saved_view_is_made_again_bit_for_bit(view: View, small: Look, tmp_path: Path) -> None:
-    look = explore(scene(48), ["wheel", "star"], "world", SMALL)
-    look.shown(VARIED)   # what was seen before has no part in it
-    saved = save_view(look, view, tmp_path / "views")
+def test_a_saved_view_is_made_again_bit_for_bit(view: View, small: Analysis, tmp_path: Path) -> None:
+    analysis = explore(scene(48), ["wheel", "star"], "world", SMALL)
+    analysis.shown(VARIED)   # what was seen before has no part in it
+    saved = save_view(analysis, view, tmp_path / "views")
     assert {kind: path.name for kind, path in saved.items()} == {"png": "view-001.png", "npz": "view-001.npz", "py": "view-001.py"}
     made = again(saved["py"])
-    assert made["view"] == view and made["look"].longest == SMALL
+    assert made["view"] == view and made["analysis"].longest == SMALL
     assert_same(saved, made)
     file = io.BytesIO()
-    view_figure(made["look"], made["view"]).savefig(file, format="png", dpi=150)
+    view_figure(made["analysis"], made["view"]).savefig(file, format="png", dpi=150)
     assert file.getvalue() == saved["png"].read_bytes()
 
 
@@ -783,21 +784,21 @@ def test_views_of_files_scenes_and_data_sets_are_made_again(tmp_path: Path) -> N
     Image.fromarray(picture()).save(tmp_path / "it's.png")
     root = voc_folder(tmp_path / "zoo")
     for found, names in ((photograph(tmp_path / "it's.png"), ["star"]), (scene(3, "val", seed=2), None), (dataset_picture(root, "one"), ["star", "key"])):
-        look = explore(found, names, "world", 64)
-        saved = save_view(look, View(), tmp_path / "views")
+        analysis = explore(found, names, "world", 64)
+        saved = save_view(analysis, View(), tmp_path / "views")
         made = again(saved["py"])
-        assert (made["look"].subject.image == found.image).all() and made["look"].subject.title == found.title
+        assert (made["analysis"].subject.image == found.image).all() and made["analysis"].subject.title == found.title
         assert_same(saved, made)
 
 
 @plain
 def test_a_view_of_an_upload_is_saved_with_its_picture(tmp_path: Path) -> None:
     found = uploaded(encoded_as(Image.fromarray(picture(1200, 1500)), "JPEG"), "holiday.jpg")
-    look = explore(found, ["star", "wheel"], "world", SMALL)
-    saved = save_view(look, VARIED, tmp_path / "views")
+    analysis = explore(found, ["star", "wheel"], "world", SMALL)
+    saved = save_view(analysis, VARIED, tmp_path / "views")
     assert saved["picture"].parent == saved["py"].parent and (np.asarray(Image.open(saved["picture"])) == found.image).all()
     assert_same(saved, again(saved["py"]))
-    assert look.subject.code == found.code
+    assert analysis.subject.code == found.code
 
 
 @plain
@@ -806,9 +807,9 @@ def test_saved_programs_run_from_any_folder(tmp_path: Path, monkeypatch: pytest.
     Image.fromarray(picture()).save(tmp_path / "here" / "photo.png")
     root = voc_folder(tmp_path / "here" / "zoo")
     monkeypatch.chdir(tmp_path / "here")
-    looks = [explore(found, ["star"], "world", 64) for found in
+    analyses = [explore(found, ["star"], "world", 64) for found in
              (uploaded(Path("photo.png").read_bytes(), "photo.png"), photograph("photo.png"), dataset_picture(root.name, "one"))]
-    saved = [save_view(look) for look in looks]
+    saved = [save_view(analysis) for analysis in analyses]
     saved = [{kind: path.absolute() for kind, path in paths.items()} for paths in saved]
     monkeypatch.chdir(tmp_path / "elsewhere")
     for paths in saved: assert_same(paths, again(paths["py"]))
@@ -816,8 +817,8 @@ def test_saved_programs_run_from_any_folder(tmp_path: Path, monkeypatch: pytest.
 
 @plain
 def test_a_view_of_a_trained_system_is_made_again(weclip: Path, tmp_path: Path) -> None:
-    look = explore(scene(48), ["star", "wheel"], str(weclip), SMALL)
-    saved = save_view(look, View(maps="trained", affinity="both"), tmp_path)
+    analysis = explore(scene(48), ["star", "wheel"], str(weclip), SMALL)
+    saved = save_view(analysis, View(maps="trained", affinity="both"), tmp_path)
     assert "prediction" in np.load(saved["npz"])
     assert_same(saved, again(saved["py"]))
 
@@ -833,7 +834,7 @@ def test_the_data_set_of_a_saved_view_is_opened_as_it_was(tmp_path: Path) -> Non
 
 
 @plain
-def test_every_save_has_a_number_of_its_own(small: Look, tmp_path: Path) -> None:
+def test_every_save_has_a_number_of_its_own(small: Analysis, tmp_path: Path) -> None:
     names = [save_view(small, View(), tmp_path)["py"].stem for _ in range(3)]
     assert names == ["view-001", "view-002", "view-003"]
     for number in (999, 1000): (tmp_path / f"view-{number}.py").write_text("kept")
@@ -844,7 +845,7 @@ def test_every_save_has_a_number_of_its_own(small: Look, tmp_path: Path) -> None
 @plain
 @pytest.mark.parametrize("name", ["view-001.png", "view-001.npz"])
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_what_lies_in_the_way_of_a_save_is_left_alone(name: str, kind: str, small: Look, tmp_path: Path) -> None:
+def test_what_lies_in_the_way_of_a_save_is_left_alone(name: str, kind: str, small: Analysis, tmp_path: Path) -> None:
     if kind == "file": (tmp_path / name).write_bytes(b"kept")
     else: (tmp_path / name).mkdir()
     saved = save_view(small, View(), tmp_path)
@@ -853,7 +854,7 @@ def test_what_lies_in_the_way_of_a_save_is_left_alone(name: str, kind: str, smal
 
 
 @plain
-def test_a_file_in_place_of_the_folder_is_said(small: Look, tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_folder_is_said(small: Analysis, tmp_path: Path) -> None:
     (tmp_path / "views").write_text("a file")
     for folder in (tmp_path / "views", tmp_path / "views" / "inner"):
         with pytest.raises(InputError, match="views"): save_view(small, View(), folder)
@@ -861,14 +862,14 @@ def test_a_file_in_place_of_the_folder_is_said(small: Look, tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write everywhere")
-def test_a_folder_without_the_right_to_write_is_said(small: Look, tmp_path: Path) -> None:
+def test_a_folder_without_the_right_to_write_is_said(small: Analysis, tmp_path: Path) -> None:
     (tmp_path / "views").mkdir(mode=0o500)
     with pytest.raises(InputError, match="views"): save_view(small, View(), tmp_path / "views")
     assert not list((tmp_path / "views").iterdir())
 
 
 @plain
-def test_a_read_only_disk_is_said(small: Look, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_only_disk_is_said(small: Analysis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(**options): raise OSError(errno.EROFS, "Read-only file system")
     monkeypatch.setattr(freqseg.files.tempfile, "mkstemp", refused)
     with pytest.raises(InputError, match="Read-only file system"): save_view(small, View(), tmp_path)
@@ -877,7 +878,7 @@ def test_a_read_only_disk_is_said(small: Look, tmp_path: Path, monkeypatch: pyte
 
 @plain
 @pytest.mark.parametrize("stage", ["savez_compressed", "view_code"])
-def test_a_disk_that_fills_up_leaves_no_half_files(stage: str, small: Look, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fills_up_leaves_no_half_files(stage: str, small: Analysis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args, **options): raise OSError(errno.ENOSPC, "No space left on device")
     with monkeypatch.context() as patched:
         patched.setattr(np if stage == "savez_compressed" else room, stage, full)
@@ -888,12 +889,12 @@ def test_a_disk_that_fills_up_leaves_no_half_files(stage: str, small: Look, tmp_
     assert all(path.is_file() for path in saved.values())
 
 
-def test_the_program_names_only_what_was_changed(small: Look) -> None:
+def test_the_program_names_only_what_was_changed(small: Analysis) -> None:
     assert "view = View()\n" in view_code(small) and "view = View(mu=0.3)\n" in view_code(small, View(mu=.3))
     assert View(**json.loads(json.dumps(asdict(VARIED)))) == VARIED
 
 
-def test_a_figure_of_a_view_has_names_maps_and_masks(small: Look) -> None:
+def test_a_figure_of_a_view_has_names_maps_and_masks(small: Analysis) -> None:
     figure = view_figure(small, View(band="stack"))
     texts = {text.get_text().replace("\n", " ") for text in figure.texts}
     assert {"wheel", "star", "GradCAM", "mask", "over the smoothed affinity"} <= texts and any(text.startswith("pseudo-label") for text in texts)

@@ -18,13 +18,17 @@ from torchmetrics.functional.classification import multiclass_jaccard_index
 import freqseg.work.inference as room
 from freqseg.work.corruptions import Corruption
 from freqseg.crf import crf_image, crf_settings
-from freqseg.data import (SegmentationFolder, list_folder, open_folder, palette, read_mask, write_labels, write_mask, zero_shot_split,
-                          zero_shot_view)
+from freqseg.data import SegmentationFolder, list_folder, open_folder, zero_shot_view
+from freqseg.lists import write_labels, zero_shot_split
+from freqseg.pictures import palette, read_mask, write_mask
 from freqseg.files import InputError
-from freqseg.metrics import boundary_iou, mean_iou, trimap_miou
-from freqseg.work.inference import (BIASES, INFERENCE, FIGURES, MOST_NAMES, Bands, Inference, Job, Scoring, View, class_scores, evaluate_system, grouped, in_sequence,
-                             interpolation_matrix, label, merge_views, merged_labels, picture_indices, refined, scaled_pixels, segment,
-                             segment_picture, software, stream, window_boxes, write_masks)
+from freqseg.metrics import boundary_iou, confusion_matrix, mean_iou, trimap_confusion, trimap_miou
+from freqseg.conditions import software
+from freqseg.work.evaluation import FIGURES, SystemReport, evaluate_system
+from freqseg.work.inference import (BIASES, INFERENCE, MOST_NAMES, Bands, Inference, Job, Scoring, View, class_scores,
+                                    grouped, in_sequence, interpolation_matrix, label, merge_views, merged_labels,
+                                    picture_indices, refined, scaled_pixels, segment, segment_picture, stream,
+                                    window_boxes, write_masks)
 from freqseg.spectra import split_bands
 
 NAMES = ("disc", "box", "bar")
@@ -107,7 +111,7 @@ def system() -> Toy:
 
 
 @pytest.fixture(scope="module")
-def report(dataset: SegmentationFolder) -> room.SystemReport:
+def report(dataset: SegmentationFolder) -> SystemReport:
     return evaluate_system(Toy().eval(), dataset, scales=(1.0, 1.5), bands=0.2, threshold_split="test", examples=2, command="again", weights="none", **QUIET)
 
 
@@ -346,7 +350,7 @@ def test_seg_equals_independent_counts(report, dataset, system) -> None:
     kept = target != 255
     assert np.abs(sklearn_confusion(target[kept], pred[kept], labels=range(4)) - one.confusion.numpy()).sum() <= 4
     assert one.images == report.images == len(dataset) and one.miou.low <= one.miou.value <= one.miou.high
-    expected = mean_iou(sum(room.trimap_confusion(guess, mask, 4) for guess, mask in zip(labels, truth)))
+    expected = mean_iou(sum(trimap_confusion(guess, mask, 4) for guess, mask in zip(labels, truth)))
     assert one.trimap == pytest.approx(expected.tolist(), abs=2e-3)
     assert [ends.value for ends in one.trimap_ends.values()] == pytest.approx([one.trimap[width - 1] for width in one.trimap_ends])
 
@@ -370,7 +374,7 @@ def test_the_seed_is_the_activation_map_cut_at_the_best_threshold_of_the_other_s
             shown = F.pad(torch.from_numpy(np.array(sample.image)).permute(2, 0, 1).float() / 255 - MEAN, (0, -width % 4, 0, -height % 4))
             cam = F.interpolate(system.cam(shown[None], present[None]).half().float(), shown.shape[1:], mode="bilinear")[0, :, :height, :width]
             labels = torch.cat([torch.full_like(cam[:1], threshold), cam.masked_fill(~present[:, None, None], -1)]).argmax(0)
-            total = total + room.confusion_matrix(labels, sample.mask, 4)
+            total = total + confusion_matrix(labels, sample.mask, 4)
         return mean_iou(total).item()
     seed = report["seed"]
     assert report.threshold_split == "test" and seed.miou.value == pytest.approx(miou(dataset, seed.threshold), abs=0.01)
@@ -462,7 +466,7 @@ def test_a_seed_alone_is_evaluated_with_its_gallery(dataset, system) -> None:
 def test_saved_masks_are_those_of_the_main_figure(pydensecrf, tmp_path, dataset, system) -> None:
     report = evaluate_system(system, dataset, figures=("mask", "seg"), crf="weclip", crf_workers=1, save_masks=tmp_path, **QUIET)
     assert list(report.figures) == ["mask", "mask_crf", "seg", "seg_crf"]
-    total = sum(room.confusion_matrix(read_mask(tmp_path / f"{sample.id}.png"), sample.mask, 4) for sample in dataset)
+    total = sum(confusion_matrix(read_mask(tmp_path / f"{sample.id}.png"), sample.mask, 4) for sample in dataset)
     assert torch.equal(total, report["seg_crf"].confusion)
 
 
@@ -617,7 +621,8 @@ def test_bf16_on_cuda_barely_moves_the_figures(dataset) -> None:
 
 @pytest.mark.slow
 def test_photographs_of_many_sizes_are_evaluated(pydensecrf, real_data, tmp_path) -> None:
-    from freqseg.data import VOC_CLASSES, open_voc
+    from freqseg.data import open_voc
+    from freqseg.lists import VOC_CLASSES
     split = open_voc(real_data / "voc12_mini", "val", masks=True)
     report = evaluate_system(Toy(VOC_CLASSES).eval(), split, scales=(1.0, 0.75), side=96, crf="weclip", limit=6, save_masks=tmp_path, **QUIET)
     assert report.dataset == "PASCAL VOC 2012" and report.images == 6 and len(list(tmp_path.iterdir())) == 6 and not report.world

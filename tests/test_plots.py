@@ -16,7 +16,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 import freqseg.faces.plots
-from freqseg.data import palette
+from freqseg.pictures import palette
 from freqseg.files import InputError
 from freqseg.metrics import Interval
 from freqseg.faces.plots import (

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from freqseg.clip import WECLIP_TEMPLATE, Backbone, load_clip
-from freqseg.data import (BACKGROUND_PROMPTS, COCO_BACKGROUND_PROMPTS, COCO_CLASSES, COCO_PROMPT_ALIASES, VOC_CLASSES, VOC_PROMPT_ALIASES)
+from freqseg.lists import COCO_CLASSES, VOC_CLASSES
+from freqseg.prompts import (BACKGROUND_PROMPTS, COCO_BACKGROUND_PROMPTS, COCO_PROMPT_ALIASES, VOC_PROMPT_ALIASES,
+                             embed_wording, require_words, rivals, usual_background, usual_wording)
 from freqseg.files import InputError
-from freqseg.prompts import embed_wording, require_words, rivals, usual_background, usual_wording
 from freqseg.world.scenes import WORLD_BACKGROUNDS, WORLD_CLASSES
 
 

@@ -21,12 +21,14 @@ from PIL import Image
 from test_inference import NAMES, QUIET, SIZES, Toy, write_folder
 
 import freqseg.faces.report as room
-from freqseg.data import COCO_CLASSES, VOC_CLASSES, SegmentationFolder, open_folder, read_mask
+from freqseg.data import SegmentationFolder, open_folder
+from freqseg.lists import COCO_CLASSES, VOC_CLASSES
+from freqseg.pictures import read_mask
 from freqseg.files import InputError
 from freqseg.metrics import Interval
 from freqseg.faces.report import (confusion_svg, evaluate_run, gallery_sheet, html, markdown, percent, provenance, save_report, to_json,
                             trimap_sheet, trimap_svg)
-from freqseg.work.inference import SystemReport, evaluate_system
+from freqseg.work.evaluation import SystemReport, evaluate_system
 
 SVG = "{http://www.w3.org/2000/svg}"
 

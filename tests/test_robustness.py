@@ -13,12 +13,13 @@ from freqseg.faces.cli import main
 from freqseg.clip import load_clip
 from freqseg.work.corruptions import Corruption
 from freqseg.work.checkpoints import save_system
-from freqseg.data import SegmentationFolder, open_folder, zero_shot_split, zero_shot_view
+from freqseg.data import SegmentationFolder, open_folder, zero_shot_view
+from freqseg.lists import zero_shot_split
 from freqseg.work.seeds import paired_gain
 from freqseg.files import InputError
 from freqseg.metrics import ConfusionMeter
 from freqseg.work.robustness import Robustness, read_robustness, robustness, robustness_markdown, robustness_plot, side_by_side
-from freqseg.work.inference import evaluate_system
+from freqseg.work.evaluation import evaluate_system
 from freqseg.systems.weclip import WeCLIP
 from freqseg.world.scenes import WORLD_CLASSES, write_world
 

@@ -69,13 +69,13 @@ def test_a_parameter_whose_comment_papermill_cannot_read_still_counts(walk: Path
     assert notebook_parameters(walk)["rate"] == Parameter("rate", 0.1, "")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "nbs").glob("*/*.ipynb")), ids=lambda path: path.stem)
-def test_papermill_reads_every_parameter_of_the_shipped_notebooks(path: Path) -> None:
-    tagged = [cell for cell in nbformat.read(path, 4).cells if "parameters" in cell.metadata.get("tags", [])]
-    if not tagged:
-        pytest.skip("a notebook without parameters")
-    known = notebook_parameters(path)
-    assert known and set(papermill.inspect_notebook(str(path))) == set(known)
+def test_papermill_reads_every_parameter_of_the_shipped_notebooks() -> None:
+    tagged = [path for path in sorted((ROOT / "nbs").glob("*/*.ipynb"))
+              if any("parameters" in cell.metadata.get("tags", []) for cell in nbformat.read(path, 4).cells)]
+    known = {path: set(notebook_parameters(path)) for path in tagged}
+    assert len(tagged) > 6 and all(known.values())
+    unread = {path.name: names for path in tagged if (names := known[path] ^ set(papermill.inspect_notebook(str(path))))}
+    assert not unread, f"read by one of the two only: {unread}"
 
 
 @pytest.mark.parametrize("tags", [[], [["parameters"], ["parameters"]]], ids=["none", "two"])

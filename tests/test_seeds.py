@@ -16,9 +16,12 @@ from sklearn.metrics import confusion_matrix as sklearn_confusion
 from torchmetrics.functional.classification import multiclass_jaccard_index
 
 from freqseg.clip import Backbone, build_clip, load_clip
-from freqseg.data import Sample, SegmentationFolder, open_folder, open_voc, write_labels, write_mask
-from freqseg.work.seeds import (THRESHOLDS, SeedMaps, SeedTable, add_sweep, enlarge, evaluate_seeds, fitted_size, in_order, paired_gain,
-                              seed_labels)
+from freqseg.data import Sample, SegmentationFolder, open_folder, open_voc
+from freqseg.lists import write_labels
+from freqseg.pictures import fitted_size, write_mask
+from freqseg.work.inference import SeedMaps, enlarge
+from freqseg.work.seeds import SeedTable, evaluate_seeds, in_order, paired_gain
+from freqseg.work.thresholds import THRESHOLDS, add_sweep, seed_labels
 from freqseg.files import InputError
 from freqseg.maps import METHODS, CamSettings, frequency_cams
 from freqseg.metrics import ConfusionMeter, bootstrap_interval, boundary_iou, confusion_matrix, mean_iou, sweep_background

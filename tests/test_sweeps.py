@@ -20,9 +20,13 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from freqseg.faces.sweep_plots import save_sweep_plot, sweep_plot
 from freqseg.files import InputError
-from freqseg.work.sweeps import (Design, checked_grid, checked_seeds, comparison_markdown, environments, estimate, extended, finished, in_percent,
-                           new_design, paired_difference, read_design, read_sweep, run_name, run_plans, sweep, trained_system)
+from freqseg.work.sweep_design import (Design, checked_grid, checked_seeds, extended, finished, new_design,
+                                       read_design, run_name, run_plans, trained_system)
+from freqseg.work.sweep_processes import environments
+from freqseg.work.sweep_statistics import comparison_markdown, estimate, in_percent, paired_difference, read_sweep
+from freqseg.work.sweeps import sweep
 from freqseg.work.train import locked
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -289,7 +293,7 @@ def test_every_run_has_its_folder_record_and_share_of_the_machine(swept: tuple[P
     for value in (1.0, 2.0):
         record = json.loads((out / f"a={value},seed=0" / "toy.ipynb").read_text())
         assert record["metadata"]["papermill"]["parameters"]["a"] == value
-    assert {path.name for path in out.iterdir() if path.is_file()} == {".lock", "sweep.json", "sweep.md", "sweep.png"}
+    assert {path.name for path in out.iterdir() if path.is_file()} == {".lock", "sweep.json", "sweep.md"}
     assert not leftovers(out)
 
 
@@ -327,9 +331,9 @@ def test_the_bar_names_failures_and_without_figures_there_is_no_picture(toy: Pat
     result = sweep(toy, tmp_path / "out", {"a": [11.0]}, 1, {"log": str(tmp_path / "log")}, jobs=5)
     told = capfd.readouterr().err
     assert "sweep of toy" in told and "1/1" in told and "a=11.0,seed=0: the notebook ran to its end, but left no figures" in told
-    assert not (tmp_path / "out" / "sweep.png").exists() and "No run has finished yet" in (tmp_path / "out" / "sweep.md").read_text()
+    assert save_sweep_plot(result) is None and "No run has finished yet" in (tmp_path / "out" / "sweep.md").read_text()
     with pytest.raises(InputError, match="nothing to draw"):
-        result.plot()
+        sweep_plot(result)
 
 
 def test_a_folder_in_use_and_another_sweep_are_refused(toy: Path, tmp_path: Path) -> None:
@@ -419,7 +423,7 @@ def test_bands_are_told_in_the_record_and_not_in_the_table(tmp_path: Path) -> No
         path.write_text(json.dumps(told))
     result = read_sweep(tmp_path / "s")
     assert result.rows[0].measures["low"].value == pytest.approx(0.35) and result.rows[0].measures["high"].values == pytest.approx({0: 0.1, 1: 0.2})
-    assert "band" not in result.markdown() and len(result.plot().axes[0].patches) == 3
+    assert "band" not in result.markdown() and len(sweep_plot(result).axes[0].patches) == 3
     assert result.as_dict()["rows"][0]["measures"]["high"]["value"] == pytest.approx(0.15)
 
 
@@ -448,7 +452,7 @@ def test_metrics_without_figures_are_not_done(tmp_path: Path, content: str) -> N
 def test_one_numeric_parameter_is_a_curve_and_the_rest_are_bars(tmp_path: Path, grid: dict, curved: bool, scale: str) -> None:
     pretended(tmp_path / "s", Design("toy", grid, [0, 1, 2], {}), lambda point, seed: 0.4 + 0.1 * seed)
     result = read_sweep(tmp_path / "s")
-    axes, = result.plot().axes
+    axes, = sweep_plot(result).axes
     assert bool(axes.lines) == curved or not curved and len(axes.patches) == 3 * len(result.rows)
     assert axes.get_xscale() == scale
     if curved:
@@ -463,7 +467,7 @@ def test_one_numeric_parameter_is_a_curve_and_the_rest_are_bars(tmp_path: Path, 
 def test_a_sweep_is_saved_anywhere(tmp_path: Path) -> None:
     pretended(tmp_path / "s", Design("toy", {"a": [1, 2]}, [0], {}), lambda point, seed: 0.5)
     result = read_sweep(tmp_path / "s")
-    assert [path.name for path in result.save(tmp_path / "t")] == ["sweep.md", "sweep.json", "sweep.png"]
+    assert [path.name for path in result.save(tmp_path / "t")] == ["sweep.md", "sweep.json"]
     told = json.loads((tmp_path / "t" / "sweep.json").read_text())
     assert told["rows"][1]["measures"]["seg"] == {"value": 0.5, "low": None, "high": None, "n": 1, "values": {"0": 0.5}}
     assert told["rows"][1]["gain"]["value"] == 0.0

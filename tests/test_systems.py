@@ -11,7 +11,8 @@ from torch import Tensor
 
 from freqseg.work.checkpoints import SYSTEMS, checkpoint_path, load_system, save_system, system_named
 from freqseg.clip import Backbone, load_clip
-from freqseg.data import COCO_CLASSES, VOC_CLASSES, Batch
+from freqseg.data import Batch
+from freqseg.lists import COCO_CLASSES, VOC_CLASSES
 from freqseg.files import InputError
 from freqseg.systems.dfa import DFA
 from freqseg.systems.ffr import FFR
@@ -148,8 +149,8 @@ def test_labels_equal_an_argmax_over_all_classes_and_ignore_what_is_outside() ->
     cam = torch.rand(4, 6, 5, 5) * present[:, :, None, None]
     plain = torch.cat([1 - cam.amax(1, keepdim=True), cam], 1).argmax(1)
     assert torch.equal(assign_labels(cam, present, torch.rand(4, 3, 5, 5), None), plain)
-    nothing = torch.full((4, 1, 5, 5), 2.0)
-    assert assign_labels(cam, present, torch.rand(4, 3, 5, 5), None, nothing=nothing).max() == 0
+    sure = torch.full((4, 1, 5, 5), 2.0)
+    assert assign_labels(cam, present, torch.rand(4, 3, 5, 5), None, background_score=sure).max() == 0
     valid = torch.rand(4, 5, 5) < .5
     assert torch.equal(assign_labels(cam, present, torch.rand(4, 3, 5, 5), None, valid) == 255, ~valid)
 
@@ -164,11 +165,11 @@ def test_training_without_image_labels_says_what_is_missing(world: Backbone, bat
 def test_the_decoder_selects_maps_only_after_the_switch(world: Backbone, batch: Batch) -> None:
     system = build("weclip", world).eval()
     with torch.no_grad():
-        seen = system.see(world.normalise(batch.images), batch.labels)
-        early, late = system.affinity(seen, 0.49), system.affinity(seen, 0.5)
+        forward = system.forward_pass(world.normalise(batch.images), batch.labels)
+        early, late = system.affinity(forward, 0.49), system.affinity(forward, 0.5)
     assert not torch.allclose(early, late)
     never = build("weclip", world, switch=2.0).eval()
-    with torch.no_grad(): assert torch.equal(never.affinity(never.see(world.normalise(batch.images), batch.labels), 1.0), early)
+    with torch.no_grad(): assert torch.equal(never.affinity(never.forward_pass(world.normalise(batch.images), batch.labels), 1.0), early)
 
 
 @pytest.mark.parametrize("options", [dict(maps="propagate", align=False, inverse=False), dict(maps="propagate", align=False, relate=False),
@@ -191,7 +192,7 @@ def test_the_background_of_the_transport_competes_in_what_is_taught_and_in_what_
     plain, own = (build("dfa", world, nothing=nothing).eval() for nothing in ("max", "prompts"))
     (cam, labels), (same, others) = (system.explain(images, batch.labels) for system in (plain, own))
     assert torch.equal(cam, same) and not torch.equal(labels, others)
-    maps = own.evidence(own.see(images, batch.labels), 1.)
+    maps = own.activation_maps(own.forward_pass(images, batch.labels), 1.)
     scores = torch.cat([maps[:, -1:], maps[:, :-1]], 1)
     assert torch.equal(others, own.par(batch.images, F.interpolate(scores, images.shape[-2:], mode="bilinear")).argmax(1))
 

@@ -29,7 +29,8 @@ from torch.utils.data import Subset
 from toy_training import Toy
 
 from freqseg.work import train as room
-from freqseg.data import TrainTransform, open_folder
+from freqseg.data import open_folder
+from freqseg.transforms import TrainTransform
 from freqseg.files import InputError
 from freqseg.metrics import ConfusionMeter, iou_scores
 from freqseg.work.train import (

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from freqseg.faces.cli import main
-from freqseg.data import palette
+from freqseg.pictures import palette
 from freqseg.work.experiments import draw_scenes, known_parameters, parameter_defaults, parse_parameters, plan
 from freqseg.files import InputError
 from freqseg.work.runs import launch_command

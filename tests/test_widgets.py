@@ -25,8 +25,9 @@ import freqseg.faces.explorer
 import freqseg.faces.widgets as room
 from freqseg.work.checkpoints import SYSTEMS, save_system
 from freqseg.clip import Backbone, build_world_clip, load_clip, read_metadata, save_clip
-from freqseg.data import write_labels, write_mask
-from freqseg.faces.explorer import AFFINITIES, Look, View, explore, patch_cells, spectrum_svg, view_cells
+from freqseg.lists import write_labels
+from freqseg.pictures import write_mask
+from freqseg.faces.explorer import AFFINITIES, Analysis, View, explore, patch_cells, spectrum_svg, view_cells
 from freqseg.files import InputError, shipped
 from freqseg.faces.widgets import CHOICES, FrequencyExplorer, PictureGrid, PicturePicker, bar_colours, close_tree, found_runs, option_control
 from freqseg.world.scenes import WORLD_CLASSES, World
@@ -49,7 +50,7 @@ def the_world() -> Backbone: return load_clip("world")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    "Small looks, small pictures, one load of the world's CLIP, and no notebook around."
+    "Small analyses, small pictures, one load of the world's CLIP, and no notebook around."
     monkeypatch.setattr(freqseg.faces.explorer, "CELL_SIDE", 64)
     opened = room.open_model
     world = the_world()
@@ -78,7 +79,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         monkeypatch.setattr(kind, name, wrapper)
 
     counted(Backbone, "encode")
-    counted(Look, "shown")
+    counted(Analysis, "shown")
     return found
 
 
@@ -127,11 +128,11 @@ def upload(explorer: FrequencyExplorer, content: bytes, name: str = "mine.png") 
 # ---- controls -------------------------------------------------------------------------------------------------------
 
 def test_at_the_start_the_scene_is_shown_as_the_explorer_without_widgets_shows_it(explorer: FrequencyExplorer) -> None:
-    look = explore(explorer.look.subject, ["star", "wheel"], "world", SMALL)
-    assert explorer.look.subject.title == "scene 48 of test" and explorer.names.value == "star, wheel" and explorer.look.model == "world"
+    analysis = explore(explorer.analysis.subject, ["star", "wheel"], "world", SMALL)
+    assert explorer.analysis.subject.title == "scene 48 of test" and explorer.names.value == "star, wheel" and explorer.analysis.model == "world"
     assert explorer.view == View(layers=DEPTH)
-    shown = look.shown(explorer.view)
-    table = view_cells(look, shown, explorer.view)
+    shown = analysis.shown(explorer.view)
+    table = view_cells(analysis, shown, explorer.view)
     assert list(explorer.pictures.pictures) == [cell.picture for row in table for cell in row]
     assert [[cell["title"] for cell in row] for row in explorer.pictures.rows] == [[cell.title for cell in row] for row in table]
     assert explorer.spectrum.value == spectrum_svg(shown, .14) and list(explorer.pictures.grid) == [12, 12]
@@ -156,8 +157,8 @@ def test_every_option_changes_the_view_and_what_is_drawn(option: str, explorer: 
     assert not control.disabled and control.value != value
     control.value = value
     assert explorer.view == replace(View(layers=DEPTH), **others, **{option: value}) and drawn(explorer) != before and not is_error(explorer)
-    look = explore(explorer.look.subject, ["star", "wheel"], "world", SMALL)
-    table = view_cells(look, look.shown(explorer.view), explorer.view)
+    analysis = explore(explorer.analysis.subject, ["star", "wheel"], "world", SMALL)
+    table = view_cells(analysis, analysis.shown(explorer.view), explorer.view)
     assert list(explorer.pictures.pictures) == [cell.picture for row in table for cell in row]
 
 
@@ -216,7 +217,7 @@ def test_reset_leaves_picture_names_and_model_alone(explorer: FrequencyExplorer)
     put(explorer, {"mu": .3, "cmap": "gray", "opacity": .9, "layers": 2, "band": "stack"})
     explorer.reset_button.click()
     assert explorer.view == View(layers=DEPTH) and explorer.options["bands"].disabled
-    assert drawn(explorer) == first and explorer.look.names == ("key",) and explorer.look.subject.title == "scene 3 of test"
+    assert drawn(explorer) == first and explorer.analysis.names == ("key",) and explorer.analysis.subject.title == "scene 3 of test"
     assert list(explorer.pictures.patch) == [] and list(explorer.related.pictures) == []
 
 
@@ -239,7 +240,7 @@ def test_a_start_is_one_pass_and_one_drawing(counts: dict[str, int]) -> None:
 
 def test_names_to_start_with_cost_no_second_pass(counts: dict[str, int]) -> None:
     explorer = FrequencyExplorer(3, ["key", "star"])
-    assert explorer.look.names == ("key", "star") and explorer.names.value == "key, star" and counts["encode"] == 1
+    assert explorer.analysis.names == ("key", "star") and explorer.names.value == "key, star" and counts["encode"] == 1
 
 
 def test_options_cost_a_drawing_each_and_no_pass(explorer: FrequencyExplorer, counts: dict[str, int]) -> None:
@@ -319,13 +320,13 @@ def test_what_cannot_be_is_said_and_what_was_shown_stays(what: str, explorer: Fr
     act, word = wrong_inputs()[what]
     (tmp_path / "bad.safetensors").write_bytes(b"no weights")
     if what == "no weight": put(explorer, {"affinity": "both", "lambda_h": 0., "lambda_l": .05})
-    before, look = drawn(explorer), explorer.look
+    before, analysis = drawn(explorer), explorer.analysis
     act(explorer, tmp_path)
     assert is_error(explorer) and word in said(explorer) and 'role="alert"' in explorer.message.value
     assert "<b>" not in explorer.message.value and not explorer.pictures.busy
     if what != "no weight": assert drawn(explorer) == before
     explorer.reset(); explorer.model.value = "world"; explorer.names.value = "wheel, star"   # and all goes on
-    assert not is_error(explorer) and explorer.look.names == ("wheel", "star") and explorer.look is not look
+    assert not is_error(explorer) and explorer.analysis.names == ("wheel", "star") and explorer.analysis is not analysis
 
 
 def test_maps_of_its_own_are_offered_where_the_model_has_some(explorer: FrequencyExplorer) -> None:
@@ -396,11 +397,11 @@ def test_lack_of_memory_is_said(error: Exception, explorer: FrequencyExplorer, m
 
 def test_a_start_that_fails_can_be_mended() -> None:
     explorer = FrequencyExplorer(model="ViT-B-61")
-    assert is_error(explorer) and explorer.look is None and explorer.save() == {}
+    assert is_error(explorer) and explorer.analysis is None and explorer.save() == {}
     explorer.options["mu"].value = .3
     explorer.pictures.patch = [0, 0]
     explorer.model.value = "world"
-    assert not is_error(explorer) and explorer.look is not None and explorer.view.mu == .3
+    assert not is_error(explorer) and explorer.analysis is not None and explorer.view.mu == .3
 
 
 def test_towers_deeper_than_twelve_blocks_can_be_looked_through(explorer: FrequencyExplorer, tmp_path: Path) -> None:
@@ -408,7 +409,7 @@ def test_towers_deeper_than_twelve_blocks_can_be_looked_through(explorer: Freque
     config = {**about["config"], "vision_cfg": {**about["config"]["vision_cfg"], "layers": 14}}
     save_clip(build_world_clip(config), tmp_path / "deep.safetensors", config, about["vocabulary"])
     explorer.model.value = str(tmp_path / "deep.safetensors")
-    assert explorer.look.depth == 14 and explorer.options["layers"].max == 14
+    assert explorer.analysis.depth == 14 and explorer.options["layers"].max == 14
     for layers in (14, 3, 13):
         explorer.options["layers"].value = layers
         assert explorer.view.layers == layers and not is_error(explorer)
@@ -416,7 +417,7 @@ def test_towers_deeper_than_twelve_blocks_can_be_looked_through(explorer: Freque
 
 def test_a_list_of_names_may_be_given_as_text(tmp_path: Path) -> None:
     "As it would be typed; letter by letter it would be nonsense."
-    assert FrequencyExplorer(names="wheel, star").look.names == ("wheel", "star")
+    assert FrequencyExplorer(names="wheel, star").analysis.names == ("wheel", "star")
 
 
 # ---- one explorer per cell ------------------------------------------------------------------------------------------
@@ -480,9 +481,9 @@ def resident() -> float:
 
 
 def alive() -> int:
-    "Widgets, looks and tensors in this process."
+    "Widgets, analyses and tensors in this process."
     gc.collect()
-    return sum(issubclass(type(one), (w.Widget, Look, torch.Tensor)) for one in gc.get_objects())
+    return sum(issubclass(type(one), (w.Widget, Analysis, torch.Tensor)) for one in gc.get_objects())
 
 
 def moves(explorer: FrequencyExplorer, count: int, seed: int) -> None:
@@ -507,7 +508,7 @@ def test_five_hundred_moves_leave_nothing_behind(explorer: FrequencyExplorer) ->
     objects, memory = alive(), resident() if Path("/proc/self/statm").exists() else None
     moves(explorer, 500, seed=1)
     assert tree(explorer).keys() == widgets.keys() and len(open_widgets) == opened and observers(tree(explorer)) == listeners
-    assert alive() <= objects + 50   # parts of one look
+    assert alive() <= objects + 50   # parts of one analysis
     if memory is not None: assert resident() - memory < 40
 
 
@@ -538,30 +539,30 @@ def test_every_class_is_on_a_page(count: int, pages: int, explorer: FrequencyExp
 
 def test_names_may_be_typed_with_any_spaces_and_commas(explorer: FrequencyExplorer) -> None:
     explorer.names.value = " wheel ,, star,"
-    assert explorer.look.names == ("wheel", "star")
+    assert explorer.analysis.names == ("wheel", "star")
 
 
 def test_a_new_scene_brings_its_names(explorer: FrequencyExplorer) -> None:
     explorer.picker.number.value = 3
-    assert explorer.names.value == ", ".join(World(0, "test")[3].classes) and explorer.look.subject.title == "scene 3 of test"
+    assert explorer.names.value == ", ".join(World(0, "test")[3].classes) and explorer.analysis.subject.title == "scene 3 of test"
 
 
 def test_a_clicked_patch_shows_what_it_is_related_to(explorer: FrequencyExplorer) -> None:
     assert list(explorer.related.pictures) == []
     explorer.pictures.patch = [5, 7]
-    expected = [cell.picture for cell in patch_cells(explorer.look, (5, 7), explorer.view)]
+    expected = [cell.picture for cell in patch_cells(explorer.analysis, (5, 7), explorer.view)]
     assert list(explorer.related.pictures) == expected
     for name, value in (("cmap", "gray"), ("opacity", .9), ("layers", 2)):
         before = list(explorer.related.pictures)
         explorer.options[name].value = value
         assert list(explorer.related.pictures) != before
-        assert list(explorer.related.pictures) == [cell.picture for cell in patch_cells(explorer.look, (5, 7), explorer.view)]
+        assert list(explorer.related.pictures) == [cell.picture for cell in patch_cells(explorer.analysis, (5, 7), explorer.view)]
     explorer.picker.number.value = 5
     assert list(explorer.pictures.patch) == [] and list(explorer.related.pictures) == [] and explorer.related.rows == []
 
 
 def test_a_grid_has_rows_pictures_and_a_bar_of_its_colours(explorer: FrequencyExplorer) -> None:
-    grid, table = PictureGrid(), view_cells(explorer.look, explorer.look.shown(), View())
+    grid, table = PictureGrid(), view_cells(explorer.analysis, explorer.analysis.shown(), View())
     grid.draw(table, "viridis")
     assert grid.rows == [[{"title": cell.title, "name": cell.name, "alt": cell.alt, "colour": cell.colour} for cell in row] for row in table]
     assert [row[0]["colour"] for row in grid.rows] == ["#800000", "#008000"]   # VOC's first two
@@ -580,7 +581,7 @@ def test_a_view_is_saved_and_the_message_names_the_files(explorer: FrequencyExpl
     assert {path.name for path in (tmp_path / "views").iterdir()} == {"view-001.png", "view-001.npz", "view-001.py"}
     assert not is_error(explorer) and "views" in said(explorer) and "view-001.py" in said(explorer)
     kept = np.load(tmp_path / "views" / "view-001.npz")
-    shown = explorer.look.shown(explorer.view)
+    shown = explorer.analysis.shown(explorer.view)
     assert (kept["maps"] == torch.stack(list(shown.columns.values())).numpy()).all() and kept["names"].tolist() == ["star", "wheel"]
     made = runpy.run_path(str(tmp_path / "views" / "view-001.py"))
     assert Image.open(tmp_path / "views" / "view-001-again.png").size == Image.open(tmp_path / "views" / "view-001.png").size
@@ -600,19 +601,19 @@ def test_an_upload_is_looked_at_for_the_names_that_stand_there(explorer: Frequen
     explorer.picker.kind.value = "file"
     assert explorer.picker.children == (explorer.picker.kind, explorer.picker.file)
     upload(explorer, file_of())
-    assert explorer.look.subject.title == "mine.png" and explorer.look.names == ("star", "wheel") and list(explorer.pictures.grid) == [8, 12]
+    assert explorer.analysis.subject.title == "mine.png" and explorer.analysis.names == ("star", "wheel") and list(explorer.pictures.grid) == [8, 12]
     assert [cell["title"] for cell in explorer.masks.rows[0]] == ["picture", "pseudo-label"] and "IoU" not in said(explorer)
     upload(explorer, file_of(1000, 2100), "large.png")
-    assert "2100 x 1000" in said(explorer) and explorer.look.subject.title == "large.png"
+    assert "2100 x 1000" in said(explorer) and explorer.analysis.subject.title == "large.png"
 
 
 def test_going_back_to_an_upload_shows_it_again(explorer: FrequencyExplorer) -> None:
     explorer.picker.kind.value = "file"
     upload(explorer, file_of())
     explorer.picker.kind.value = "scene"
-    assert explorer.look.subject.title == "scene 48 of test"
+    assert explorer.analysis.subject.title == "scene 48 of test"
     explorer.picker.kind.value = "file"
-    assert explorer.look.subject.title == "mine.png"
+    assert explorer.analysis.subject.title == "mine.png"
 
 
 @pytest.fixture
@@ -644,7 +645,7 @@ def test_a_data_set_is_opened_at_its_first_picture_with_one_pass(dataset: Path, 
     assert list(picker.split.options) == ["broken", "empty", "one", "train", "val"] and picker.split.value == "val" and picker.picture.value == "s48"
     assert picker.class_name.value == "any class" and list(picker.picture.options) == ["s48", "s3", "s4"]
     assert set(picker.class_name.options) - {"any class"} == {name for number in (48, 3, 4) for name in World(0, "test")[number].classes}
-    assert explorer.look.subject.title == "s48" and explorer.look.names == ("star", "wheel") and "IoU" in said(explorer) and not is_error(explorer)
+    assert explorer.analysis.subject.title == "s48" and explorer.analysis.names == ("star", "wheel") and "IoU" in said(explorer) and not is_error(explorer)
     assert counts["encode"] == 1
 
 
@@ -655,16 +656,16 @@ def test_pictures_are_browsed_by_class(dataset: Path, explorer: FrequencyExplore
     picker.class_name.value = "star"
     assert list(picker.picture.options) == ["s48", "s4"] and picker.picture.value == "s48"
     picker.picture.value = "s4"
-    assert explorer.look.subject.title == "s4" and counts["encode"] <= 2
+    assert explorer.analysis.subject.title == "s4" and counts["encode"] <= 2
     picker.class_name.value = "key"
-    assert list(picker.picture.options) == ["s3"] and explorer.look.subject.title == "s3"
+    assert list(picker.picture.options) == ["s3"] and explorer.analysis.subject.title == "s3"
     picker.split.value = "train"
-    assert list(picker.picture.options) == ["s3", "s4"] and picker.class_name.value == "any class" and explorer.look.subject.title == "s3"
+    assert list(picker.picture.options) == ["s3", "s4"] and picker.class_name.value == "any class" and explorer.analysis.subject.title == "s3"
     picker.class_name.value = "any class"
     picker.kind.value = "scene"
-    assert explorer.look.subject.title == "scene 48 of test"
+    assert explorer.analysis.subject.title == "scene 48 of test"
     picker.kind.value = "dataset"
-    assert explorer.look.subject.title.startswith("s") and not is_error(explorer)
+    assert explorer.analysis.subject.title.startswith("s") and not is_error(explorer)
 
 
 @pytest.mark.parametrize("split", ["empty", "broken"])
@@ -676,20 +677,20 @@ def test_a_list_that_cannot_be_used_is_said_and_the_others_go_on(split: str, dat
     assert is_error(explorer) and drawn(explorer) == before
     if "star" in picker.class_name.options: picker.class_name.value = "star"   # of the list before
     picker.split.value = "one"
-    assert not is_error(explorer) and explorer.look.subject.title == "s48" and list(picker.picture.options) == ["s48"]
+    assert not is_error(explorer) and explorer.analysis.subject.title == "s48" and list(picker.picture.options) == ["s48"]
 
 
 def test_a_folder_to_start_with_waits_until_it_is_asked_for(dataset: Path, counts: dict[str, int]) -> None:
     explorer = FrequencyExplorer(root=str(dataset))
-    assert explorer.look.subject.title == "scene 48 of test" and counts["encode"] == 1
+    assert explorer.analysis.subject.title == "scene 48 of test" and counts["encode"] == 1
     explorer.picker.kind.value = "dataset"
-    assert explorer.look.subject.title == "s48" and counts["encode"] == 2
+    assert explorer.analysis.subject.title == "s48" and counts["encode"] == 2
 
 
 def test_a_folder_without_image_labels_is_browsed_as_a_whole(dataset: Path, explorer: FrequencyExplorer) -> None:
     (dataset / "labels.txt").unlink()
     explorer.picker.kind.value, explorer.picker.root.value = "dataset", str(dataset)
-    assert list(explorer.picker.class_name.options) == ["any class"] and explorer.look.names == ("star", "wheel")
+    assert list(explorer.picker.class_name.options) == ["any class"] and explorer.analysis.names == ("star", "wheel")
 
 
 def test_a_picker_tells_failures_and_hands_on_subjects() -> None:
@@ -723,7 +724,7 @@ def test_runs_are_found_and_can_be_opened(tmp_path: Path) -> None:
     for run in (weak, zero):
         explorer.model.value = str(run)
         explorer.options["maps"].value = "trained"
-        assert not is_error(explorer) and explorer.look.model == str(run) and explorer.pictures.rows[0][0]["title"] == "trained"
+        assert not is_error(explorer) and explorer.analysis.model == str(run) and explorer.pictures.rows[0][0]["title"] == "trained"
         assert [cell["title"].split(" (")[0] for cell in explorer.masks.rows[0]] == ["picture", "pseudo-label", "prediction", "mask"]
     explorer.names.value = "grass"   # a zero-shot system hears of it, the other was not trained for it
     assert not is_error(explorer)

@@ -12,7 +12,9 @@ from PIL import Image
 from freqseg.work.checkpoints import load_system, save_system
 from freqseg.faces.cli import main
 from freqseg.clip import Backbone, load_clip
-from freqseg.data import UNLABELLED, VOC_CLASSES, Batch, SegmentationFolder, list_folder, palette, write_mask, zero_shot_view
+from freqseg.data import Batch, SegmentationFolder, list_folder, zero_shot_view
+from freqseg.lists import UNLABELLED, VOC_CLASSES
+from freqseg.pictures import palette, write_mask
 from freqseg.files import InputError
 from freqseg.systems.sptseg import SPTSEG
 from freqseg.systems.zegclip import WORLD_ZERO_SHOT, ZegCLIP, seen_and_unseen

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from freqseg.data import Batch, TrainTransform, open_folder
+from freqseg.data import Batch, open_folder
+from freqseg.transforms import TrainTransform
 from freqseg.work.train import TrainSettings, fit, seeded
 
 

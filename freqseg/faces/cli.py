@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from freqseg.maps import CamSettings
     from freqseg.prompts import Prompts
     from freqseg.systems.segmenter import System
+    from freqseg.work.runs import Parameter
     from freqseg.work.seeds import SeedTable
 
 # %% ../../nbs/faces/84_cli.ipynb #aa8400aa
@@ -46,7 +47,22 @@ def fitted_size(
     longest: int,               # longer side wanted, pixels
     patch: int,                 # side of a patch, pixels
 ) -> tuple[int, int]:           # height, width: whole patches
-    "The size nearest to the picture's shape with a longer side of about `longest`. Raises `InputError` when it has too many patches."
+    """The size nearest to the picture's shape with a longer side of about `longest`. Raises `InputError` when it has too many patches.
+
+    Parameters
+    ----------
+    picture : tuple[int, int]
+        width, height in pixels, as PIL says it
+    longest : int
+        longer side wanted, pixels
+    patch : int
+        side of a patch, pixels
+
+    Returns
+    -------
+    tuple[int, int]
+        height, width: whole patches
+    """
     if longest < patch: raise InputError(f"--side {longest} is smaller than one patch of {patch} pixels: take at least {2 * patch}.")
     scale = longest / max(picture)
     width, height = (max(1, round(side * scale / patch)) for side in picture)
@@ -60,7 +76,13 @@ def cam_prompts(
     classes: Sequence[str],
     background: str | None = None,   # names between commas, "none" for no background, None for the usual one
 ) -> "Prompts":
-    "Embedded prompts of the classes and of what they compete with. Raises `InputError` for a word that the world model never saw, naming the nearest."
+    """Embedded prompts of the classes and of what they compete with. Raises `InputError` for a word that the world model never saw, naming the nearest.
+
+    Parameters
+    ----------
+    background : str | None
+        names between commas, "none" for no background, None for the usual one
+    """
     from freqseg.prompts import embed_wording, usual_wording
     wanted = None if background is None else () if background == "none" else class_list(background)
     return embed_wording(backbone, usual_wording(backbone, classes, wanted))
@@ -80,7 +102,15 @@ def method_list(
     text: str,             # "all", or names between commas
     own: bool = False,     # is there a trained system, with maps of its own?
 ) -> list[str]:
-    "Names of maps. Raises `InputError` for an unknown one, naming the nearest."
+    """Names of maps. Raises `InputError` for an unknown one, naming the nearest.
+
+    Parameters
+    ----------
+    text : str
+        "all", or names between commas
+    own : bool
+        is there a trained system, with maps of its own?
+    """
     from freqseg.maps import METHODS
     known = [*METHODS, *[TRAINED] * own]
     names = known if text == "all" else class_list(text)
@@ -96,14 +126,22 @@ def panel_titles(settings: "CamSettings") -> dict[str, str]:
 
 # %% ../../nbs/faces/84_cli.ipynb #4400eb3e
 class Opened(NamedTuple):
-    "A picture that is to be explained, and the name of what is made of it."
+    """A picture that is to be explained, and the name of what is made of it.
+
+    Attributes
+    ----------
+    image : Image.Image
+        RGB
+    size : tuple[int, int]
+        height, width for the tower
+    """
     name: str
     image: "Image.Image"   # RGB
     size: tuple[int, int]  # height, width for the tower
 
 def _open_picture(path: Path, name: str, longest: int, patch: int) -> Opened:
     "Read a picture and reduce it to what is needed of it. Raises `InputError` as `read_image` and `fitted_size` do."
-    from freqseg.data import read_image
+    from freqseg.pictures import read_image
     image = read_image(path, listed=False)
     size = fitted_size(image.size, longest, patch)
     if min(image.size) < patch or image.width * image.height > LARGE:
@@ -131,7 +169,13 @@ def _batches(pictures: Iterator[Opened], most: int) -> Iterator[list[Opened]]:
 
 # %% ../../nbs/faces/84_cli.ipynb #8df6c98e
 class CamJob(NamedTuple):
-    "Everything that is the same for all pictures of one `freqseg cam`."
+    """Everything that is the same for all pictures of one `freqseg cam`.
+
+    Attributes
+    ----------
+    system : System | None
+        trained, that stands on the backbone
+    """
     backbone: "Backbone"
     prompts: "Prompts"
     classes: Sequence[str]
@@ -145,7 +189,18 @@ def zero_shot_probabilities(
     job: CamJob,
     embedding: "Tensor",   # (B, E) of CLS in the joint space
 ) -> "Tensor":             # (B, K)
-    "CLIP's probability of each class against the others and the background. A map is always scaled to its own maximum, this is not."
+    """CLIP's probability of each class against the others and the background. A map is always scaled to its own maximum, this is not.
+
+    Parameters
+    ----------
+    embedding : Tensor
+        (B, E) of CLS in the joint space
+
+    Returns
+    -------
+    Tensor
+        (B, K)
+    """
     import torch
     from torch.nn.functional import normalize
     prompts = [part for part in job.prompts if part is not None]
@@ -156,7 +211,20 @@ def own_maps(
     images: "Tensor",          # (B, 3, H, W) normalised
     classes: Sequence[str],
 ) -> "Tensor":                 # (B, K, h, w) in [0, 1]
-    "The maps of a trained system: its activation maps, or where it learned from masks the scores that it predicts."
+    """The maps of a trained system: its activation maps, or where it learned from masks the scores that it predicts.
+
+    Parameters
+    ----------
+    system : System
+        able to answer for the classes
+    images : Tensor
+        (B, 3, H, W) normalised
+
+    Returns
+    -------
+    Tensor
+        (B, K, h, w) in [0, 1]
+    """
     import torch
     from freqseg.work.inference import evaluating
     with evaluating(system):
@@ -169,7 +237,18 @@ def explain_batch(
     job: CamJob,
     pictures: Sequence[Opened],      # of one size
 ) -> "dict[str, Tensor]":            # method -> (B, K, h, w)
-    "Compute, draw and store the maps of pictures, from one pass through the tower, and give them."
+    """Compute, draw and store the maps of pictures, from one pass through the tower, and give them.
+
+    Parameters
+    ----------
+    pictures : Sequence[Opened]
+        of one size
+
+    Returns
+    -------
+    dict[str, Tensor]
+        method -> (B, K, h, w)
+    """
     import torch
     from freqseg.maps import cam_of, cam_parts
     images = job.backbone.preprocess([picture.image for picture in pictures], pictures[0].size)
@@ -215,7 +294,20 @@ def explain_files(
     longest: int,   # longer side for the tower, pixels
     batch: int,     # pictures at a time
 ) -> list[str]:     # names
-    "Make the maps of pictures and give the names under which they are stored; what cannot be read is reported and left out."
+    """Make the maps of pictures and give the names under which they are stored; what cannot be read is reported and left out.
+
+    Parameters
+    ----------
+    longest : int
+        longer side for the tower, pixels
+    batch : int
+        pictures at a time
+
+    Returns
+    -------
+    list[str]
+        names
+    """
     from tqdm import tqdm
     names = []
     with tqdm(total=len(files), unit="picture", disable=None if len(files) > 1 else True) as bar:
@@ -311,7 +403,13 @@ def make_world(
     out: Path,
     **options: Any,   # of `write_world`
 ) -> Path:
-    "Write a world of scenes to a folder, all of it or nothing. Raises `InputError` as `whole_folder` and `write_world` do."
+    """Write a world of scenes to a folder, all of it or nothing. Raises `InputError` as `whole_folder` and `write_world` do.
+
+    Parameters
+    ----------
+    **options : Any
+        of `write_world`
+    """
     from freqseg.world.scenes import write_world
     with whole_folder(out) as partial: interruptible(lambda: write_world(str(partial), **options))
     return out
@@ -351,18 +449,27 @@ def add_world(commands: Any) -> None:
     parser.set_defaults(run=world_command)
 
 # %% ../../nbs/faces/84_cli.ipynb #e279e94d
-def run_command(args: argparse.Namespace) -> int:
-    "Run a notebook with parameters, or say which it has."
-    from freqseg.work.runs import notebook_parameters, parse_parameter, run_notebook
-    known = notebook_parameters(args.notebook)
-    if args.out is None:
-        print(*known.values(), sep="\n")
-        return 0
+def _values_of(args: argparse.Namespace, known: "dict[str, Parameter]") -> dict[str, Any]:
+    "The parameters that -p names. Raises `InputError` for what the notebook cannot mean; for what no training would accept before a kernel starts."
+    from freqseg.work.checkpoints import SYSTEMS
+    from freqseg.work.experiments import parse_parameters, plain_warnings, plan
+    from freqseg.work.runs import parse_parameter
+    from freqseg.work.sweep_design import trained_system
+    if (system := trained_system(args.notebook)) in SYSTEMS:
+        with plain_warnings(): values = parse_parameters(system, args.parameter)
+        plan(system, values)
+        return values
     for text in args.parameter:
         if "=" not in text: raise InputError(f"-p {text}: give a name and a value, such as -p mu=0.2.")
     pairs = [text.partition("=")[::2] for text in args.parameter]
-    values = {name: parse_parameter(known[name], text) if name in known else text for name, text in pairs}
-    print(f"record: {run_notebook(args.notebook, args.out, values, progress=sys.stderr.isatty())}")
+    return {name: parse_parameter(known[name], text) if name in known else text for name, text in pairs}
+
+def run_command(args: argparse.Namespace) -> int:
+    "Run a notebook with parameters, or say which it has."
+    from freqseg.work.runs import notebook_parameters, run_notebook
+    known = notebook_parameters(args.notebook)
+    if args.out is None: print(*known.values(), sep="\n")
+    else: print(f"record: {run_notebook(args.notebook, args.out, _values_of(args, known), progress=sys.stderr.isatty())}")
     return 0
 
 def add_run(commands: Any) -> None:
@@ -379,8 +486,18 @@ def scenes_on_disk(
     splits: Sequence[str],   # which splits are needed
     count: int,              # scenes in each
 ) -> Path:
-    "A world with so many scenes; one that is there already, whole and large enough, is used again. Raises `InputError` for another folder."
-    from freqseg.data import read_ids
+    """A world with so many scenes; one that is there already, whole and large enough, is used again. Raises `InputError` for another folder.
+
+    Parameters
+    ----------
+    folder : Path
+        written when missing
+    splits : Sequence[str]
+        which splits are needed
+    count : int
+        scenes in each
+    """
+    from freqseg.lists import read_ids
     from freqseg.world.scenes import SPLITS
     lists = [folder/"ImageSets"/"Segmentation"/f"{split}.txt" for split in splits]
     if all(path.exists() for path in lists) and all(len(read_ids(path)) >= count for path in lists): return folder
@@ -436,7 +553,13 @@ def add_seeds(commands: Any) -> None:
 def cost_file(
     out: str,   # a .json file, or a folder
 ) -> Path:
-    "Where the figures go: the file itself, in a folder cost.json. Raises `InputError` when it cannot be written."
+    """Where the figures go: the file itself, in a folder cost.json. Raises `InputError` when it cannot be written.
+
+    Parameters
+    ----------
+    out : str
+        a .json file, or a folder
+    """
     path = Path(out)
     if path.is_dir() or not (path.suffix or path.exists()): path /= "cost.json"
     require_file(path, "cost.json")
@@ -596,7 +719,15 @@ def server_command(
     port: int | None = None,
     browser: bool = True,      # open one?
 ) -> list[str]:
-    "The command that serves a notebook: JupyterLab, or Voila in a Jupyter server, which asks for the same token."
+    """The command that serves a notebook: JupyterLab, or Voila in a Jupyter server, which asks for the same token.
+
+    Parameters
+    ----------
+    app : bool
+        Voila? Else JupyterLab
+    browser : bool
+        open one?
+    """
     page = f"/voila/render/{notebook.name}" if app else f"/doc/tree/{notebook.name}"
     chosen = ["--ServerApp.jpserver_extensions={'voila.server_extension': True}", f"--ServerApp.default_url={page}"] if app else [f"--LabApp.default_url={page}"]
     wire: dict[str, Any] = {"websocket_max_message_size": 2**27}

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LONGEST_SIDE', 'RANDOM', 'MAPS', 'BANDS', 'AFFINITIES', 'COLOUR_MAPS', 'SCALES', 'KEPT', 'CELL_SIDE', 'WAVELETS',
-           'Subject', 'photograph', 'scene', 'dataset_picture', 'open_model', 'option', 'View', 'Shown', 'Look',
-           'usual_side', 'explore', 'Cell', 'jpeg', 'view_cells', 'class_colour', 'mask_cells', 'patch_cells',
-           'chart_svg', 'spectrum_svg', 'view_figure', 'view_code', 'save_view', 'uploaded', 'compare_cells',
-           'RunHistory', 'open_history', 'snapshot_cells', 'history_svg', 'learned_taps', 'wavelet_cells',
-           'prompt_tower', 'prompt_cells']
+           'Subject', 'photograph', 'scene', 'dataset_picture', 'open_model', 'View', 'Shown', 'Analysis', 'usual_side',
+           'explore', 'Cell', 'jpeg', 'view_cells', 'class_colour', 'mask_cells', 'patch_cells', 'chart_svg',
+           'spectrum_svg', 'view_figure', 'view_code', 'save_view', 'uploaded', 'compare_cells', 'RunHistory',
+           'open_history', 'snapshot_cells', 'history_svg', 'learned_taps', 'wavelet_cells', 'prompt_tower',
+           'prompt_cells']
 
 # %% ../../nbs/faces/76_explorer.ipynb #1130db27
 import difflib
@@ -19,11 +19,10 @@ import re
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import matplotlib
 import numpy as np
@@ -37,12 +36,15 @@ from ..affinity import affinity_request, box_mask, propagate
 from ..cam import normalise_cam, pseudo_labels
 from ..work.checkpoints import SHIPPED, load_system, training_title
 from ..clip import Backbone, WorldTokenizer, load_clip, merge_requests, nearest_multiple
-from ..data import IGNORE, list_dataset, palette, read_image, read_mask, SegmentationFolder, unknown_name
-from ..files import InputError, atomic_write
+from ..data import list_dataset, SegmentationFolder
+from ..files import InputError, atomic_write, unknown_name
+from ..lists import IGNORE
+from ..pictures import palette, read_image, read_mask
 from ..maps import CamParts, CamSettings, affinity_source, cam_parts
 from ..metrics import class_iou, confusion_matrix
 from ..ot_cam import transport_cam
 from .plots import Sheet, cam_panel, overlays, paint_mask, png_bytes
+from ..options import Options, option
 from ..prompts import embed_wording, usual_wording
 from .report import LINES, Drawing, svg_line, svg_picture, svg_text
 from ..work.inference import evaluating, require_countable
@@ -58,7 +60,25 @@ LONGEST_SIDE = 1024   # pixels; a larger picture is made smaller: towers see 448
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    "A picture, the names that may be looked for in it, and its mask where one is known."
+    """A picture, the names that may be looked for in it, and its mask where one is known.
+
+    Attributes
+    ----------
+    image : np.ndarray
+        uint8 (H, W, 3)
+    title : str
+        in words
+    code : str
+        Python that makes it again
+    names : tuple[str, ...]
+        of classes that are there, as far as known
+    mask : np.ndarray|None
+        (H, W) uint8: 0 background, k + 1 for known[k], 255 not counted
+    known : tuple[str, ...]
+        names of the mask's values 1, 2, ...
+    notes : tuple[str, ...]
+        what happened to it on the way
+    """
     image: np.ndarray                       # uint8 (H, W, 3)
     title: str                              # in words
     code: str                               # Python that makes it again
@@ -103,7 +123,17 @@ def dataset_picture(
     split: str = "val",
     dataset: str = "auto", # "voc", "coco", "cocostuff", "folder"; auto looks
 ) -> Subject:
-    "A picture of a data set on disk, with its mask where there is one. Raises `InputError` for an unknown id, and files that cannot be read."
+    """A picture of a data set on disk, with its mask where there is one. Raises `InputError` for an unknown id, and files that cannot be read.
+
+    Parameters
+    ----------
+    root : str|Path
+        folder of a data set
+    name : str
+        id of the picture
+    dataset : str
+        "voc", "coco", "cocostuff", "folder"; auto looks
+    """
     listing = list_dataset(root, split, dataset)
     if name not in listing.ids: raise unknown_name(name, listing.ids, f"picture in {split} of {listing.root}")
     sample = SegmentationFolder(list_dataset(root, split, dataset, ids=[name]))[0]   # the others need not be whole
@@ -165,13 +195,49 @@ AFFINITIES: dict[str, str] = {
 COLOUR_MAPS = ("inferno", "viridis", "cividis", "magma", "gray")   # all rise evenly in lightness, so colour-blind eyes can read them
 SCALES: dict[str, str] = {"own": "every map to its own maximum", "shared": "bands to the maximum of the whole map: they add up"}
 
-def option(default: Any, help: str, **about: Any) -> Any:
-    "A field of `View` with the text that explains it, and its `low`, `high` and `step`, or its `choices`."
-    return field(default=default, metadata={"help": help, **about})
-
 @dataclass(frozen=True)
-class View:
-    "What is shown of a look. Raises `InputError` naming the option and the value that cannot be."
+class View(Options):
+    """What is shown of an analysis. Raises `InputError` naming the option and the value that cannot be.
+
+    Attributes
+    ----------
+    maps : str
+        where the map comes from
+    layers : int
+        affinities are a mean over so many of the last blocks; more than there are means all
+    skip : int
+        leaves out so many blocks at the end: skip 2 and last 3 of 6 blocks are blocks 2 to 4
+    mu : float
+        cut-off between low and high, in cycles per token
+    shape : str
+        form of the low band in the spectrum
+    band : str
+        which frequencies go on to the affinity and the labels: both bands (which are the whole map), one of
+        them, or the whole beside several bands
+    bands : int
+        how many bands the stack has
+    affinity : str
+        which relations between patches carry the map on: none, those of attention (smoothed), those that
+        attention took away (inverse), or both
+    lambda_l : float
+        weight of the smoothed affinity where the map travels over both
+    lambda_h : float
+        weight of the inverse affinity where the map travels over both; untrained, its rows are nearly even, so
+        it shows only where λ low is near 0
+    boxes : bool
+        maps travel only inside boxes around their strong regions (WeCLIP)
+    epsilon : float
+        temperature of transport: small is sharp
+    threshold : float
+        the background's score: a pixel needs more to belong to a class
+    colour_scale : str
+        what 1 on the colour bar means: every map's own maximum, or one for the map and its bands, so that a
+        weak band looks weak
+    opacity : float
+        weight of the heat map over the picture
+    cmap : str
+        colours of the heat map
+    """
     maps: str = option("gradcam", "where the map comes from", choices=MAPS)
     layers: int = option(8, "affinities are a mean over so many of the last blocks; more than there are means all", low=1, high=64, step=1)
     skip: int = option(0, "leaves out so many blocks at the end: skip 2 and last 3 of 6 blocks are blocks 2 to 4", low=0, high=63, step=1)
@@ -185,26 +251,33 @@ class View:
     boxes: bool = option(True, "maps travel only inside boxes around their strong regions (WeCLIP)")
     epsilon: float = option(.1, "temperature of transport: small is sharp", low=.01, high=1., step=.01)
     threshold: float = option(.4, "the background's score: a pixel needs more to belong to a class", low=0., high=1., step=.01)
-    scale: str = option("own", "what 1 on the colour bar means: every map's own maximum, or one for the map and its bands, so that a weak band looks weak", choices=SCALES)
+    renamed: ClassVar = {"scale": "colour_scale"}
+    colour_scale: str = option("own", "what 1 on the colour bar means: every map's own maximum, or one for the map and its bands, so that a weak band looks weak", choices=SCALES)
     opacity: float = option(.5, "weight of the heat map over the picture", low=0., high=1., step=.05)
     cmap: str = option("inferno", "colours of the heat map", choices={name: name for name in COLOUR_MAPS})
-
-    def __post_init__(self) -> None:
-        for one in fields(self): _check_option(one.name, getattr(self, one.name), one.metadata)
-
-def _check_option(name: str, value: Any, about: Mapping[str, Any]) -> None:
-    "Raise `InputError` for a value that an option cannot have."
-    if "choices" in about:
-        if value not in list(about["choices"]): raise unknown_name(str(value), about["choices"], name)
-    elif "low" not in about:
-        if not isinstance(value, (bool, np.bool_)): raise InputError(f"{name}={value!r}: give True or False, {about['help']}.")
-    elif isinstance(value, bool) or not isinstance(value, Integral if isinstance(about["step"], int) else Real) or not about["low"] <= value <= about["high"]:
-        raise InputError(f"{name}={value!r}: give {about['low']} to {about['high']}{' in whole steps' if isinstance(about['step'], int) else ''}, {about['help']}.")
 
 # %% ../../nbs/faces/76_explorer.ipynb #0202c4ca
 @dataclass(frozen=True, eq=False)
 class Shown:
-    "What a view shows of a look: K classes, patch grid (h, w), picture (H, W)."
+    """What a view shows of an analysis: K classes, patch grid (h, w), picture (H, W).
+
+    Attributes
+    ----------
+    columns : dict[str, Tensor]
+        title -> maps (K, h, w) in [0, 1]
+    final : Tensor
+        (K, h, w) in [0, 1], what the labels are made of
+    labels : np.ndarray
+        (H, W) uint8: 0 background, k + 1 for the k-th class
+    prediction : np.ndarray|None
+        (H, W), what a trained system says
+    scores : dict[str, dict[str, float]]
+        "pseudo-label", "prediction" -> IoU by name and "mean"; empty without a mask
+    spectra : dict[str, Tensor]
+        title -> radial energy (bins,), mean over classes, a share of the whole
+    frequencies : Tensor
+        (bins,) of these, cycles per token
+    """
     columns: dict[str, Tensor]              # title -> maps (K, h, w) in [0, 1]
     final: Tensor                           # (K, h, w) in [0, 1], what the labels are made of
     labels: np.ndarray                      # (H, W) uint8: 0 background, k + 1 for the k-th class
@@ -213,11 +286,29 @@ class Shown:
     spectra: dict[str, Tensor]              # title -> radial energy (bins,), mean over classes, a share of the whole
     frequencies: Tensor                     # (bins,) of these, cycles per token
 
-KEPT = 2**26   # bytes of affinities that a look keeps for later: those of thirteen choices of blocks at 28 x 28 patches
+KEPT = 2**26   # bytes of affinities that an analysis keeps for later: those of thirteen choices of blocks at 28 x 28 patches
 
 @dataclass(eq=False)
-class Look:
-    "One pass of a model over one picture for some class names. Made by `explore`."
+class Analysis:
+    """One pass of a model over one picture for some class names. Made by `explore`.
+
+    Attributes
+    ----------
+    model : str
+        how it was named
+    own : Tensor|None
+        (1, K, h, w) the trained system's maps
+    predicted : Tensor|None
+        (1, C, h, w) its logits
+    longest : int
+        longest side that the tower saw, pixels
+    images : Tensor
+        (1, 3, H, W) normalised, what the tower saw
+    related : dict[int|tuple[int, ...], dict[str, Tensor]]
+        blocks -> the affinities made of them
+    drawn : dict[str, tuple[Any, np.ndarray, list[bytes]]]
+        what was drawn last, by title: how, of what, and the files
+    """
     subject: Subject
     names: tuple[str, ...]
     model: str                              # how it was named
@@ -278,7 +369,7 @@ class Look:
 
     @torch.no_grad()
     def shown(self, view: View = View()) -> Shown:
-        "The look in a view. Raises `InputError` for maps of a trained system where there is none."
+        "The analysis in a view. Raises `InputError` for maps of a trained system where there is none."
         self.parts = parts = self._parts(self.settings(view))
         base = _base(self, parts, view)
         bands = _bands(base, view)
@@ -298,13 +389,13 @@ def _title(view: View) -> str:
     "What the first column shows."
     return {"gradcam": "GradCAM", "patch_text": "patch and text", "transport": "transport", "trained": "trained"}[view.maps]
 
-def _base(look: Look, parts: CamParts, view: View) -> Tensor:
+def _base(analysis: Analysis, parts: CamParts, view: View) -> Tensor:
     "The map that a view starts from, (1, K, h, w), signed where its source is."
     if view.maps == "gradcam": return parts.evidence
-    if view.maps == "patch_text": return normalise_cam(parts.value_cosines[:, :len(look.names)], positive=False)
+    if view.maps == "patch_text": return normalise_cam(parts.value_cosines[:, :len(analysis.names)], positive=False)
     if view.maps == "transport": return _transported(parts, view)
-    if look.own is None: raise InputError(f"{look.model} has no maps of its own: take a trained system as model ({', '.join(SHIPPED)}, or the folder of a run), or other maps.")
-    return look.own
+    if analysis.own is None: raise InputError(f"{analysis.model} has no maps of its own: take a trained system as model ({', '.join(SHIPPED)}, or the folder of a run), or other maps.")
+    return analysis.own
 
 def _transported(parts: CamParts, view: View) -> Tensor:
     "Transport maps of the classes, (1, K, h, w); the affinity is inside their score (DFA)."
@@ -339,29 +430,29 @@ def _travelled(parts: CamParts, cam: Tensor, view: View) -> Tensor:
 
 def _scaled(columns: Mapping[str, Tensor], base: Tensor, view: View) -> dict[str, Tensor]:
     "Maps to [0, 1] for the colour bar."
-    if view.scale == "own": return {title: maps if maps is base and view.maps == "transport" else normalise_cam(maps) for title, maps in columns.items()}
+    if view.colour_scale == "own": return {title: maps if maps is base and view.maps == "transport" else normalise_cam(maps) for title, maps in columns.items()}
     top = base.relu().amax((2, 3), keepdim=True).clamp_min(1e-7)
     return {title: maps if title.startswith("over ") else (maps/top).clamp(0, 1) for title, maps in columns.items()}
 
 # %% ../../nbs/faces/76_explorer.ipynb #e3081d7e
-def _predicted_labels(look: Look) -> np.ndarray:
-    "Labels (H, W) of a trained system, in terms of the look's names."
-    logits = F.interpolate(look.predicted.float(), look.subject.image.shape[:2], mode="bilinear", align_corners=False)
-    best = look.system.labels(logits)[0].byte().cpu().numpy()
-    if look.system.supervision != "labels": return best   # it answers for the look's names and nothing else
+def _predicted_labels(analysis: Analysis) -> np.ndarray:
+    "Labels (H, W) of a trained system, in terms of the analysis's names."
+    logits = F.interpolate(analysis.predicted.float(), analysis.subject.image.shape[:2], mode="bilinear", align_corners=False)
+    best = analysis.system.labels(logits)[0].byte().cpu().numpy()
+    if analysis.system.supervision != "labels": return best   # it answers for the analysis's names and nothing else
     table = np.zeros(256, np.uint8)
-    for value, name in enumerate(look.names, start=1): table[look.system.classes.index(name) + 1] = value
+    for value, name in enumerate(analysis.names, start=1): table[analysis.system.classes.index(name) + 1] = value
     return table[best]
 
-def _scores(look: Look, found: Mapping[str, np.ndarray|None]) -> dict[str, dict[str, float]]:
+def _scores(analysis: Analysis, found: Mapping[str, np.ndarray|None]) -> dict[str, dict[str, float]]:
     "IoU of labels against the mask, by name, and their mean; the background counts like a class (VOC)."
-    if look.truth is None: return {}
+    if analysis.truth is None: return {}
     told = {}
     for title, labels in found.items():
         if labels is None: continue
-        values = class_iou(confusion_matrix(torch.from_numpy(labels), torch.from_numpy(look.truth), len(look.names) + 1))
-        if title == "prediction" and look.system.supervision != "labels": values[0] = math.nan   # it never says background
-        told[title] = {name: float(value) for name, value in zip(("background", *look.names), values)} | {"mean": float(values.nanmean())}
+        values = class_iou(confusion_matrix(torch.from_numpy(labels), torch.from_numpy(analysis.truth), len(analysis.names) + 1))
+        if title == "prediction" and analysis.system.supervision != "labels": values[0] = math.nan   # it never says background
+        told[title] = {name: float(value) for name, value in zip(("background", *analysis.names), values)} | {"mean": float(values.nanmean())}
     return told
 
 def _spectra(going: Tensor, refined: Tensor|None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -402,8 +493,20 @@ def explore(
     names: Sequence[str]|None = None,             # classes to look for; None = those that it is known to show
     model: str|Path|Backbone|System = "world",    # see `open_model`
     longest: int|None = None,                     # longest side that the tower sees, pixels; None = `usual_side`
-) -> Look:
-    "Look at a picture once. Raises `InputError` as `open_model` does, for no names, and for names that the model cannot know."
+) -> Analysis:
+    """Analyse a picture once. Raises `InputError` as `open_model` does, for no names, and for names that the model cannot know.
+
+    Parameters
+    ----------
+    subject : Subject
+        of `photograph`, `scene` or `dataset_picture`
+    names : Sequence[str]|None
+        classes to look for; None = those that it is known to show
+    model : str|Path|Backbone|System
+        see `open_model`
+    longest : int|None
+        longest side that the tower sees, pixels; None = `usual_side`
+    """
     opened = model if isinstance(model, (Backbone, System)) else open_model(model)
     backbone, system = (opened.backbone, opened) if isinstance(opened, System) else (opened, None)
     chosen = _names_for(subject, names, system)
@@ -417,7 +520,7 @@ def explore(
     parts = cam_parts(backbone, images, prompts.text, present, prompts.background, settings=settings, also=merge_requests(also, {"joint": False}))
     own, predicted = (None, None) if system is None else _ask(system, images, chosen)
     title = model if isinstance(model, (str, Path)) else opened.name
-    return Look(subject, chosen, str(title), backbone, system, parts, own, predicted, longest, images)
+    return Analysis(subject, chosen, str(title), backbone, system, parts, own, predicted, longest, images)
 
 def _ask(system: System, images: Tensor, names: Sequence[str]) -> tuple[Tensor|None, Tensor]:
     "A trained system's own maps (1, K, h, w) of these classes, and its logits (1, C, h, w)."
@@ -433,7 +536,21 @@ CELL_SIDE = 192   # pixels of the longest side of a map on the screen
 
 @dataclass(frozen=True)
 class Cell:
-    "One picture of a view on the screen."
+    """One picture of a view on the screen.
+
+    Attributes
+    ----------
+    title : str
+        what is shown
+    name : str
+        of which class; empty = of all
+    picture : bytes
+        JPEG
+    alt : str
+        for who cannot see it
+    colour : str
+        of the class in masks, #rrggbb
+    """
     title: str       # what is shown
     name: str        # of which class; empty = of all
     picture: bytes   # JPEG
@@ -446,25 +563,25 @@ def jpeg(picture: np.ndarray, quality: int = 88) -> bytes:
     Image.fromarray(picture).save(file, "JPEG", quality=quality)
     return file.getvalue()
 
-def _small(look: Look) -> np.ndarray:
-    "The look's picture at the size of a cell."
-    height, width = look.subject.image.shape[:2]
+def _small(analysis: Analysis) -> np.ndarray:
+    "The analysis's picture at the size of a cell."
+    height, width = analysis.subject.image.shape[:2]
     scale = CELL_SIDE/max(height, width)
     size = max(1, round(width*scale)), max(1, round(height*scale))
-    return np.asarray(Image.fromarray(look.subject.image).resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC))
+    return np.asarray(Image.fromarray(analysis.subject.image).resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC))
 
-def _painted(look: Look, labels: np.ndarray) -> np.ndarray:
+def _painted(analysis: Analysis, labels: np.ndarray) -> np.ndarray:
     "Labels in colours over the small picture."
-    small = look.small
+    small = analysis.small
     return paint_mask(np.asarray(Image.fromarray(labels).resize(small.shape[1::-1], Image.Resampling.NEAREST)), small)
 
-def _drawn(look: Look, title: str, values: np.ndarray|Tensor, how: tuple[Any, ...], draw: Callable[[Any], np.ndarray]) -> list[bytes]:
+def _drawn(analysis: Analysis, title: str, values: np.ndarray|Tensor, how: tuple[Any, ...], draw: Callable[[Any], np.ndarray]) -> list[bytes]:
     "JPEG files of pictures (n, H, W, 3) drawn from values; those of the last time where nothing changed, as most moves leave most maps alone."
     values = np.asarray(values)
-    before = look.drawn.get(title)
+    before = analysis.drawn.get(title)
     if before is not None and before[0] == how and np.array_equal(before[1], values): return before[2]
     files = [jpeg(picture) for picture in draw(values)]
-    look.drawn[title] = (how, values, files)
+    analysis.drawn[title] = (how, values, files)
     return files
 
 def _told(scores: Mapping[str, Mapping[str, float]], title: str) -> str:
@@ -472,46 +589,58 @@ def _told(scores: Mapping[str, Mapping[str, float]], title: str) -> str:
     return f" (mIoU\u00a0{100*scores[title]['mean']:.1f})" if title in scores else ""
 
 def view_cells(
-    look: Look,
+    analysis: Analysis,
     shown: Shown,
     view: View,
     rows: slice = slice(None),   # of the classes
 ) -> list[list[Cell]]:
-    "The maps of a view: a row per class, a column per map."
-    columns = {title: _drawn(look, title, maps[rows], (view.opacity, view.cmap), lambda part: overlays(look.small, part, view.opacity, view.cmap))
+    """The maps of a view: a row per class, a column per map.
+
+    Parameters
+    ----------
+    rows : slice
+        of the classes
+    """
+    columns = {title: _drawn(analysis, title, maps[rows], (view.opacity, view.cmap), lambda part: overlays(analysis.small, part, view.opacity, view.cmap))
                for title, maps in shown.columns.items()}
-    return [[Cell(title, name, files[place], f"{title} of {name} over {look.subject.title}", class_colour(look.names.index(name) + 1)) for title, files in columns.items()]
-            for place, name in enumerate(look.names[rows])]
+    return [[Cell(title, name, files[place], f"{title} of {name} over {analysis.subject.title}", class_colour(analysis.names.index(name) + 1)) for title, files in columns.items()]
+            for place, name in enumerate(analysis.names[rows])]
 
 def class_colour(label: int) -> str:
     "The colour of a label in masks, #rrggbb."
     return "#" + bytes(palette()[label].tolist()).hex()
 
-def mask_cells(look: Look, shown: Shown) -> list[Cell]:
+def mask_cells(analysis: Analysis, shown: Shown) -> list[Cell]:
     "The labels of a view in colours: the pseudo-label, what a trained system says, and the mask where there is one."
-    masks = {"pseudo-label": shown.labels, "prediction": shown.prediction, "mask": look.truth}
-    files = {"picture": _drawn(look, "picture", look.small, (), lambda small: small[None])}
-    files |= {title: _drawn(look, f"{title}, painted", labels, (), lambda found: _painted(look, found)[None]) for title, labels in masks.items() if labels is not None}
-    return [Cell(title + _told(shown.scores, title), "", file[0], f"{title} of {look.subject.title}") for title, file in files.items()]
+    masks = {"pseudo-label": shown.labels, "prediction": shown.prediction, "mask": analysis.truth}
+    files = {"picture": _drawn(analysis, "picture", analysis.small, (), lambda small: small[None])}
+    files |= {title: _drawn(analysis, f"{title}, painted", labels, (), lambda found: _painted(analysis, found)[None]) for title, labels in masks.items() if labels is not None}
+    return [Cell(title + _told(shown.scores, title), "", file[0], f"{title} of {analysis.subject.title}") for title, file in files.items()]
 
 def patch_cells(
-    look: Look,
+    analysis: Analysis,
     patch: tuple[int, int],   # row and column
     view: View,
 ) -> list[Cell]:
     """What one patch is related to: its row of the smoothed affinity, strongest = 1, and of the inverse affinity around its median; the patch itself is left out.
 
-    Raises `InputError` for a patch outside the grid."""
+    Raises `InputError` for a patch outside the grid.
+
+    Parameters
+    ----------
+    patch : tuple[int, int]
+        row and column
+    """
     row, column = patch
-    if not (0 <= row < look.grid[0] and 0 <= column < look.grid[1]): raise InputError(f"patch {patch} lies outside the grid of {look.grid[0]} x {look.grid[1]}.")
-    asked, cells, alpha = row*look.grid[1] + column, [], max(view.opacity, .6)
-    rows = [affinity[0, asked].clone() for affinity in (look.parts.smooth, look.parts.invert)]
+    if not (0 <= row < analysis.grid[0] and 0 <= column < analysis.grid[1]): raise InputError(f"patch {patch} lies outside the grid of {analysis.grid[0]} x {analysis.grid[1]}.")
+    asked, cells, alpha = row*analysis.grid[1] + column, [], max(view.opacity, .6)
+    rows = [affinity[0, asked].clone() for affinity in (analysis.parts.smooth, analysis.parts.invert)]
     for values in rows: values[asked] = values.median()   # a patch is related to itself most of all
     smooth, inverse = rows[0]/rows[0].max().clamp_min(1e-12), rows[1] - rows[1].median()
     reach = float(inverse.abs().max()) or 1.
     patch_title = f"patch in row {row}, column {column}"
-    drawn = {f"smoothed affinity of the {patch_title}": overlays(look.small, smooth.view(look.grid), alpha, view.cmap),
-             f"inverse affinity of the {patch_title}: red above its median, blue below": overlays(look.small, inverse.view(look.grid), .75, "RdBu_r", (-reach, reach), grey=1)}
+    drawn = {f"smoothed affinity of the {patch_title}": overlays(analysis.small, smooth.view(analysis.grid), alpha, view.cmap),
+             f"inverse affinity of the {patch_title}: red above its median, blue below": overlays(analysis.small, inverse.view(analysis.grid), .75, "RdBu_r", (-reach, reach), grey=1)}
     return [Cell(title, "", jpeg(pictures[0]), title) for title, pictures in drawn.items()]
 
 # %% ../../nbs/faces/76_explorer.ipynb #9058d8b2
@@ -523,7 +652,21 @@ def chart_svg(
     mark: tuple[float, str]|None = None,                  # a vertical line at x, and what it is
     width: int = 260,
 ) -> Drawing:
-    "Lines over one axis, small, in the page's own colours."
+    """Lines over one axis, small, in the page's own colours.
+
+    Parameters
+    ----------
+    lines : Mapping[str, Sequence[tuple[float, float]]]
+        title -> points (x, y), y a share of the height in 0..1
+    across : Sequence[tuple[float, str]]
+        ticks along x: where, and what is written there; the first and last are the ends
+    up : Sequence[tuple[float, str]]
+        ticks along y, as shares of the height
+    title : str
+        what x measures
+    mark : tuple[float, str]|None
+        a vertical line at x, and what it is
+    """
     left, top, height, ends = 46, 26, 130, (across[0][0], across[-1][0])
     x = lambda value: left + width*(value - ends[0])/((ends[1] - ends[0]) or 1)
     y = lambda share: top + height*(1 - min(max(share, 0), 1))
@@ -544,57 +687,75 @@ def spectrum_svg(
     shown: Shown,
     cutoff: float|None = None,   # cycles per token, drawn in
 ) -> Drawing:
-    "Share of the energy by radial frequency, of the map and of what came out of the affinity, on a logarithmic scale; the constant is left out."
+    """Share of the energy by radial frequency, of the map and of what came out of the affinity, on a logarithmic scale; the constant is left out.
+
+    Parameters
+    ----------
+    cutoff : float|None
+        cycles per token, drawn in
+    """
     level = lambda share: 1 + math.log10(max(share, 1e-4))/4
     lines = {title: [(f, level(e)) for f, e in zip(shown.frequencies.tolist(), energy.tolist())] for title, energy in shown.spectra.items()}
     return chart_svg(lines, [(0, "0"), (.2, "0.2"), (.4, "0.4"), (.6, "0.6"), (.5**.5, "")], [(level(10.**p), f"{100*10.**p:g}%") for p in range(-4, 1)],
                      "radial frequency, cycles per token", None if cutoff is None else (cutoff, f"cut-off {cutoff:g}"))
 
 # %% ../../nbs/faces/76_explorer.ipynb #f53a0ff5
-def view_figure(look: Look, view: View = View()) -> Sheet:
+def view_figure(analysis: Analysis, view: View = View()) -> Sheet:
     "A view as a figure with names and a colour bar."
-    shown = look.shown(view)
-    masks = {"pseudo-label": shown.labels, "prediction": shown.prediction, "mask": look.truth}
-    beside = {title + _told(shown.scores, title): paint_mask(labels, look.subject.image) for title, labels in masks.items() if labels is not None}
-    return cam_panel(look.subject.image, shown.columns, look.names, view.opacity, view.cmap, heading=f"{look.subject.title}, {look.model}", beside=beside)
+    shown = analysis.shown(view)
+    masks = {"pseudo-label": shown.labels, "prediction": shown.prediction, "mask": analysis.truth}
+    beside = {title + _told(shown.scores, title): paint_mask(labels, analysis.subject.image) for title, labels in masks.items() if labels is not None}
+    return cam_panel(analysis.subject.image, shown.columns, analysis.names, view.opacity, view.cmap, heading=f"{analysis.subject.title}, {analysis.model}", beside=beside)
 
 def view_code(
-    look: Look,
+    analysis: Analysis,
     view: View = View(),
     stem: str = "",       # of the files of a saved view
 ) -> str:
-    "Python that makes this view again, with a stem as a PNG beside the program. What was opened by hand and not by name has to be put in its place."
-    usual = replace(View(), layers=min(View().layers, look.depth))
-    seen = {name: round(value, 6) if isinstance(value, float) else value for name, value in asdict(replace(view, layers=min(view.layers, look.depth))).items()}
+    """Python that makes this view again, with a stem as a PNG beside the program. What was opened by hand and not by name has to be put in its place.
+
+    Parameters
+    ----------
+    stem : str
+        of the files of a saved view
+    """
+    usual = replace(View(), layers=min(View().layers, analysis.depth))
+    seen = {name: round(value, 6) if isinstance(value, float) else value for name, value in asdict(replace(view, layers=min(view.layers, analysis.depth))).items()}
     options = ", ".join(f"{name}={value!r}" for name, value in seen.items() if value != getattr(usual, name))
     head = ["from pathlib import Path", "from freqseg.faces.explorer import View, dataset_picture, explore, photograph, scene, view_figure", ""]
-    drawn = ["here = Path(__file__).parent", f"view_figure(look, view).savefig(here/'{stem}-again.png', dpi=150)", f"print('wrote {stem}-again.png beside this program:', {{title: round(found['mean'], 3) for title, found in shown.scores.items()}})"] if stem else ["view_figure(look, view)"]
-    return "\n".join([*head[0 if stem else 1:], f"look = explore({look.subject.code}, {list(look.names)!r}, model={look.model!r}, longest={look.longest})",
-                      f"view = View({options})", "shown = look.shown(view)   # maps, labels, scores, spectra", *drawn, ""])
+    drawn = ["here = Path(__file__).parent", f"view_figure(analysis, view).savefig(here/'{stem}-again.png', dpi=150)", f"print('wrote {stem}-again.png beside this program:', {{title: round(found['mean'], 3) for title, found in shown.scores.items()}})"] if stem else ["view_figure(analysis, view)"]
+    return "\n".join([*head[0 if stem else 1:], f"analysis = explore({analysis.subject.code}, {list(analysis.names)!r}, model={analysis.model!r}, longest={analysis.longest})",
+                      f"view = View({options})", "shown = analysis.shown(view)   # maps, labels, scores, spectra", *drawn, ""])
 
 def save_view(
-    look: Look,
+    analysis: Analysis,
     view: View = View(),
     folder: str|Path = "views",   # made where it is missing
 ) -> dict[str, Path]:
     """Save a view under a new number: a PNG, an NPZ with maps, labels and options, and the Python that makes it again. Returns the paths by suffix.
 
-    A picture that has no file of its own is saved beside them. Raises `InputError` for a folder that cannot be written."""
-    folder, shown = Path(folder).absolute(), look.shown(view)
+    A picture that has no file of its own is saved beside them. Raises `InputError` for a folder that cannot be written.
+
+    Parameters
+    ----------
+    folder : str|Path
+        made where it is missing
+    """
+    folder, shown = Path(folder).absolute(), analysis.shown(view)
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as error: raise InputError(f"cannot make the folder {folder}: {error.strerror}.") from error
     stem = folder/f"view-{1 + max((int(found[1]) for path in folder.iterdir() if (found := re.match(r'view-([0-9]+)[-.]', path.name))), default=0):03d}"
-    arrays = {"maps": torch.stack(list(shown.columns.values())).numpy(), "titles": np.array(list(shown.columns)), "names": np.array(look.names),
+    arrays = {"maps": torch.stack(list(shown.columns.values())).numpy(), "titles": np.array(list(shown.columns)), "names": np.array(analysis.names),
               "labels": shown.labels, "options": np.array(json.dumps(asdict(view)))}
     if shown.prediction is not None: arrays["prediction"] = shown.prediction
     paths = {kind: stem.with_suffix(f".{kind}") for kind in ("png", "npz", "py")}
-    if look.subject.code.startswith("uploaded("):
+    if analysis.subject.code.startswith("uploaded("):
         paths["picture"] = folder/f"{stem.name}-picture.png"
-        with atomic_write(paths["picture"]) as part: Image.fromarray(look.subject.image).save(part, "PNG")
-        look = replace(look, subject=replace(look.subject, code=f"photograph(Path(__file__).with_name({paths['picture'].name!r}))"))
-    with atomic_write(paths["png"]) as part: view_figure(look, view).savefig(part, format="png", dpi=150)
+        with atomic_write(paths["picture"]) as part: Image.fromarray(analysis.subject.image).save(part, "PNG")
+        analysis = replace(analysis, subject=replace(analysis.subject, code=f"photograph(Path(__file__).with_name({paths['picture'].name!r}))"))
+    with atomic_write(paths["png"]) as part: view_figure(analysis, view).savefig(part, format="png", dpi=150)
     with atomic_write(paths["npz"]) as part, part.open("wb") as file: np.savez_compressed(file, **arrays)
-    with atomic_write(paths["py"]) as part: part.write_text(view_code(look, view, stem.name), encoding="utf-8")
+    with atomic_write(paths["py"]) as part: part.write_text(view_code(analysis, view, stem.name), encoding="utf-8")
     return paths
 
 def uploaded(content: bytes, name: str) -> Subject:
@@ -608,27 +769,41 @@ def uploaded(content: bytes, name: str) -> Subject:
 
 # %% ../../nbs/faces/76_explorer.ipynb #dd1d303f
 def compare_cells(
-    left: Look,
-    right: Look,
+    left: Analysis,
+    right: Analysis,
     views: tuple[View, View],
     rows: slice = slice(None),   # of the classes
 ) -> tuple[list[list[Cell]], list[Cell]]:
-    "Two final maps and their difference, a row per class; and masks. Raises `InputError` for looks at different pictures or names."
-    if left.names != right.names or not np.array_equal(left.subject.image, right.subject.image): raise InputError("two looks are compared at the same picture, for the same names.")
-    shown, small = [look.shown(view) for look, view in zip((left, right), views)], left.small
-    titles = [f"{side}: {look.model}, {_title(view)}" for side, look, view in zip("AB", (left, right), views)]
+    """Two final maps and their difference, a row per class; and masks. Raises `InputError` for analyses of different pictures or names.
+
+    Parameters
+    ----------
+    rows : slice
+        of the classes
+    """
+    if left.names != right.names or not np.array_equal(left.subject.image, right.subject.image): raise InputError("two analyses are compared at the same picture, for the same names.")
+    shown, small = [analysis.shown(view) for analysis, view in zip((left, right), views)], left.small
+    titles = [f"{side}: {analysis.model}, {_title(view)}" for side, analysis, view in zip("AB", (left, right), views)]
     other = F.interpolate(shown[1].final[None], left.grid, mode="bilinear", align_corners=False)[0]
     maps = {titles[0]: overlays(small, shown[0].final[rows], views[0].opacity, views[0].cmap), titles[1]: overlays(small, shown[1].final[rows], views[1].opacity, views[1].cmap),
             "A \u2212 B: red where A is higher": overlays(small, (shown[0].final - other)[rows], .75, "RdBu_r", (-1, 1), grey=1)}
     table = [[Cell(title, name, jpeg(pictures[place]), f"{title}, {name}", class_colour(left.names.index(name) + 1)) for title, pictures in maps.items()] for place, name in enumerate(left.names[rows])]
-    masks = [replace(cell, title=f"{side}: {cell.title}") for side, look, one in zip("AB", (left, right), shown) for cell in mask_cells(look, one)
+    masks = [replace(cell, title=f"{side}: {cell.title}") for side, analysis, one in zip("AB", (left, right), shown) for cell in mask_cells(analysis, one)
              if not cell.title.startswith(("picture", "mask"))]
     return table, masks + [cell for cell in mask_cells(left, shown[0]) if cell.title.startswith("mask")]
 
 # %% ../../nbs/faces/76_explorer.ipynb #2aaa8117
 @dataclass(frozen=True, eq=False)
 class RunHistory:
-    "What a run wrote down while it trained."
+    """What a run wrote down while it trained.
+
+    Attributes
+    ----------
+    steps : tuple[int, ...]
+        that have a snapshot
+    rows : list[dict[str, Any]]
+        of metrics.jsonl
+    """
     folder: Path
     steps: tuple[int, ...]          # that have a snapshot
     rows: list[dict[str, Any]]      # of metrics.jsonl
@@ -688,21 +863,31 @@ def history_svg(history: RunHistory, step: int) -> Drawing:
 # %% ../../nbs/faces/76_explorer.ipynb #e6561bdc
 WAVELETS = ("haar", "db2", "db4", "sym4", "bior2.2", "coif1")
 
-def learned_taps(look: Look) -> Tensor|None:
+def learned_taps(analysis: Analysis) -> Tensor|None:
     "The taps (4, L) that a trained system's decoder has learned, or None."
-    found = [] if look.system is None else [part for part in look.system.modules() if isinstance(part, LearnableWavelet)]
+    found = [] if analysis.system is None else [part for part in analysis.system.modules() if isinstance(part, LearnableWavelet)]
     return found[0].taps.detach() if found else None
 
 def wavelet_cells(
-    look: Look,
+    analysis: Analysis,
     block: int = 0,                  # index, 0 is the first
     channel: int|None = None,        # None = the root of the mean square over all channels
     wavelet: str|Tensor = "haar",    # a name, or taps (4, L)
     cmap: str = "inferno",
 ) -> tuple[list[list[Cell]], list[Cell]]:
-    "The map and its four sub-bands, absolute values to the map's own maximum; and the taps, one picture each. Raises `InputError` for an unknown block or channel."
-    if block not in look.tokens: raise InputError(f"block {block}: the tower has blocks 0 to {look.depth - 1}.")
-    tokens = look.tokens[block]
+    """The map and its four sub-bands, absolute values to the map's own maximum; and the taps, one picture each. Raises `InputError` for an unknown block or channel.
+
+    Parameters
+    ----------
+    block : int
+        index, 0 is the first
+    channel : int|None
+        None = the root of the mean square over all channels
+    wavelet : str|Tensor
+        a name, or taps (4, L)
+    """
+    if block not in analysis.tokens: raise InputError(f"block {block}: the tower has blocks 0 to {analysis.depth - 1}.")
+    tokens = analysis.tokens[block]
     if channel is not None and not 0 <= channel < len(tokens): raise InputError(f"channel {channel}: block {block} has channels 0 to {len(tokens) - 1}.")
     together = lambda maps: maps.square().mean(0).sqrt() if channel is None else maps[0].abs()
     chosen = tokens if channel is None else tokens[channel][None]
@@ -729,19 +914,19 @@ def _drawn_taps(taps: Tensor, side: int = CELL_SIDE) -> np.ndarray:
     return picture
 
 # %% ../../nbs/faces/76_explorer.ipynb #76ace6cf
-def prompt_tower(look: Look) -> PromptedTower:
-    "The prompted tower of a look. Raises `InputError` for a system without spectral prompts."
-    tower = None if look.system is None else getattr(look.system, "tower", None)
+def prompt_tower(analysis: Analysis) -> PromptedTower:
+    "The prompted tower of an analysis. Raises `InputError` for a system without spectral prompts."
+    tower = None if analysis.system is None else getattr(analysis.system, "tower", None)
     if tower is None or getattr(tower, "spectral", None) is None:
-        raise InputError(f"{look.model} has no spectral prompts: pick a run of sptseg, or of zegclip with spectral blocks.")
+        raise InputError(f"{analysis.model} has no spectral prompts: pick a run of sptseg, or of zegclip with spectral blocks.")
     return tower
 
 @torch.no_grad()
-def prompt_cells(look: Look, cmap: str = "inferno") -> tuple[list[list[Cell]], Drawing]:
+def prompt_cells(analysis: Analysis, cmap: str = "inferno") -> tuple[list[list[Cell]], Drawing]:
     "For each prompted block: the gain's magnitude on the spectrum, the constant in the middle, and the length of what it adds to every patch; and radial profiles."
-    tower, grid = prompt_tower(look), look.grid
-    small, table, lines, top = look.small, [], {}, 1e-12
-    x = look.backbone.embed(look.images)
+    tower, grid = prompt_tower(analysis), analysis.grid
+    small, table, lines, top = analysis.small, [], {}, 1e-12
+    x = analysis.backbone.embed(analysis.images)
     for block in tower.spectral.blocks:
         gain, own = tower.spectral.gain(block), tuple(tower.spectral.filters[0].grid)   # drawn as it was learned; used at the picture's grid
         size = filter_magnitude(gain, own)

@@ -29,8 +29,8 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
-from ..data import IGNORE
-from ..data import palette as voc_palette
+from ..lists import IGNORE
+from ..pictures import palette as voc_palette
 from ..files import InputError, atomic_write
 from ..work.inference import interpolation_matrix
 
@@ -44,7 +44,13 @@ def png_bytes(
     figure: Figure,
     dpi: float | None = None,  # default: the figure's own
 ) -> bytes:
-    "The figure as a PNG file in memory. The same figure gives the same bytes."
+    """The figure as a PNG file in memory. The same figure gives the same bytes.
+
+    Parameters
+    ----------
+    dpi : float | None
+        default: the figure's own
+    """
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=dpi or figure.dpi, metadata={"Software": None})
     return file.getvalue()
@@ -61,7 +67,13 @@ def thumbnail(
     dpi: float = 72,
     photo: bool = True,  # JPEG, best for pictures; else a PNG of 256 colours, best for lines and bars
 ) -> Any:
-    "The figure as a small `IPython.display.Image`, some 5 to 30 KB: for cells of notebooks that are committed."
+    """The figure as a small `IPython.display.Image`, some 5 to 30 KB: for cells of notebooks that are committed.
+
+    Parameters
+    ----------
+    photo : bool
+        JPEG, best for pictures; else a PNG of 256 colours, best for lines and bars
+    """
     from IPython.display import Image as Shown
     picture, small = Image.open(io.BytesIO(png_bytes(figure, dpi))).convert("RGB"), io.BytesIO()
     if photo: picture.save(small, format="JPEG", quality=76, optimize=True, progressive=True)
@@ -77,6 +89,13 @@ def save_figure(
     """Write the figure to `path` and return it: the complete file or, on any failure, nothing.
 
     Raises `InputError` for a suffix that names no format, or a folder that cannot be written.
+
+    Parameters
+    ----------
+    path : str | Path
+        ends in .png, .pdf or .svg
+    dpi : float | None
+        default: the figure's own
     """
     path = Path(path)
     kind = path.suffix.lower().removeprefix(".")
@@ -99,7 +118,8 @@ def _as_maps(values: Array, name: str) -> np.ndarray:
     "One map or several as float32 `(K, h, w)` without NaN."
     maps = values.detach().float().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values, np.float32)
     if maps.ndim == 2: maps = maps[None]
-    if maps.ndim != 3: raise InputError(f"{name} has shape {maps.shape}: give (h, w) or (K, h, w)")
+    if maps.ndim == 4 and len(maps) == 1: maps = maps[0]   # a batch of the one picture
+    if maps.ndim != 3: raise InputError(f"{name} has shape {maps.shape}: give (h, w), (K, h, w) or (1, K, h, w)")
     if not np.isfinite(maps).all(): raise InputError(f"{name} holds NaN or infinity in {(~np.isfinite(maps)).sum()} places")
     return maps
 
@@ -128,7 +148,19 @@ def overlays(
     limits: tuple[float, float] = (0.0, 1.0),  # values at the two ends of the colour map
     grey: float = 0.8,  # how far the picture loses its colours, 0..1
 ) -> np.ndarray:
-    "Heat maps blended over a picture, uint8 `(K, H, W, 3)`. Values beyond `limits` take the end colours."
+    """Heat maps blended over a picture, uint8 `(K, H, W, 3)`. Values beyond `limits` take the end colours.
+
+    Parameters
+    ----------
+    maps : Array
+        (K, h, w) of any size, resized bilinearly to the picture
+    alpha : float
+        weight of the heat maps
+    limits : tuple[float, float]
+        values at the two ends of the colour map
+    grey : float
+        how far the picture loses its colours, 0..1
+    """
     picture = as_picture(image).astype(np.float32)
     heat = _resized(_as_maps(maps, "maps"), picture.shape[:2])
     colours = (np.float32(alpha) * _ramp(cmap) + 0.5).astype(np.uint8)
@@ -147,7 +179,13 @@ def overlay(
     limits: tuple[float, float] = (0.0, 1.0),
     grey: float = 0.8,
 ) -> np.ndarray:
-    "One heat map blended over a picture, uint8 `(H, W, 3)`, with the options of `overlays`."
+    """One heat map blended over a picture, uint8 `(H, W, 3)`, with the options of `overlays`.
+
+    Parameters
+    ----------
+    cam : Array
+        map (h, w) of any size, resized bilinearly to the picture
+    """
     return overlays(image, cam, alpha, cmap, limits, grey)[0]
 
 # %% ../../nbs/faces/72_plots.ipynb #ec7c68fc
@@ -321,7 +359,7 @@ def _panel_maps(panels: Mapping[str, Array], class_names: Sequence[str] | None) 
 # %% ../../nbs/faces/72_plots.ipynb #90056692
 def cam_panel(
     image: Picturelike,
-    panels: Mapping[str, Array],  # title -> maps (K, h, w) or (h, w) in [0, 1]
+    panels: Mapping[str, Array],  # title -> maps (K, h, w), (1, K, h, w) or (h, w) in [0, 1]
     class_names: Sequence[str] | None = None,  # K names, one per row
     alpha: float = 0.5,  # weight of the heat map
     cmap: str = "inferno",
@@ -334,6 +372,23 @@ def cam_panel(
     """Activation maps over a picture: rows = classes, columns = views, one shared colour bar.
 
     Raises `InputError` when panels hold different numbers of maps or the names do not match them.
+
+    Parameters
+    ----------
+    panels : Mapping[str, Array]
+        title -> maps (K, h, w), (1, K, h, w) or (h, w) in [0, 1]
+    class_names : Sequence[str] | None
+        K names, one per row
+    alpha : float
+        weight of the heat map
+    limits : tuple[float, float]
+        values at the ends of the colour bar
+    label : str
+        what the colour bar measures
+    picture_title : str | None
+        None leaves the picture itself out
+    beside : Mapping[str, Picturelike] | None
+        title -> picture of all classes together, in the first row
     """
     picture, maps = as_picture(image), _panel_maps(panels, class_names)
     rows, beside = len(next(iter(maps.values()))), beside or {}
@@ -362,7 +417,21 @@ def paint_mask(
     palette: np.ndarray | None = None,  # uint8 (256, 3); default VOC's
     background: int | None = 0,  # the class that is only dimmed; None = no such class (COCO-Stuff)
 ) -> np.ndarray:
-    "A mask in colours with white contours, uint8 `(H, W, 3)`. Raises `InputError` when picture and mask differ in size."
+    """A mask in colours with white contours, uint8 `(H, W, 3)`. Raises `InputError` when picture and mask differ in size.
+
+    Parameters
+    ----------
+    mask : Array
+        class ids (H, W), 255 = ignored
+    image : Picturelike | None
+        a picture of the same size underneath
+    alpha : float
+        weight of the colours over the picture
+    palette : np.ndarray | None
+        uint8 (256, 3); default VOC's
+    background : int | None
+        the class that is only dimmed; None = no such class (COCO-Stuff)
+    """
     mask, weight = _as_mask(mask), np.full((256, 1), 1 if image is None else alpha, np.float32)   # of a class's colour
     if image is not None and background is not None: weight[background] = 0.2
     colours = (weight * (voc_palette() if palette is None else palette)).astype(np.float32).take(mask, axis=0, mode="clip")
@@ -427,7 +496,23 @@ def mask_panel(
     background: int | None = 0,  # the class that is only dimmed; None = no such class (COCO-Stuff)
     heading: str | None = None,
 ) -> Sheet:
-    "Masks side by side over their picture, with a legend of the classes that occur. Raises `InputError` on sizes that differ."
+    """Masks side by side over their picture, with a legend of the classes that occur. Raises `InputError` on sizes that differ.
+
+    Parameters
+    ----------
+    image : Picturelike | None
+        None draws the masks alone
+    masks : Mapping[str, Array]
+        title -> class ids (H, W), 255 = ignored
+    class_names : Sequence[str] | None
+        name of every class id, background included
+    palette : np.ndarray | None
+        uint8 (256, 3); default VOC's
+    alpha : float
+        weight of the colours over the picture
+    background : int | None
+        the class that is only dimmed; None = no such class (COCO-Stuff)
+    """
     if not masks: raise InputError("no masks to draw: give at least one title with its mask")
     painted = {title: paint_mask(mask, image, alpha, palette, background) for title, mask in masks.items()}
     if image is not None: painted = {"picture": as_picture(image), **painted}
@@ -456,6 +541,19 @@ def band_panel(
     """Signed frequency bands: rows = classes, columns = bands, zero in the middle of the colour map.
 
     Maps are shown as they are, not over the picture. Raises `InputError` as `cam_panel` does.
+
+    Parameters
+    ----------
+    image : Picturelike | None
+        None leaves the picture out
+    bands : Mapping[str, Array]
+        title -> signed maps (K, h, w) or (h, w)
+    class_names : Sequence[str] | None
+        K names, one per row
+    shared : bool
+        one scale for all columns, else one each
+    label : str
+        what the colour bar measures
     """
     maps = _panel_maps(bands, class_names)
     peaks = {title: float(np.abs(values).max()) or 1.0 for title, values in maps.items()}
@@ -523,6 +621,17 @@ def affinity_row(
 
     A row with negative values is drawn around zero in red and blue. Raises `InputError` for a matrix that does not
     fit the grid, or a patch outside it.
+
+    Parameters
+    ----------
+    affinity : Array | Mapping[str, Array]
+        (N, N), or title -> (N, N)
+    patch : tuple[int, int]
+        row and column of the patch that asks
+    grid : tuple[int, int] | None
+        patches (h, w); default square
+    alpha : float
+        weight of the heat map
     """
     picture = as_picture(image)
     named = affinity if isinstance(affinity, Mapping) else {"affinity": affinity}
@@ -577,7 +686,17 @@ def radial_spectrum(
     cutoff: float | None = None,  # drawn, and what is above it shaded
     title: str | None = None,
 ) -> Sheet:
-    "Power over radial frequency, one line per block, on a logarithmic scale. Raises `InputError` when lengths differ."
+    """Power over radial frequency, one line per block, on a logarithmic scale. Raises `InputError` when lengths differ.
+
+    Parameters
+    ----------
+    frequency : Array
+        (F,) cycles per token
+    power : Mapping[str, Array]
+        name of a block -> power (F,)
+    cutoff : float | None
+        drawn, and what is above it shaded
+    """
     frequency = np.asarray(frequency, np.float64)
     figure, axis = _chart(4.6, 3.2, list(power), "frequency (cycles per token)", "power", title)
     for (name, values), colour in zip(power.items(), _line_colours(len(power))):
@@ -608,7 +727,17 @@ def curve(
     mark_best: bool = False,  # a dot and its value at the maximum of every line
     title: str | None = None,
 ) -> Sheet:
-    "Lines over common points, with bands where there are intervals. Raises `InputError` when lengths differ."
+    """Lines over common points, with bands where there are intervals. Raises `InputError` when lengths differ.
+
+    Parameters
+    ----------
+    x : Array
+        (P,) points
+    lines : Mapping[str, Any]
+        name -> values (P,), or an interval with value, low, high (P,)
+    mark_best : bool
+        a dot and its value at the maximum of every line
+    """
     points = np.asarray(x, np.float64)
     figure, axis = _chart(4.6, 3.0, list(lines), xlabel, ylabel, title)
     for (name, given), colour in zip(lines.items(), _line_colours(len(lines))):
@@ -646,7 +775,15 @@ def bar_chart(
     percent: bool = True,  # fractions are shown times 100
     title: str | None = None,
 ) -> Sheet:
-    "Horizontal bars per system with confidence intervals and values. A figure that a system lacks is left out."
+    """Horizontal bars per system with confidence intervals and values. A figure that a system lacks is left out.
+
+    Parameters
+    ----------
+    figures : Mapping[str, Mapping[str, Any]]
+        system -> kind of figure -> number, or interval with value, low, high
+    percent : bool
+        fractions are shown times 100
+    """
     if not figures: raise InputError("no figures to draw: give at least one system")
     kinds = list(dict.fromkeys(kind for row in figures.values() for kind in row))
     thickness, scale = 0.8 / max(1.5, len(kinds)), 100 if percent else 1
@@ -681,7 +818,13 @@ def gallery(
     row_names: Sequence[str] | None = None,
     heading: str | None = None,
 ) -> Sheet:
-    "Pictures in rows under common column titles; a row may lack a column. Raises `InputError` without any picture."
+    """Pictures in rows under common column titles; a row may lack a column. Raises `InputError` without any picture.
+
+    Parameters
+    ----------
+    rows : Sequence[Mapping[str, Picturelike]]
+        one mapping per row: column title -> picture
+    """
     titles = list(dict.fromkeys(title for row in rows for title in row))
     if not titles: raise InputError("no pictures to draw: give at least one row with one picture")
     if row_names is not None and len(row_names) != len(rows): raise InputError(f"{len(row_names)} row names for {len(rows)} rows")

@@ -19,18 +19,27 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..data import IGNORE, SegmentationFolder, open_dataset, palette, zero_shot_view
+from ..data import SegmentationFolder, open_dataset, zero_shot_view
+from ..lists import IGNORE
+from ..pictures import palette
 from ..files import InputError, atomic_write
 from ..metrics import Interval
 from .plots import Sheet, curve, gallery, overlay, paint_mask
-from ..work.inference import Example, FigureScores, Inference, Segmenter, SystemReport, ZeroShotScores, evaluate_system, named_inference, write_masks
+from ..work.evaluation import Example, FigureScores, SystemReport, ZeroShotScores, evaluate_system
+from ..work.inference import Inference, Segmenter, named_inference, write_masks
 
 # %% ../../nbs/faces/74_report.ipynb #01cc9219
 def percent(
     value: Interval | float | None,   # a fraction, with or without its interval
     digits: int = 1,
 ) -> str:
-    "A fraction in percent, its interval in brackets; a dash for what does not exist."
+    """A fraction in percent, its interval in brackets; a dash for what does not exist.
+
+    Parameters
+    ----------
+    value : Interval | float | None
+        a fraction, with or without its interval
+    """
     if value is None: return "–"
     if isinstance(value, Interval):
         return "–" if math.isnan(value.value) else f"{percent(value.value, digits)} [{percent(value.low, digits)}, {percent(value.high, digits)}]"
@@ -238,7 +247,13 @@ def example_pictures(
     one: Example,
     background: int | None = 0,   # the class that is only dimmed; None = no such class
 ) -> dict[str, np.ndarray]:
-    "What the gallery shows of a picture: itself, truth, prediction, and the strongest activation map of its classes."
+    """What the gallery shows of a picture: itself, truth, prediction, and the strongest activation map of its classes.
+
+    Parameters
+    ----------
+    background : int | None
+        the class that is only dimmed; None = no such class
+    """
     painted = {name: paint_mask(mask, one.image, background=background) for name, mask in (("truth", one.truth), ("prediction", one.labels))}
     found = {"picture": one.image, **painted}
     return found if one.cam is None else {**found, "activation map": overlay(one.image, one.cam)}
@@ -421,7 +436,21 @@ def evaluate_run(
     """Evaluate a system and write the report to `out`; None, and masks only, for a split without ground truth.
 
     Raises `InputError` as `evaluate_system` does, for a folder that cannot be written, and for a split without masks when there
-    is nothing to save."""
+    is nothing to save.
+
+    Parameters
+    ----------
+    out : str | Path
+        folder for the report, made when missing
+    dataset : str
+        kind of the folder, see `open_dataset`
+    save_masks : str | Path | None
+        folder for masks in VOC's colours
+    skip_existing : bool
+        masks that are there are not made again; only where there is nothing to score
+    **options : Any
+        of `evaluate_system`
+    """
     if not isinstance(data, SegmentationFolder): data = open_dataset(data, split, dataset=dataset)
     data = as_scored(system, data)
     for folder in (out, save_masks):

@@ -29,7 +29,13 @@ def with_names(
 ) -> "System":
     """The system able to answer for these names; a weakly supervised one stays as it is, and is asked for some of its classes.
 
-    Raises `InputError` for names that it cannot answer for, and for too many."""
+    Raises `InputError` for names that it cannot answer for, and for too many.
+
+    Parameters
+    ----------
+    names : Sequence[str] | None
+        None = the system's own
+    """
     from freqseg.work.checkpoints import SYSTEMS
     from freqseg.work.inference import require_countable
     require_countable(system.classes if names is None else names)
@@ -45,16 +51,32 @@ def as_palette(
     labels: "np.ndarray",   # (H, W) uint8, 255 = left open
     background: bool,       # is 0 the background? Else 0 is the first class
 ) -> "np.ndarray":
-    "Labels as they are saved: 0 is background or left open, class k has VOC's colour k + 1."
+    """Labels as they are saved: 0 is background or left open, class k has VOC's colour k + 1.
+
+    Parameters
+    ----------
+    labels : np.ndarray
+        (H, W) uint8, 255 = left open
+    background : bool
+        is 0 the background? Else 0 is the first class
+    """
     import numpy as np
-    from freqseg.data import IGNORE
+    from freqseg.lists import IGNORE
     return labels if background else np.where(labels == IGNORE, 0, labels + 1).astype(np.uint8)
 
 def shares(
     mask: "np.ndarray",      # (H, W)
     names: Sequence[str],    # of its values
 ) -> str:
-    "What a mask shows, largest first: name and share of the pixels. Value 0 comes last."
+    """What a mask shows, largest first: name and share of the pixels. Value 0 comes last.
+
+    Parameters
+    ----------
+    mask : np.ndarray
+        (H, W)
+    names : Sequence[str]
+        of its values
+    """
     import numpy as np
     values, counts = np.unique(mask, return_counts=True)
     rows = sorted(zip(values.tolist(), counts.tolist()), key=lambda row: (row[0] == 0, -row[1]))
@@ -74,7 +96,13 @@ def shown_as(
     args: argparse.Namespace,   # with the options of SHOWN
     system: "System",
 ) -> "Inference":
-    "How pictures are shown: the usual way of the system or a paper's protocol, changed by single options. Raises `InputError` for what cannot be."
+    """How pictures are shown: the usual way of the system or a paper's protocol, changed by single options. Raises `InputError` for what cannot be.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        with the options of SHOWN
+    """
     from dataclasses import replace
     from freqseg.work.inference import named_inference, usual_inference
     names = ("scales", "flip", "side", "short", "window", "stride", "batch", "precision")
@@ -82,7 +110,13 @@ def shown_as(
     return replace(named_inference(args.protocol) if args.protocol else usual_inference(system), **changes)
 
 class SegmentJob(NamedTuple):
-    "What is the same for all pictures of one `freqseg segment`."
+    """What is the same for all pictures of one `freqseg segment`.
+
+    Attributes
+    ----------
+    classes : Sequence[str]
+        that may answer
+    """
     system: "System"
     classes: Sequence[str]          # that may answer
     inference: "Inference"
@@ -108,7 +142,7 @@ def segment_job(args: argparse.Namespace) -> SegmentJob:
 # %% ../../nbs/faces/80_segment_cli.ipynb #198f85b7
 def _mask_of(job: SegmentJob, file: Path) -> "tuple[Image.Image, np.ndarray]":
     "A picture and its mask. Raises `InputError`, which names the file, when it cannot be read or segmented."
-    from freqseg.data import read_image
+    from freqseg.pictures import read_image
     from freqseg.work.inference import segment_picture
     image, shown = read_image(file, listed=False), job.inference
     if image.width*image.height > LARGE and not (shown.side or shown.short or shown.window):
@@ -118,7 +152,7 @@ def _mask_of(job: SegmentJob, file: Path) -> "tuple[Image.Image, np.ndarray]":
 
 def _write(job: SegmentJob, name: str, image: "Image.Image", mask: "np.ndarray") -> Path:
     "Write NAME.png, then NAME_over.png, each whole or not at all; gives the mask's path. Raises `InputError` for a full disk."
-    from freqseg.data import write_mask
+    from freqseg.pictures import write_mask
     from freqseg.faces.plots import mask_panel, save_figure
     flat, over = (job.out/f"{name}{ending}.png" for ending in ENDINGS)
     write_mask(flat, mask)
@@ -130,7 +164,13 @@ def segment_files(
     files: Sequence[Path],
     names: Sequence[str],   # of `output_names`
 ) -> list[Path]:
-    "Write the masks of pictures and give their paths; what cannot be segmented is reported and left out."
+    """Write the masks of pictures and give their paths; what cannot be segmented is reported and left out.
+
+    Parameters
+    ----------
+    names : Sequence[str]
+        of `output_names`
+    """
     from tqdm import tqdm
     masks = []
     for file, name in tqdm(list(zip(files, names)), unit="picture", disable=None if len(files) > 1 else True):

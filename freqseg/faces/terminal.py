@@ -25,7 +25,13 @@ if TYPE_CHECKING:
 def class_list(
     text: str,     # names between commas; one comma may end them
 ) -> list[str]:
-    "Class names from text. Raises `InputError` when there are none, one is empty or comes twice, and for semicolons."
+    """Class names from text. Raises `InputError` when there are none, one is empty or comes twice, and for semicolons.
+
+    Parameters
+    ----------
+    text : str
+        names between commas; one comma may end them
+    """
     names = [" ".join(name.split()) for name in text.split(",")]
     if not any(names): raise InputError('no class names given: name what the picture may show, for example --classes "dog, grass".')
     if ";" in text: raise InputError(f'{text!r} has a semicolon: put commas between names, for example "dog, grass".')
@@ -87,14 +93,26 @@ def _missing(path: Path) -> InputError:
 def picture_files(
     paths: Sequence[str],   # files, folders and patterns
 ) -> list[Path]:
-    "Every picture that the paths name, once. Raises `InputError` for a path that does not exist, or holds no picture."
+    """Every picture that the paths name, once. Raises `InputError` for a path that does not exist, or holds no picture.
+
+    Parameters
+    ----------
+    paths : Sequence[str]
+        files, folders and patterns
+    """
     return list(dict.fromkeys(file for text in paths for file in _pictures_of(text)))
 
 def output_names(
     files: Sequence[Path],
     endings: Sequence[str] = ("",),   # of the names of what is made of a file: nothing is made twice under one name
 ) -> list[str]:
-    "A name without suffix for what is made of each file; files of equal name in different folders are numbered."
+    """A name without suffix for what is made of each file; files of equal name in different folders are numbered.
+
+    Parameters
+    ----------
+    endings : Sequence[str]
+        of the names of what is made of a file: nothing is made twice under one name
+    """
     taken, names = set(), []
     for file in files:
         number, name = 1, file.stem
@@ -113,7 +131,17 @@ def require_apart(
     targets: Iterable[Path],   # that will be written
     option: str = "--out",     # which says where
 ) -> None:
-    "Raise `InputError` for a target that is one of the files, by whatever path: it would be lost."
+    """Raise `InputError` for a target that is one of the files, by whatever path: it would be lost.
+
+    Parameters
+    ----------
+    files : Iterable[Path]
+        that will be read
+    targets : Iterable[Path]
+        that will be written
+    option : str
+        which says where
+    """
     sources = {_identity(file): file for file in files if file.exists()}
     for target in targets:
         if target.exists() and (file := sources.get(_identity(target))):
@@ -124,7 +152,17 @@ def require_own_result(
     own: Mapping[str, str],      # what the new one will say of itself
     overwrite: bool,             # may it replace the result of something else?
 ) -> None:
-    "Raise `InputError` where a result lies that says otherwise of itself, naming what differs."
+    """Raise `InputError` where a result lies that says otherwise of itself, naming what differs.
+
+    Parameters
+    ----------
+    record : Path
+        JSON of an earlier result
+    own : Mapping[str, str]
+        what the new one will say of itself
+    overwrite : bool
+        may it replace the result of something else?
+    """
     import json
     if overwrite or not record.is_file(): return
     try: earlier = json.loads(record.read_text(encoding="utf-8"))
@@ -137,7 +175,13 @@ def require_file(
     path: str | Path,
     example: str,        # of a file's name
 ) -> None:
-    "Raise `InputError` for a file that cannot be written, before minutes are spent. Its folder is made when missing."
+    """Raise `InputError` for a file that cannot be written, before minutes are spent. Its folder is made when missing.
+
+    Parameters
+    ----------
+    example : str
+        of a file's name
+    """
     from freqseg.faces.report import require_writable
     if Path(path).is_dir(): raise InputError(f"cannot write {path or Path(path)}: it is a folder. Name a file in it, for example {Path(path)/example}.")
     if Path(path).exists() and not Path(path).is_file():
@@ -153,7 +197,13 @@ def notice(text: str) -> None:
 def aligned(
     markdown: str,   # a table, and text around it
 ) -> str:
-    "A Markdown table for a terminal: columns aligned, numbers to the right; text around the table is broken at 110 characters."
+    """A Markdown table for a terminal: columns aligned, numbers to the right; text around the table is broken at 110 characters.
+
+    Parameters
+    ----------
+    markdown : str
+        a table, and text around it
+    """
     import textwrap
     lines = [line if line.startswith("|") else textwrap.fill(line, 110) for line in markdown.splitlines()]
     cells = {i: [cell.strip() for cell in line.strip("|").split("|")] for i, line in enumerate(lines) if line.startswith("|")}
@@ -172,7 +222,13 @@ def listed(
     title: str,
     meanings: Mapping[str, str],   # name -> what it means
 ) -> str:
-    "Names and what they mean, one a line, for a terminal."
+    """Names and what they mean, one a line, for a terminal.
+
+    Parameters
+    ----------
+    meanings : Mapping[str, str]
+        name -> what it means
+    """
     width = max(map(len, meanings))
     return "\n".join([f"{title}:", *(f"  {name:<{width}}  {meaning}".rstrip() for name, meaning in meanings.items())])
 
@@ -236,7 +292,17 @@ def add_option(
     *names: str,      # one of OPTIONS, and what else it answers to
     **changes: Any,   # what this command says differently
 ) -> None:
-    "Add an option that several commands have."
+    """Add an option that several commands have.
+
+    Parameters
+    ----------
+    parser : Any
+        or a group of one
+    *names : str
+        one of OPTIONS, and what else it answers to
+    **changes : Any
+        what this command says differently
+    """
     parser.add_argument(*names, **{**OPTIONS[next(name for name in names if name in OPTIONS)], **changes})
 
 def add_old_spelling(parser: argparse.ArgumentParser, old: str, today: str) -> None:
@@ -248,13 +314,27 @@ def add_names(
     parser: argparse.ArgumentParser,
     *writers: Callable[[], str],   # each gives a list as text
 ) -> None:
-    "Add --names, which lists what can be named, and --plugin, which adds to it."
+    """Add --names, which lists what can be named, and --plugin, which adds to it.
+
+    Parameters
+    ----------
+    *writers : Callable[[], str]
+        each gives a list as text
+    """
     add_option(parser, "--plugin")
     parser.add_argument("--names", action=_Names, nargs=0, const=writers, help="list what can be named here, and end")
 
 # %% ../../nbs/faces/70_terminal.ipynb #d769a117
 class Parser(argparse.ArgumentParser):
-    "A parser whose errors name the nearest option, command or value, under the usage of the command that was typed."
+    """A parser whose errors name the nearest option, command or value, under the usage of the command that was typed.
+
+    Attributes
+    ----------
+    words : Sequence[str]
+        what it is parsing
+    siblings : Mapping[str, "Parser"]
+        all commands, by name
+    """
     words: Sequence[str] = ()                    # what it is parsing
     siblings: Mapping[str, "Parser"] = {}        # all commands, by name
 
@@ -304,7 +384,13 @@ SYSTEM = "a trained system: the folder of a run (its best checkpoint), a checkpo
 def is_system(
     model: str,   # as it was typed
 ) -> bool:
-    "Is this a trained system (one that ships, the folder of a run, a checkpoint), and no CLIP?"
+    """Is this a trained system (one that ships, the folder of a run, a checkpoint), and no CLIP?
+
+    Parameters
+    ----------
+    model : str
+        as it was typed
+    """
     from freqseg.work.checkpoints import SHIPPED
     return model != "world" and (model in SHIPPED or Path(model).is_dir() or _is_checkpoint(Path(model)))
 
@@ -320,7 +406,15 @@ def open_system(
     device: str = "auto",
     classes: Sequence[str] | None = None,   # refuse a system for other classes; a zero-shot one answers for them
 ) -> "System":
-    "The trained system that --model names. Raises `InputError` as `load_system` and `usable_device` do."
+    """The trained system that --model names. Raises `InputError` as `load_system` and `usable_device` do.
+
+    Parameters
+    ----------
+    model : str | None
+        see `is_system`
+    classes : Sequence[str] | None
+        refuse a system for other classes; a zero-shot one answers for them
+    """
     from freqseg.clip import usable_device
     from freqseg.work.checkpoints import SHIPPED, load_system
     if model is None: raise InputError(f"name a trained system with --model: the folder of a run, a checkpoint, or {', '.join(SHIPPED)}.")

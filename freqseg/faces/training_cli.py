@@ -21,7 +21,13 @@ from .terminal import (SHOWN, SYSTEM, Once, add_names, add_option, aligned, coun
 def training_notebook(
     system: str,   # a name
 ) -> Path:
-    "The notebook that trains a system. Raises `InputError` for an unknown system, naming the nearest, and where freqseg runs without its notebooks."
+    """The notebook that trains a system. Raises `InputError` for an unknown system, naming the nearest, and where freqseg runs without its notebooks.
+
+    Parameters
+    ----------
+    system : str
+        a name
+    """
     import freqseg
     from freqseg.work.checkpoints import system_named
     system_named(system)
@@ -34,11 +40,11 @@ _NAMED = ("preset", "model", "data", "device", "limit", "skip_bad", "devices", "
 
 def given_parameters(args: argparse.Namespace) -> dict[str, Any]:
     "The parameters that a command line names, as values. Raises `InputError` for what no training would accept, before one begins."
-    from freqseg.work.experiments import parse_parameters, plan
+    from freqseg.work.experiments import parse_parameters, plain_warnings, plan
     named = {name: value for name in _NAMED if (value := getattr(args, name, None)) is not None}
     doubled = set(named) & {pair.partition("=")[0] for pair in args.parameter}
     if doubled: raise InputError(f"given twice, as an option and with -p: {', '.join(sorted(doubled))}.")
-    values = named | parse_parameters(args.system, args.parameter)
+    with plain_warnings(): values = named | parse_parameters(args.system, args.parameter)
     if "out" in values: raise InputError("-p out=...: name the folder with --out.")
     plan(args.system, values)
     return values
@@ -117,7 +123,13 @@ def train_command(args: argparse.Namespace) -> int:
 def figures_table(
     folder: Path,   # with a report.md
 ) -> str:
-    "The table of figures of the report in a folder, for a terminal: their names in it, what they mean below it."
+    """The table of figures of the report in a folder, for a terminal: their names in it, what they mean below it.
+
+    Parameters
+    ----------
+    folder : Path
+        with a report.md
+    """
     text = (folder/"report.md").read_text(encoding="utf-8").split("## IoU by class")[0].strip()
     row = re.compile(r"^\| (\w+): (.+?) \|", re.MULTILINE)
     meanings = [f"  {name:<8}  {meaning}" for name, meaning in row.findall(text)]
@@ -252,9 +264,15 @@ def grid_axes(
     system: str,
     texts: Sequence[str],   # such as mu=0.1,0.2
 ) -> dict[str, list[Any]]:
-    "Parameter -> values of a grid. Raises `InputError` as `parse_parameters` does, and for a name that comes twice."
+    """Parameter -> values of a grid. Raises `InputError` as `parse_parameters` does, and for a name that comes twice.
+
+    Parameters
+    ----------
+    texts : Sequence[str]
+        such as mu=0.1,0.2
+    """
     from freqseg.work.experiments import parse_parameters
-    from freqseg.work.sweeps import parameters_of
+    from freqseg.work.sweep_design import parameters_of
     axes: dict[str, list[Any]] = {}
     for text in texts:
         axis, equals, values = text.partition("=")
@@ -266,12 +284,14 @@ def grid_axes(
 
 def sweep_command(args: argparse.Namespace) -> int:
     "Train at every point of a grid, several seeds each, and compare: table with 95% intervals over seeds, and a plot. Goes on where it stopped."
+    from freqseg.faces.sweep_plots import save_sweep_plot
     from freqseg.work.experiments import experiment
     from freqseg.work.sweeps import sweep
     notebook, parameters, grid = training_notebook(args.system), given_parameters(args), grid_axes(args.system, args.grid)
     out = Path(args.out or f"runs/sweep_{args.system}")
     if parameters.get("data", "world") != "world": experiment(args.system, parameters).check()   # scenes are drawn by each run
     table = sweep(notebook, out, grid, args.seeds, parameters, args.jobs, command=shlex.join(["freqseg", *args.words]))
+    save_sweep_plot(table)
     print(aligned(table.markdown()), *(f"  {out/name}" for name in ("sweep.md", "sweep.json", "sweep.png")), sep="\n")
     return 1 if table.failed else 0
 

@@ -30,7 +30,7 @@ from ..data import dataset_splits, list_dataset
 import freqseg
 from ..work.checkpoints import SHIPPED
 from ..clip import WorldTokenizer
-from .explorer import (COLOUR_MAPS, MAPS, RANDOM, WAVELETS, Cell, Look, RunHistory, Subject, View, compare_cells, dataset_picture, explore, history_svg, jpeg, learned_taps,
+from .explorer import (COLOUR_MAPS, MAPS, RANDOM, WAVELETS, Cell, Analysis, RunHistory, Subject, View, compare_cells, dataset_picture, explore, history_svg, jpeg, learned_taps,
                               mask_cells, open_history, open_model, patch_cells, prompt_cells, prompt_tower, save_view, scene, snapshot_cells, spectrum_svg, uploaded, view_cells,
                               wavelet_cells)
 from ..files import InputError
@@ -246,7 +246,7 @@ def option_control(name: str) -> w.DOMWidget:
     return kind(value=one.default, min=about["low"], max=about["high"], step=about["step"], continuous_update=True, **common)
 
 LABELS = {"maps": "map", "mu": "cut-off \u03bc", "shape": "low band", "band": "keep", "bands": "bands", "lambda_l": "\u03bb low", "lambda_h": "\u03bb high", "epsilon": "temperature",
-          "boxes": "travel inside boxes only", "layers": "last blocks", "skip": "skip last", "cmap": "colours", "scale": "scale"}
+          "boxes": "travel inside boxes only", "layers": "last blocks", "skip": "skip last", "cmap": "colours", "colour_scale": "scale"}
 CHOICES = {"gradcam": "GradCAM", "patch_text": "patch and text", "transport": "optimal transport", "trained": "the trained system's own", "whole": "low + high", "low": "low only",
            "high": "high only", "stack": "n bands", "own": "each its own", "shared": "one for map and bands", "none": "none: stay", "both": "both",
            "smoothed": "smoothed", "inverse": "inverse"}
@@ -462,26 +462,26 @@ def _flat_controls(given: Any) -> Iterator[Any]:
     elif isinstance(given, (list, tuple)): yield from (one for part in given for one in _flat_controls(part))
     elif given is not None: yield given
 
-def offer_maps(control: w.Dropdown, look: Look) -> None:
+def offer_maps(control: w.Dropdown, analysis: Analysis) -> None:
     "Offer a trained system's own maps only where there are some."
-    options = [(CHOICES.get(choice, choice), choice) for choice in MAPS if choice != "trained" or look.own is not None]
+    options = [(CHOICES.get(choice, choice), choice) for choice in MAPS if choice != "trained" or analysis.own is not None]
     if tuple(options) == tuple(control.options): return
     chosen = control.value
     control.options = options
     control.value = chosen if chosen in [value for _, value in options] else "gradcam"
 
-def photo_note(subject: Subject, look: Look) -> list[str]:
+def photo_note(subject: Subject, analysis: Analysis) -> list[str]:
     "A hint where a photograph is shown to a tower that has seen drawings alone."
-    drawn = isinstance(look.backbone.tokenizer, WorldTokenizer) and subject.known != WORLD_CLASSES
+    drawn = isinstance(analysis.backbone.tokenizer, WorldTokenizer) and subject.known != WORLD_CLASSES
     return ["This model has seen drawn scenes alone: for photographs set model to ViT-B-16."] if drawn else []
 
-def score_note(look: Look) -> list[str]:
+def score_note(analysis: Analysis) -> list[str]:
     "Why there is no IoU, where a mask would allow one."
-    if look.subject.mask is None or look.truth is not None: return []
-    return [f"No IoU: the mask knows none of these names, it shows {', '.join(look.subject.names) or 'none of its classes'}; commas part names."]
+    if analysis.subject.mask is None or analysis.truth is not None: return []
+    return [f"No IoU: the mask knows none of these names, it shows {', '.join(analysis.subject.names) or 'none of its classes'}; commas part names."]
 
 def some_names(model: Any) -> tuple[str, ...]:
-    "A name that the model knows, for looks at what no name has a part in."
+    "A name that the model knows, for analyses of what no name has a part in."
     if isinstance(model, System) and model.supervision == "labels": return model.classes[:1]
     backbone = model.backbone if isinstance(model, System) else model
     return WORLD_CLASSES[:1] if isinstance(backbone.tokenizer, WorldTokenizer) else ("thing",)
@@ -495,10 +495,10 @@ def class_names(text: str, subject: Subject) -> list[str]:
 class FrequencyExplorer(Explorer):
     """A picture, names, a model, and what each frequency band of its activation maps contributes. Display it as the last value of a cell.
 
-    Whatever goes wrong with an input is said in the widget. `look` and `view` are what is shown."""
+    Whatever goes wrong with an input is said in the widget. `analysis` and `view` are what is shown."""
     def __init__(self, number: int = 48, names: Sequence[str]|None = None, model: str = "world", view: View = View(), folder: str|Path = "views",
                  root: str = "", runs: str|Path|None = None):
-        self.folder, self._start, self.look, self._hush = Path(folder), view, None, False
+        self.folder, self._start, self.analysis, self._hush = Path(folder), view, None, False
         self._wanted = names if names is None or isinstance(names, str) else ", ".join(names)
         self.pictures, self.masks, self.related = PictureGrid(clickable=True), PictureGrid(), PictureGrid()
         self.spectrum = w.HTML(layout=w.Layout(flex="0 0 auto"))
@@ -533,8 +533,8 @@ class FrequencyExplorer(Explorer):
     def _connect(self) -> None:
         "Who listens to whom."
         for control in self.options.values(): control.observe(self._option_changed, "value")
-        self.names.observe(lambda change: self._look_again(), "value")
-        self.model.observe(lambda change: self._look_again(), "value")
+        self.names.observe(lambda change: self._analyse(), "value")
+        self.model.observe(lambda change: self._analyse(), "value")
         self.pictures.observe(lambda change: self._show_related(), "patch")
         self.page.observe(lambda change: self.show(), "value")
         self.save_button.on_click(lambda button: self.save())
@@ -567,24 +567,24 @@ class FrequencyExplorer(Explorer):
             if self._wanted is not None: self.names.value, self._wanted = self._wanted, None
             elif subject.names or not self.names.value: self.names.value = ", ".join(subject.names)
             self._hush = False
-            self._look_again()
+            self._analyse()
 
-    def _look_again(self) -> None:
-        "A new look, for a new picture, model or class list."
+    def _analyse(self) -> None:
+        "A new analysis, for a new picture, model or class list."
         if self._hush or not hasattr(self, "_subject"): return
         with self._guarded():
             names = class_names(self.names.value, self._subject)
             with self._working(f"looking at {self._subject.title} with {self.model.value.strip()} ..."):
-                look = explore(self._subject, names, self.opened(self.model.value))
-                look.model, self.look = self.model.value.strip(), look
+                analysis = explore(self._subject, names, self.opened(self.model.value))
+                analysis.model, self.analysis = self.model.value.strip(), analysis
                 self._hush = True
-                offer_maps(self.options["maps"], look)
-                self.options["layers"].max, self.options["skip"].max = look.depth, look.depth - 1
-                self.page.max, self.page.value = max(1, len(look.names) - ROWS + 1), 1
-                self.page.layout.display = None if len(look.names) > ROWS else "none"
+                offer_maps(self.options["maps"], analysis)
+                self.options["layers"].max, self.options["skip"].max = analysis.depth, analysis.depth - 1
+                self.page.max, self.page.value = max(1, len(analysis.names) - ROWS + 1), 1
+                self.page.layout.display = None if len(analysis.names) > ROWS else "none"
                 self._hush = False
                 self._grey_out()
-                with self.pictures.hold_sync(): self.pictures.grid, self.pictures.patch = list(look.grid), []
+                with self.pictures.hold_sync(): self.pictures.grid, self.pictures.patch = list(analysis.grid), []
                 self.related.rows, self.related.pictures = [], []
                 self.show()
 
@@ -595,37 +595,37 @@ class FrequencyExplorer(Explorer):
         if change["owner"] in (self.options["layers"], self.options["skip"], self.options["cmap"], self.options["opacity"]): self._show_related()
 
     def show(self) -> None:
-        "Draw the look in the view."
-        if self._hush or self.look is None: return
+        "Draw the analysis in the view."
+        if self._hush or self.analysis is None: return
         with self._guarded():
             start, view = time.perf_counter(), self.view
-            shown = self.look.shown(view)
+            shown = self.analysis.shown(view)
             first = self.page.value - 1
-            unit = "of the whole map's maximum" if view.scale == "shared" else "of each map's maximum"
-            self.pictures.draw(view_cells(self.look, shown, view, slice(first, first + ROWS)), view.cmap, unit)
-            self.masks.draw([mask_cells(self.look, shown)])
+            unit = "of the whole map's maximum" if view.colour_scale == "shared" else "of each map's maximum"
+            self.pictures.draw(view_cells(self.analysis, shown, view, slice(first, first + ROWS)), view.cmap, unit)
+            self.masks.draw([mask_cells(self.analysis, shown)])
             self.spectrum.value = spectrum_svg(shown, None if view.band == "stack" else view.mu)
-            h, width = self.look.grid
+            h, width = self.analysis.grid
             scores = "; ".join(f"{title}: " + ", ".join(f"{name} {100*value:.1f}" for name, value in values.items() if name != "mean" and not math.isnan(value)) for title, values in shown.scores.items())
-            paged = f", classes {first + 1} to {min(first + ROWS, len(self.look.names))} of {len(self.look.names)}" if len(self.look.names) > ROWS else ""
-            self._tell(" ".join([*self.look.subject.notes, *photo_note(self.look.subject, self.look), *score_note(self.look),
-                                 f"{self.look.subject.title}, {self.look.model}, {h} x {width} patches{paged}" + (f". IoU of {scores}" if scores else "") +
+            paged = f", classes {first + 1} to {min(first + ROWS, len(self.analysis.names))} of {len(self.analysis.names)}" if len(self.analysis.names) > ROWS else ""
+            self._tell(" ".join([*self.analysis.subject.notes, *photo_note(self.analysis.subject, self.analysis), *score_note(self.analysis),
+                                 f"{self.analysis.subject.title}, {self.analysis.model}, {h} x {width} patches{paged}" + (f". IoU of {scores}" if scores else "") +
                                  f". Drawn in {1e3*(time.perf_counter() - start):.0f} ms."]))
 
     def _show_related(self) -> None:
         "What the chosen patch is related to."
-        if self.look is None or len(self.pictures.patch) != 2: return
-        with self._guarded(): self.related.draw([patch_cells(self.look, tuple(self.pictures.patch), self.view)])
+        if self.analysis is None or len(self.pictures.patch) != 2: return
+        with self._guarded(): self.related.draw([patch_cells(self.analysis, tuple(self.pictures.patch), self.view)])
 
     def save(self) -> dict[str, Path]:
         "Save the view to the folder, and say where. Returns the paths."
         saved: dict[str, Path] = {}
-        if self.look is None: return saved
+        if self.analysis is None: return saved
         with self._guarded():
-            saved = save_view(self.look, self.view, self.folder)
+            saved = save_view(self.analysis, self.view, self.folder)
             asked = [part.strip() for part in self.names.value.split(",") if part.strip()], self.model.value.strip()
-            shown = list(self.look.names), self.look.model
-            not_that = "" if asked == shown and self._subject is self.look.subject else f" Saved is what is shown: {', '.join(shown[0])} in {self.look.subject.title} with {shown[1]}, not what the fields ask for."
+            shown = list(self.analysis.names), self.analysis.model
+            not_that = "" if asked == shown and self._subject is self.analysis.subject else f" Saved is what is shown: {', '.join(shown[0])} in {self.analysis.subject.title} with {shown[1]}, not what the fields ask for."
             self._tell(f"Saved in {self.folder}: " + ", ".join(path.name for path in saved.values()) + f".{not_that}")
         return saved
 
@@ -642,11 +642,11 @@ class FrequencyExplorer(Explorer):
 
 # %% ../../nbs/faces/78_widgets.ipynb #1336374b
 class CompareExplorer(Explorer):
-    "Two looks at the same picture side by side, their options linked, and where their final maps differ."
+    "Two analyses of the same picture side by side, their options linked, and where their final maps differ."
     SHARED = ("mu", "band", "threshold", "layers", "cmap", "opacity")
 
     def __init__(self, number: int = 48, models: tuple[str, str] = ("weclip", "dfa"), runs: str|Path|None = None):
-        self.looks, self._hush = None, False
+        self.analyses, self._hush = None, False
         self.pictures, self.masks = PictureGrid(), PictureGrid()
         self.picker = PicturePicker(self._new_subject, self._tell_error)
         self.names = w.Text(description="classes", continuous_update=False, layout=WIDE, style=NARROW, tooltip="names to look for, separated by commas; press Enter")
@@ -659,13 +659,13 @@ class CompareExplorer(Explorer):
         self.options["band"].value = "high"   # the cut-off shows at once
         super().__init__([self.picker, self.names, *rows, *self.options.values()], w.VBox([self.pictures, self.masks]))
         for control in [*self.options.values(), *(control for controls in self.sides for control in controls.values())]: control.observe(self.show, "value")
-        for control in (self.names, *self.models): control.observe(self._look_again, "value")
+        for control in (self.names, *self.models): control.observe(self._analyse, "value")
         self._hush = True
         for controls, name in zip(self.sides, models):
             if name in SHIPPED: controls["maps"].value, controls["affinity"].value = "trained", "none"
         self._hush = False
         self.picker.number.value = number
-        if self.looks is None: self.picker._open_scene()
+        if self.analyses is None: self.picker._open_scene()
 
     @property
     def views(self) -> tuple[View, View]:
@@ -678,31 +678,31 @@ class CompareExplorer(Explorer):
             self._subject, self._hush = subject, True
             if subject.names or not self.names.value: self.names.value = ", ".join(subject.names)
             self._hush = False
-            self._look_again()
+            self._analyse()
 
-    def _look_again(self, *_: Any) -> None:
+    def _analyse(self, *_: Any) -> None:
         if self._hush or not hasattr(self, "_subject"): return
         with self._guarded():
             names = class_names(self.names.value, self._subject)
             with self._working(f"looking at {self._subject.title} with {' and '.join(model.value for model in self.models)} ..."):
-                looks = [explore(self._subject, names, self.opened(model.value)) for model in self.models]
-                for look, model in zip(looks, self.models): look.model = model.value
-                self.looks, self._hush = looks, True
-                for controls, look in zip(self.sides, looks): offer_maps(controls["maps"], look)
-                self.options["layers"].max = max(look.depth for look in looks)
+                analyses = [explore(self._subject, names, self.opened(model.value)) for model in self.models]
+                for analysis, model in zip(analyses, self.models): analysis.model = model.value
+                self.analyses, self._hush = analyses, True
+                for controls, analysis in zip(self.sides, analyses): offer_maps(controls["maps"], analysis)
+                self.options["layers"].max = max(analysis.depth for analysis in analyses)
                 self._hush = False
                 self.show()
 
     def show(self, *_: Any) -> None:
-        "Draw both looks."
-        if self._hush or self.looks is None: return
+        "Draw both analyses."
+        if self._hush or self.analyses is None: return
         with self._guarded():
             self._grey_out()
-            table, masks = compare_cells(*self.looks, self.views, slice(0, ROWS))
+            table, masks = compare_cells(*self.analyses, self.views, slice(0, ROWS))
             self.pictures.draw(table, self.views[0].cmap)
             self.masks.draw([masks])
-            more = f", the first {ROWS} of {len(self.looks[0].names)} classes" if len(self.looks[0].names) > ROWS else ""
-            self._tell(" ".join([*self._subject.notes, *photo_note(self._subject, self.looks[0]), f"{self._subject.title}{more}: {self.looks[0].model} and {self.looks[1].model}."]))
+            more = f", the first {ROWS} of {len(self.analyses[0].names)} classes" if len(self.analyses[0].names) > ROWS else ""
+            self._tell(" ".join([*self._subject.notes, *photo_note(self._subject, self.analyses[0]), f"{self._subject.title}{more}: {self.analyses[0].model} and {self.analyses[1].model}."]))
 
     def _grey_out(self) -> None:
         "Disable what changes neither side."
@@ -749,7 +749,7 @@ class RunExplorer(Explorer):
 class WaveletExplorer(Explorer):
     "Sub-bands of the tokens of any block, one channel or all, with named wavelets or learned taps."
     def __init__(self, number: int = 48, model: str = "world", runs: str|Path|None = None):
-        self.look = None
+        self.analysis = None
         self.picker = PicturePicker(self._new_subject, self._tell_error)
         self.model = ModelControl("model", model, runs)
         self.block = w.IntSlider(value=3, min=1, max=4, description="block", layout=WIDE, style=NARROW, tooltip="whose output is split")
@@ -758,41 +758,41 @@ class WaveletExplorer(Explorer):
         self.cmap = option_control("cmap")
         self.pictures, self.taps = PictureGrid(), PictureGrid()
         super().__init__([self.picker, self.model, self.block, self.channel, self.wavelet, self.cmap], w.VBox([self.pictures, self.taps]))
-        self.model.observe(self._look_again, "value")
+        self.model.observe(self._analyse, "value")
         for control in (self.block, self.channel, self.wavelet, self.cmap): control.observe(self.show, "value")
         self.picker.number.value = number
-        if self.look is None: self.picker._open_scene()
+        if self.analysis is None: self.picker._open_scene()
 
     def _new_subject(self, subject: Subject) -> None:
         self._subject = subject
-        self._look_again()
+        self._analyse()
 
-    def _look_again(self, *_: Any) -> None:
+    def _analyse(self, *_: Any) -> None:
         if not hasattr(self, "_subject"): return
         with self._guarded():
             with self._working(f"looking at {self._subject.title} with {self.model.value} ..."):
                 model = self.opened(self.model.value)
-                look = explore(self._subject, some_names(model), model)
-                before, self.look = None if self.look is None else self.look.model, None   # nothing is drawn while the controls change
-                look.model, channel, chosen = self.model.value, self.channel.value, self.wavelet.value
-                self.block.max, self.channel.options = look.depth, [("all", -1), *((str(k), k) for k in range(look.backbone.width))]
-                self.channel.value = channel if channel < look.backbone.width else -1
-                learned = learned_taps(look) is not None
+                analysis = explore(self._subject, some_names(model), model)
+                before, self.analysis = None if self.analysis is None else self.analysis.model, None   # nothing is drawn while the controls change
+                analysis.model, channel, chosen = self.model.value, self.channel.value, self.wavelet.value
+                self.block.max, self.channel.options = analysis.depth, [("all", -1), *((str(k), k) for k in range(analysis.backbone.width))]
+                self.channel.value = channel if channel < analysis.backbone.width else -1
+                learned = learned_taps(analysis) is not None
                 self.wavelet.options = [*(["learned"] if learned else []), *WAVELETS]
-                self.wavelet.value = "learned" if learned and before != look.model else chosen if chosen in self.wavelet.options else WAVELETS[0]
-                self.look = look
+                self.wavelet.value = "learned" if learned and before != analysis.model else chosen if chosen in self.wavelet.options else WAVELETS[0]
+                self.analysis = analysis
                 self.show()
 
     def show(self, *_: Any) -> None:
         "Draw the sub-bands."
-        if self.look is None: return
+        if self.analysis is None: return
         with self._guarded():
-            taps = learned_taps(self.look) if self.wavelet.value == "learned" else self.wavelet.value
-            table, drawn = wavelet_cells(self.look, self.block.value - 1, None if self.channel.value < 0 else self.channel.value, taps, self.cmap.value)
-            self.pictures.draw([[Cell("picture", "", jpeg(self.look.small), "picture"), *table[0]]], self.cmap.value, "of the map's maximum")
+            taps = learned_taps(self.analysis) if self.wavelet.value == "learned" else self.wavelet.value
+            table, drawn = wavelet_cells(self.analysis, self.block.value - 1, None if self.channel.value < 0 else self.channel.value, taps, self.cmap.value)
+            self.pictures.draw([[Cell("picture", "", jpeg(self.analysis.small), "picture"), *table[0]]], self.cmap.value, "of the map's maximum")
             self.taps.draw([drawn])
             channel = "all channels" if self.channel.value < 0 else f"channel {self.channel.value}"
-            self._tell(f"{self._subject.title}, {self.look.model}, tokens after block {self.block.value} of {self.look.depth}, {channel}, wavelet {self.wavelet.value}")
+            self._tell(f"{self._subject.title}, {self.analysis.model}, tokens after block {self.block.value} of {self.analysis.depth}, {channel}, wavelet {self.wavelet.value}")
 
 class PromptExplorer(Explorer):
     "The learned filters of spectral prompts on the spectrum, their radial profile, and what they add to a picture's tokens."
@@ -816,8 +816,8 @@ class PromptExplorer(Explorer):
         with self._guarded():
             with self._working(f"looking at {self._subject.title} with {self.model.value} ..."):
                 model = self.opened(self.model.value)
-                look = explore(self._subject, some_names(model), model)
-                table, self.profile.value = prompt_cells(look, self.cmap.value)
+                analysis = explore(self._subject, some_names(model), model)
+                table, self.profile.value = prompt_cells(analysis, self.cmap.value)
                 self.pictures.draw(table, self.cmap.value, "of each picture's maximum")
-                shared = ", one filter for all its blocks" if prompt_tower(look).spectral.shared else ""
+                shared = ", one filter for all its blocks" if prompt_tower(analysis).spectral.shared else ""
                 self._tell(f"{self.model.value}{shared}; {self._subject.title}")

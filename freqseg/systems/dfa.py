@@ -7,7 +7,7 @@ __all__ = ['DFAOptions', 'DFA']
 
 # %% ../../nbs/systems/43_dfa.ipynb #c27ec507
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -20,55 +20,103 @@ from ..data import Batch
 from ..dual_affinity import DualAffinity, DualAffinitySettings, combine_affinities
 from ..files import InputError
 from ..losses import balanced_cross_entropy, nearest_labels
+from ..options import option, same_option
 from ..ot_cam import similarity_matrix, transport_cam
-from .segmenter import Segmenter, SegmenterOptions, Seen, enlarged, require_labels
+from .segmenter import ForwardPass, Segmenter, SegmenterOptions, enlarged, require_labels
 
 # %% ../../nbs/systems/43_dfa.ipynb #4ccfa123
+_SHARED = ("align", "inverse", "per_head", "inversion", "hidden", "normalise", "mu", "shape", "normalise_features", "align_scale", "align_within",
+           "align_reduction", "relation_scale", "vote_window", "agreement")   # with the meaning that they have in `DualAffinitySettings`
+
 @dataclass(frozen=True)
 class DFAOptions(SegmenterOptions):
-    "Options of `DFA`. Those that concern the affinities have the names they have in `DualAffinitySettings`, but for the first two."
-    blocks: int = 8                        # how many of the last blocks the affinities read
-    relate: bool = True                    # learn the inverse affinity (A_ha; else A_inv)
-    align: bool = True                     # learn the smoothed affinity (A_la; else A_s)
-    inverse: bool = True                   # have a second affinity at all
-    per_head: bool = False                 # heads as maps of their own
-    inversion: str = "all-pass"            # "all-pass" is I - W; "gaussian" or "butterworth" keep less of it
-    hidden: int = 16                       # width of the two networks
-    normalise: str = "sinkhorn"            # "sinkhorn" to a tolerance, "weclip" three rounds and squared
-    mu: float = .4                         # cut-off between the decoder's low and high features
-    shape: str = "square"                  # of the low band: "square" or "disc"
-    normalise_features: str|None = None    # "features" or "bands": unit length before products
-    momentum: float = .99                  # of the quality alpha
-    align_scale: str = "sinkhorn"          # what L_a compares: "sinkhorn", "max" or "score"
-    align_reduction: str = "pairs"         # L_a over all selected "pairs" as printed, or mean of "rows" (larger gradients)
-    relation_scale: str = "score"          # what L_r pulls: "score", "max" or "sinkhorn"
-    window: int|None = 9                   # side of the window that votes on ambiguous pairs; None = no vote
-    lambda_align: float = .1               # weight of L_a
-    lambda_relation: float = .2            # weight of L_r
-    maps: str = "transport"                # "transport" (DFA), or "propagate": GradCAM walked over both affinities
-    similarity: str = "value"              # rows of S: "value" (MaskCLIP), "intra" (intra-correlation) or "gradcam"
-    contrast: str = "rest"                 # background of S: the "rest" of the classes' maps, or a softmax against the background "prompts"
-    lambda_l: float = 1.                   # weight of the smoothed affinity in the score of transport
-    lambda_h: float = .1                   # weight of the inverse affinity
-    score: str = "class"                   # "class", or "literal" as printed (in which the inverse affinity cannot matter)
-    eps: float = .1                        # entropy of the transport
-    temperature: float|None = None         # of the class shares; None = the number of patches
-    nothing: str = "max"                   # background of pseudo-labels: "max" is 1 - max, "prompts" the background's own column of the transport
-    combine: str = "sum"                   # of the affinities, for maps that "propagate": "sum" or "product"
-    walks: int = 2                         # steps of maps that "propagate"
-    box: float|None = .4                   # boxes from which maps "propagate", as in WeCLIP; None = from everywhere
+    """Options of `DFA`. Those that concern the affinities have the names they have in `DualAffinitySettings`, but for the first two.
 
-    def __post_init__(self) -> None:
-        words = dict(maps=("transport", "propagate"), similarity=("value", "intra", "gradcam"), contrast=("rest", "prompts"), nothing=("max", "prompts"),
-                     score=("class", "literal"), combine=("sum", "product"))
-        for name, known in words.items():
-            if getattr(self, name) not in known: raise InputError(f"{name}={getattr(self, name)!r}: use one of {', '.join(known)}.")
-        if self.nothing == "prompts" and self.maps != "transport": raise InputError("nothing='prompts' needs maps='transport': only a transport has a column for the background.")
+    Attributes
+    ----------
+    layers : int
+        how many of the last blocks the affinities read
+    relate : bool
+        learn the inverse affinity, A_ha; otherwise it stays A_inv
+    lambda_align : float
+        weight of the alignment loss L_a
+    lambda_relation : float
+        weight of the rectification loss L_r
+    maps : str
+        where maps come from
+    similarity : str
+        what the similarity S of patches and classes is made of
+    contrast : str
+        the background of S
+    lambda_l : float
+        weight of the smoothed affinity in the score of the transport
+    lambda_h : float
+        weight of the inverse affinity in the score of the transport
+    score : str
+        what the transport maximises
+    epsilon : float
+        entropic regularisation of the transport; smaller is sharper
+    temperature : float | None
+        temperature of the class shares; none: the number of patches
+    background_from : str
+        background of pseudo-labels
+    combine : str
+        how maps that propagate put the two affinities together
+    walk_steps : int
+        steps of maps that propagate
+    box : float | None
+        maps propagate only from inside boxes around at least this share of their maximum; none: from everywhere
+    """
+    renamed: ClassVar = {"blocks": "layers", "eps": "epsilon", "walks": "walk_steps", "nothing": "background_from", "window": "vote_window"}
+    retired: ClassVar = {"momentum": .99}
+    layers: int = option(8, "how many of the last blocks the affinities read", low=1, high=64)
+    relate: bool = option(True, "learn the inverse affinity, A_ha; otherwise it stays A_inv")
+    align: bool = same_option(DualAffinitySettings, "align")
+    inverse: bool = same_option(DualAffinitySettings, "inverse")
+    per_head: bool = same_option(DualAffinitySettings, "per_head")
+    inversion: str = same_option(DualAffinitySettings, "inversion")
+    hidden: int = same_option(DualAffinitySettings, "hidden")
+    normalise: str = same_option(DualAffinitySettings, "normalise")
+    mu: float = same_option(DualAffinitySettings, "mu")
+    shape: str = same_option(DualAffinitySettings, "shape")
+    normalise_features: str | None = same_option(DualAffinitySettings, "normalise_features")
+    align_scale: str = same_option(DualAffinitySettings, "align_scale")
+    align_within: str = same_option(DualAffinitySettings, "align_within")
+    align_reduction: str = same_option(DualAffinitySettings, "align_reduction")
+    relation_scale: str = same_option(DualAffinitySettings, "relation_scale")
+    vote_window: int | None = same_option(DualAffinitySettings, "vote_window")
+    agreement: bool = same_option(DualAffinitySettings, "agreement")
+    lambda_align: float = option(.1, "weight of the alignment loss L_a", low=0)
+    lambda_relation: float = option(.2, "weight of the rectification loss L_r", low=0)
+    maps: str = option("transport", "where maps come from", choices={"transport": "optimal transport, DFA", "propagate": "GradCAM that travels over both affinities"})
+    similarity: str = option("value", "what the similarity S of patches and classes is made of",
+                             choices={"value": "patches and names, MaskCLIP", "intra": "the same after intra-correlation", "gradcam": "GradCAM"})
+    contrast: str = option("rest", "the background of S", choices={"rest": "1 minus the largest of the classes' maps", "prompts": "a softmax against the background prompts"})
+    lambda_l: float = option(1., "weight of the smoothed affinity in the score of the transport", low=0)
+    lambda_h: float = option(.1, "weight of the inverse affinity in the score of the transport", low=0)
+    score: str = option("class", "what the transport maximises",
+                        choices={"class": "similarities spread by both affinities", "literal": "as printed, where the inverse affinity cannot matter"})
+    epsilon: float = option(.1, "entropic regularisation of the transport; smaller is sharper", above=0, high=100)
+    temperature: float | None = option(None, "temperature of the class shares; none: the number of patches", above=0)
+    background_from: str = option("max", "background of pseudo-labels", choices={"max": "1 minus the largest map", "prompts": "the background's own column of the transport"})
+    combine: str = option("sum", "how maps that propagate put the two affinities together", choices=("sum", "product"))
+    walk_steps: int = option(2, "steps of maps that propagate", low=0, high=64)
+    box: float | None = option(.4, "maps propagate only from inside boxes around at least this share of their maximum; none: from everywhere", above=0, high=1)
 
-    def affinities(self, source: str) -> DualAffinitySettings:
+    def check(self) -> None:
+        "Raise `InputError` for options that contradict each other."
+        super().check()
+        self.affinities(self.source)   # says what is wrong with them
+        if self.background_from == "prompts" and self.maps != "transport":
+            raise InputError("background_from='prompts' needs maps='transport': only a transport has a column for the background.")
+        if self.maps == "transport" and not self.lambda_l + self.lambda_h:
+            raise InputError("lambda_l=0 and lambda_h=0 leave the transport nothing to go by: give one of them a weight.")
+        if self.contrast == "prompts" and self.background == (): raise InputError("contrast='prompts' needs background prompts: name some, or take contrast='rest'.")
+
+    def affinities(self, source: str | None) -> DualAffinitySettings:
         "The part that `DualAffinity` wants."
-        shared = {field.name for field in fields(DualAffinitySettings)} & {field.name for field in fields(self)}
-        return DualAffinitySettings(source=source, layers=self.blocks, rectify=self.relate and self.inverse, **{name: getattr(self, name) for name in shared - {"source", "rectify"}})
+        shared = {name: getattr(self, name) for name in _SHARED}
+        return DualAffinitySettings(source=source, layers=self.layers, rectify=self.relate and self.inverse, **shared)
 
 # %% ../../nbs/systems/43_dfa.ipynb #b7145c95
 class DFA(Segmenter):
@@ -82,52 +130,52 @@ class DFA(Segmenter):
 
     def relation_blocks(self) -> Sequence[int]:
         "The last blocks that the affinities read."
-        return last_blocks(self.backbone.depth, self.options.blocks)
+        return last_blocks(self.backbone.depth, self.options.layers)
 
     def request(self) -> dict[str, Any]:
         "Tokens, relations (per head where asked for) and what the similarity S is made of."
         similarity = {} if self.options.similarity == "gradcam" else similarity_request(self.backbone, self.options.similarity)
         return merge_requests(super().request(), self.dual.request(self.backbone.depth), similarity)
 
-    def similarity(self, seen: Seen) -> Tensor:
+    def similarity(self, forward: ForwardPass) -> Tensor:
         "S (B, N, K + 1) in [0, 1]: how well a patch fits each class, the background last; absent classes are 0."
         if self.options.similarity == "gradcam":
-            cam = self.grad_cam(seen)
+            cam = self.grad_cam(forward)
             return torch.cat([cam, 1 - cam.amax(1, keepdim=True)], 1).flatten(2).mT
         prompts = self.text if self.background is None else torch.cat([self.text, self.background])
-        cosines = cosine_map(patch_embeddings(self.backbone, seen.features, self.options.similarity), prompts)
-        return similarity_matrix(cosines.float(), seen.present, self.backbone.logit_scale, self.options.contrast)
+        cosines = cosine_map(patch_embeddings(self.backbone, forward.features, self.options.similarity), prompts)
+        return similarity_matrix(cosines.float(), forward.present, self.backbone.logit_scale, self.options.contrast)
 
-    def maps(self, seen: Seen, low: Tensor, high: Tensor|None) -> Tensor:
+    def maps(self, forward: ForwardPass, smoothed: Tensor, inverse: Tensor|None) -> Tensor:
         "Maps (B, K + 1, h, w) in [0, 1] from both affinities, the background last."
-        o, grid = self.options, seen.features.grid
+        o, grid = self.options, forward.features.grid
         if o.maps == "propagate":
-            cam = self.grad_cam(seen)
+            cam = self.grad_cam(forward)
             box = None if o.box is None else box_mask(cam, o.box)
-            cam = normalise_cam(propagate(combine_affinities(low, high, o.combine, o.lambda_l, 1.), cam, o.walks, box))
+            cam = normalise_cam(propagate(combine_affinities(smoothed, inverse, o.combine, o.lambda_l, 1.), cam, o.walk_steps, box))
             return torch.cat([cam, 1 - cam.amax(1, keepdim=True)], 1)
-        there = torch.cat([seen.present, torch.ones_like(seen.present[:, :1])], 1)
-        return transport_cam(self.similarity(seen), low, high, grid, there, lambda_l=o.lambda_l, lambda_h=o.lambda_h, score=o.score,
-                             eps=o.eps, temperature=o.temperature).float()
+        present = torch.cat([forward.present, torch.ones_like(forward.present[:, :1])], 1)
+        return transport_cam(self.similarity(forward), smoothed, inverse, grid, present, lambda_l=o.lambda_l, lambda_h=o.lambda_h, score=o.score,
+                             eps=o.epsilon, temperature=o.temperature).float()
 
     @torch.no_grad()
-    def evidence(self, seen: Seen, progress: float) -> Tensor:
+    def activation_maps(self, forward: ForwardPass, progress: float) -> Tensor:
         "Maps of the classes, (B, K, h, w) in [0, 1]; the background's own after them where pseudo-labels are to compete with it."
-        low, high = self.dual.paths(seen.features)
-        return self.competing(self.maps(seen, low.affinity, None if high is None else high.affinity))
+        smoothed, inverse = self.dual.paths(forward.features)
+        return self.competing(self.maps(forward, smoothed.affinity, None if inverse is None else inverse.affinity))
 
     def competing(self, maps: Tensor) -> Tensor:
         "The maps that decide a pseudo-label: all of them, or the classes' alone, whose background is 1 - max."
-        return maps if self.options.nothing == "prompts" else maps[:, :-1]
+        return maps if self.options.background_from == "prompts" else maps[:, :-1]
 
     def training_step(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         "Weighted losses of one batch. Raises `InputError` without image labels."
-        seen = self.see(self.backbone.normalise(batch.images), require_labels(batch))
-        paths = self.dual.paths(seen.features)
-        with torch.no_grad(): maps = self.maps(seen, *(None if path is None else path.affinity for path in paths))
-        labels = self.assign(self.competing(maps), seen, batch.valid)
-        taught = self.dual.losses(paths, seen.features.grid, seen.decoded.features, nearest_labels(labels, seen.features.grid))
+        forward = self.forward_pass(self.backbone.normalise(batch.images), require_labels(batch))
+        paths = self.dual.paths(forward.features)
+        with torch.no_grad(): maps = self.maps(forward, *(None if path is None else path.affinity for path in paths))
+        labels = self.assign(self.competing(maps), forward, batch.valid)
+        dual = self.dual.losses(paths, forward.features.grid, forward.decoded.features, nearest_labels(labels, forward.features.grid))
         weights = dict(alignment=self.options.lambda_align, rectification=self.options.lambda_relation)
-        return {"seg": balanced_cross_entropy(enlarged(seen.decoded.logits, labels), labels),
-                **{name: weights[name]*loss for name, loss in taught.losses.items()},
-                **self.common_losses(seen, maps[:, :-1])}
+        return {"seg": balanced_cross_entropy(enlarged(forward.decoded.logits, labels), labels),
+                **{name: weights[name]*loss for name, loss in dual.losses.items()},
+                **self.common_losses(forward, maps[:, :-1])}

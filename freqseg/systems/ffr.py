@@ -20,40 +20,83 @@ from ..data import Batch
 from ..decoders import Decoded, DualHead
 from ..files import InputError
 from ..losses import balanced_cross_entropy, dense_energy_loss
+from ..options import option
 from ..prototypes import FrequencyRectification
 from ..spectra import split_bands
-from .segmenter import Segmenter, SegmenterOptions, Seen, enlarged, require_labels
+from .segmenter import ForwardPass, Segmenter, SegmenterOptions, enlarged, require_labels
 from ..token_classifier import TokenClassifier, multilabel_loss
 from ..unfrozen import unfreeze
 
 # %% ../../nbs/systems/44_ffr.ipynb #58515e9c
 @dataclass(frozen=True)
 class FFROptions(SegmenterOptions):
-    "Options of `FFR`."
-    mu: float = .4                        # half-width of the low band (FFR's table: .4 is best of .1 .2 .3 .4)
-    shape: str = "square"                 # of the low band: "square" or "disc"
-    threshold: float = .7                 # of the map, for tokens that make up a class prototype
-    lambda_h: float = 2.                  # weight of the high-frequency head within the segmentation loss
-    lambda_1: float = 1.                  # weight of the rectification
-    lambda_seg: float = .1                # weight of both segmentation losses
-    lambda_energy: float = 0.             # weight of the dense energy loss, a mean in [0, 1] (ToCo's 0.05 is for a sum)
-    middle: int = -3                      # block whose tokens the intermediate classifier reads
-    pool: str = "max"                     # of both classifiers: "max" or "mean"
-    order: str = "tokens"                 # they pool the "tokens" and classify the result (ToCo, on which FFR builds), or pool the "scores" of all tokens
-    maps: str = "gradcam"                 # pseudo-labels from CLIP's "gradcam", from it "smoothed" as WeCLIP does, or from the "classifier" (the paper, without CLIP)
-    box: float|None = .4                  # of smoothed maps: only what lies in boxes around at least this share of the maximum travels; None = all
-    rectified: str|None = None            # "tokens" of the tower's last block, or features of the "decoder"; None = tokens when they can learn
-    unfreeze: tuple[int, ...]|str|None = None   # blocks of the tower that learn, "all", or None = frozen
-    head_scale: float = 10.               # learning rate of everything new, relative to what a tower learns with; the frozen tower's heads have it, too
-    hidden: int = 512                     # channels of the convolution that both heads share
-    dilation: int = 5                     # of it, in patches
-    start: str = "identity"               # of it: near the "identity", or "random"
+    """Options of `FFR`.
 
-    def __post_init__(self) -> None:
-        if self.maps not in ("gradcam", "smoothed", "classifier"): raise InputError(f"maps={self.maps!r}: use 'gradcam', 'smoothed' or 'classifier'.")
-        if self.rectified not in (None, "tokens", "decoder"): raise InputError(f"rectified={self.rectified!r}: use 'tokens', 'decoder' or None.")
-        if self.rectify is not None: raise InputError("FFR always rectifies: set its cut-off with mu, its weight with lambda_1.")
-        if self.rectified == "tokens" and self.unfreeze is None: raise InputError("rectified='tokens' needs tokens that learn: set unfreeze, or rectify the decoder's features.")
+    Attributes
+    ----------
+    mu : float
+        cut-off between low and high frequencies, cycles per token (in FFR's table 0.4 is the best of 0.1 to
+        0.4)
+    shape : str
+        form of the low band in the spectrum
+    threshold : float
+        score of the map from which a token counts for its class's prototype
+    lambda_head : float
+        weight of the high-frequency head within the segmentation loss (FFR's lambda_h)
+    lambda_1 : float
+        weight of the rectification
+    lambda_seg : float
+        weight of both segmentation losses
+    lambda_energy : float
+        weight of the dense energy loss, a mean in [0, 1] (ToCo's 0.05 is for a sum)
+    middle : int
+        block whose tokens the intermediate classifier reads; negative ones count from the last
+    order : str
+        what both classifiers pool
+    maps : str
+        where pseudo-labels come from
+    box : float | None
+        smoothed maps travel only from inside boxes around at least this share of their maximum; none: from
+        everywhere
+    rectified : str | None
+        what is rectified
+    unfreeze : tuple[int, ...] | str | None
+        blocks of the tower that learn, or all of it; none: it stays frozen
+    head_scale : float
+        learning rate of everything new, relative to what a tower learns with; a frozen tower's heads have it,
+        too
+    hidden : int
+        channels of the convolution that both heads share
+    start : str
+        weights that this convolution starts from
+    """
+    renamed: ClassVar = {"lambda_h": "lambda_head"}
+    retired: ClassVar = {"dilation": 5, "pool": "max"}
+    mu: float = option(.4, "cut-off between low and high frequencies, cycles per token (in FFR's table 0.4 is the best of 0.1 to 0.4)", low=0, high=.5)
+    shape: str = option("square", "form of the low band in the spectrum", choices=("square", "disc"))
+    threshold: float = option(.7, "score of the map from which a token counts for its class's prototype", low=0, below=1)
+    lambda_head: float = option(2., "weight of the high-frequency head within the segmentation loss (FFR's lambda_h)", low=0)
+    lambda_1: float = option(1., "weight of the rectification", low=0)
+    lambda_seg: float = option(.1, "weight of both segmentation losses", low=0)
+    lambda_energy: float = option(0., "weight of the dense energy loss, a mean in [0, 1] (ToCo's 0.05 is for a sum)", low=0)
+    middle: int = option(-3, "block whose tokens the intermediate classifier reads; negative ones count from the last", low=-64, high=63)
+    order: str = option("tokens", "what both classifiers pool", choices={"tokens": "tokens, and classify the result, as ToCo, on which FFR builds", "scores": "the scores of all tokens"})
+    maps: str = option("gradcam", "where pseudo-labels come from",
+                       choices={"gradcam": "CLIP's GradCAM", "smoothed": "GradCAM that travels over attention, as in WeCLIP", "classifier": "the classifier, as in the paper"})
+    box: float | None = option(.4, "smoothed maps travel only from inside boxes around at least this share of their maximum; none: from everywhere", above=0, high=1)
+    rectified: str | None = option(None, "what is rectified", choices={None: "tokens where they learn", "tokens": "those of the tower's last block", "decoder": "the decoder's features"})
+    unfreeze: tuple[int, ...] | str | None = option(None, "blocks of the tower that learn, or all of it; none: it stays frozen", low=-64, high=63, least=1)
+    head_scale: float = option(10., "learning rate of everything new, relative to what a tower learns with; a frozen tower's heads have it, too", above=0, high=1000)
+    hidden: int = option(512, "channels of the convolution that both heads share", low=1, high=4096)
+    start: str = option("identity", "weights that this convolution starts from", choices={"identity": "hands on what it reads, which a short training needs", "random": "random ones"})
+
+    def check(self) -> None:
+        "Raise `InputError` for options that contradict each other."
+        super().check()
+        if isinstance(self.unfreeze, str) and self.unfreeze != "all": raise InputError(f"unfreeze={self.unfreeze!r}: give indices of blocks such as -2,-1, or all.")
+        if self.rectify is not None: raise InputError(f"rectify={self.rectify}: FFR always rectifies; set its cut-off with mu, its weight with lambda_1.")
+        if self.rectified == "tokens" and self.unfreeze is None:
+            raise InputError("rectified='tokens' needs tokens that learn: set unfreeze, or rectify the decoder's features.")
 
 # %% ../../nbs/systems/44_ffr.ipynb #0080c2cf
 class FFR(Segmenter):
@@ -63,57 +106,59 @@ class FFR(Segmenter):
 
     def __init__(self, backbone: Backbone, classes: Sequence[str], options: FFROptions):
         super().__init__(backbone if options.unfreeze is None else unfreeze(backbone, options.unfreeze), classes, options)
-        self.middle_block, known = range(backbone.depth)[options.middle], len(self.classes)
+        if not -backbone.depth <= options.middle < backbone.depth:
+            raise InputError(f"middle={options.middle}: the tower has {backbone.depth} blocks, 0 to {backbone.depth - 1}, or -1 for the last, -2 ...")
+        self.middle_block, known = options.middle % backbone.depth, len(self.classes)
         self.rectification = FrequencyRectification(options.mu, options.shape, options.threshold)
-        self.classifier = TokenClassifier(options.dim, known, options.pool, options.order)
-        self.middle = TokenClassifier(self.backbone.width, known, options.pool, options.order, normalise=True)
+        self.classifier = TokenClassifier(options.dim, known, order=options.order)
+        self.middle = TokenClassifier(self.backbone.width, known, order=options.order, normalise=True)
         self.decoder.classifier = torch.nn.Identity()   # the two heads take its place: the decoder's "logits" are what they read
-        self.head = DualHead(options.dim, self.num_classes, options.hidden, options.dilation, start=options.start)
+        self.head = DualHead(options.dim, self.num_classes, options.hidden, start=options.start)
         self.rectifies_tokens = options.rectified == "tokens" or (options.rectified is None and options.unfreeze is not None)
 
     def request(self) -> dict[str, Any]:
         "Also the tokens of the middle block, and of the last where they are rectified."
         return merge_requests(super().request(), {"tokens": (self.middle_block, *[self.backbone.depth - 1]*self.rectifies_tokens)})
 
-    def look(self, images: Tensor, request: Mapping[str, Any]|None = None) -> Features:
+    def encode(self, images: Tensor, request: Mapping[str, Any]|None = None) -> Features:
         "One pass through the tower; with gradients when it learns."
-        if self.options.unfreeze is None: return super().look(images, request)
+        if self.options.unfreeze is None: return super().encode(images, request)
         return self.backbone.encode(images, **(self.request() if request is None else request))
 
     def decode(self, features: Features, keep: Callable[[Tensor], Tensor]|None = None) -> Decoded:
         "Decoder features with the logits of both heads."
-        found = super().decode(features, keep).logits
-        heads = self.head(found, split_bands(found.float(), self.options.mu, self.options.shape)[1].to(found.dtype))
-        return Decoded(found, heads.logits, heads.high_logits)
+        fused = super().decode(features, keep).logits
+        heads = self.head(fused, split_bands(fused.float(), self.options.mu, self.options.shape)[1].to(fused.dtype))
+        return Decoded(fused, heads.logits, heads.high_logits)
 
     @torch.no_grad()
-    def evidence(self, seen: Seen, progress: float) -> Tensor:
+    def activation_maps(self, forward: ForwardPass, progress: float) -> Tensor:
         "Activation maps (B, K, h, w) in [0, 1]: CLIP's, these walked over its attention, or those of the classifier on the decoder's features."
         o = self.options
-        if o.maps == "classifier": return self.classifier.cam(seen.decoded.features, seen.present).float()
-        cam = self.grad_cam(seen)
+        if o.maps == "classifier": return self.classifier.cam(forward.decoded.features, forward.present).float()
+        cam = self.grad_cam(forward)
         if o.maps == "gradcam": return cam
-        affinity = smoothed_affinity(seen.features, self.source, self.relation_blocks(), normalise="weclip")
+        affinity = smoothed_affinity(forward.features, self.source, self.relation_blocks(), normalise="weclip")
         return normalise_cam(propagate(affinity, cam, 1, None if o.box is None else box_mask(cam, o.box)))
 
-    def rectify(self, seen: Seen, cam: Tensor) -> Tensor:
+    def rectify(self, forward: ForwardPass, cam: Tensor) -> Tensor:
         "The rectification loss on the tower's last tokens, or on the decoder's features."
-        tokens = seen.features.tokens[self.backbone.depth - 1] if self.rectifies_tokens else seen.decoded.features
-        return self.rectification(tokens, cam, seen.present).loss
+        tokens = forward.features.tokens[self.backbone.depth - 1] if self.rectifies_tokens else forward.decoded.features
+        return self.rectification(tokens, cam, forward.present).loss
 
     def training_step(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         "Weighted losses of one batch. Raises `InputError` without image labels."
-        o, seen = self.options, self.see(self.backbone.normalise(batch.images), require_labels(batch))
-        middle = seen.features.tokens[self.middle_block]
-        cam = self.evidence(seen, progress)
-        with torch.no_grad(): labels, high_labels = (self.assign(x, seen, batch.valid) for x in (cam, self.middle.cam(middle, seen.present).float()))
-        logits, high_logits = (enlarged(x, labels) for x in (seen.decoded.logits, seen.decoded.high_logits))
-        losses = {"cls": multilabel_loss(self.classifier(seen.decoded.features), seen.present),
-                  "cls_middle": multilabel_loss(self.middle(middle), seen.present),
+        o, forward = self.options, self.forward_pass(self.backbone.normalise(batch.images), require_labels(batch))
+        middle = forward.features.tokens[self.middle_block]
+        cam = self.activation_maps(forward, progress)
+        with torch.no_grad(): labels, high_labels = (self.assign(x, forward, batch.valid) for x in (cam, self.middle.cam(middle, forward.present).float()))
+        logits, high_logits = (enlarged(x, labels) for x in (forward.decoded.logits, forward.decoded.high_logits))
+        losses = {"cls": multilabel_loss(self.classifier(forward.decoded.features), forward.present),
+                  "cls_middle": multilabel_loss(self.middle(middle), forward.present),
                   "seg": o.lambda_seg*balanced_cross_entropy(logits, labels),
-                  "seg_high": o.lambda_seg*o.lambda_h*balanced_cross_entropy(high_logits, high_labels),
-                  "rectify": o.lambda_1*self.rectify(seen, cam), **self.common_losses(seen, cam)}
-        if o.lambda_energy: losses["energy"] = o.lambda_energy*dense_energy_loss(batch.images, seen.decoded.logits.softmax(1), labels, batch.valid)
+                  "seg_high": o.lambda_seg*o.lambda_head*balanced_cross_entropy(high_logits, high_labels),
+                  "rectify": o.lambda_1*self.rectify(forward, cam), **self.common_losses(forward, cam)}
+        if o.lambda_energy: losses["energy"] = o.lambda_energy*dense_energy_loss(batch.images, forward.decoded.logits.softmax(1), labels, batch.valid)
         return losses
 
     def parameter_groups(self) -> list[dict[str, Any]]:

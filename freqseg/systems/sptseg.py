@@ -9,16 +9,17 @@ __all__ = ['SPTSEGOptions', 'SPTSEG']
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..options import same_option
 from .zegclip import ZegCLIP, ZegCLIPOptions
 
 # %% ../../nbs/systems/46_sptseg.ipynb #d97836b0
 @dataclass(frozen=True)
 class SPTSEGOptions(ZegCLIPOptions):
     "Options of `SPTSEG`; the defaults are those of VOC."
-    spectral: str|None = "1-2"            # blocks with spectral prompts; None = without
-    decoder: str = "spectral"             # "spectral", guided by frequencies, or "cross" attention (ZegCLIP)
-    dice: float = 0.                      # weight of the dice loss (ZegCLIP: 1)
-    ssim: float = 1.                      # weight of the structural similarity loss
+    spectral: str | None = same_option(ZegCLIPOptions, "spectral", "1-2")
+    decoder: str = same_option(ZegCLIPOptions, "decoder", "spectral")
+    dice: float = same_option(ZegCLIPOptions, "dice", 0., help="weight of the dice loss (ZegCLIP: 1)")
+    ssim: float = same_option(ZegCLIPOptions, "ssim", 1.)
 
 class SPTSEG(ZegCLIP):
     """SPT-SEG (Xu et al., 2024): spectral prompts in the first blocks and a spectral-guided decoder, under focal and structural similarity loss.

@@ -17,26 +17,42 @@ from ..affinity import box_mask, propagate, smoothed_affinity
 from ..cam import normalise_cam
 from ..data import Batch
 from ..decoders import token_affinity
-from ..files import InputError
 from ..losses import affinity_loss, balanced_cross_entropy, pair_labels
-from .segmenter import Segmenter, SegmenterOptions, Seen, enlarged, require_labels
+from ..options import option
+from .segmenter import ForwardPass, Segmenter, SegmenterOptions, enlarged, require_labels
 
 # %% ../../nbs/systems/41_weclip.ipynb #37255bcc
 @dataclass(frozen=True)
 class WeCLIPOptions(SegmenterOptions):
-    "Options of `WeCLIP`; the defaults are those of VOC."
-    switch: float = .5             # share of the training after which the decoder selects attention maps
-    early_layers: int = 8          # blocks averaged before that
-    late_layers: int = 6           # blocks selected from after it (COCO: 10)
-    box: float|None = .4           # only what lies in boxes around at least this share of a map's maximum travels (COCO: 0.7); None = all
-    normalise: str = "weclip"      # of the affinity: "weclip" three rounds and squared, "sinkhorn" to a tolerance
-    walks: int = 1                 # steps over the normalised affinity
-    affinity_weight: float = .1    # of the affinity loss
-    radius: int = 8                # of the pairs it sees, in patches
+    """Options of `WeCLIP`; the defaults are those of VOC.
 
-    def __post_init__(self) -> None:
-        for name in ("early_layers", "late_layers"):
-            if getattr(self, name) < 1: raise InputError(f"{name}={getattr(self, name)}: take the relations of at least one block.")
+    Attributes
+    ----------
+    switch : float
+        share of the training after which the decoder selects attention maps; above 1: never
+    early_layers : int
+        last blocks whose attention is averaged before the switch
+    late_layers : int
+        last blocks whose attention is selected from after the switch (COCO: 10)
+    box : float | None
+        maps travel only from inside boxes around at least this share of their maximum (COCO: 0.7); none: from
+        everywhere
+    normalise : str
+        how the affinity is brought to rows and columns that sum to 1
+    walk_steps : int
+        steps of a map over the affinity; 0: maps stay where they are
+    affinity_weight : float
+        weight of the affinity loss
+    """
+    renamed: ClassVar = {"walks": "walk_steps"}
+    retired: ClassVar = {"radius": 8}
+    switch: float = option(.5, "share of the training after which the decoder selects attention maps; above 1: never", low=0, high=2)
+    early_layers: int = option(8, "last blocks whose attention is averaged before the switch", low=1, high=64)
+    late_layers: int = option(6, "last blocks whose attention is selected from after the switch (COCO: 10)", low=1, high=64)
+    box: float | None = option(.4, "maps travel only from inside boxes around at least this share of their maximum (COCO: 0.7); none: from everywhere", above=0, high=1)
+    normalise: str = option("weclip", "how the affinity is brought to rows and columns that sum to 1", choices={"weclip": "three rounds, then squared", "sinkhorn": "to a tolerance"})
+    walk_steps: int = option(1, "steps of a map over the affinity; 0: maps stay where they are", low=0, high=64)
+    affinity_weight: float = option(.1, "weight of the affinity loss", low=0)
 
 # %% ../../nbs/systems/41_weclip.ipynb #4010725a
 class WeCLIP(Segmenter):
@@ -49,25 +65,25 @@ class WeCLIP(Segmenter):
         most = max(self.options.early_layers, self.options.late_layers)
         return range(max(0, self.backbone.depth - most), self.backbone.depth)
 
-    def affinity(self, seen: Seen, progress: float) -> Tensor:
+    def affinity(self, forward: ForwardPass, progress: float) -> Tensor:
         "Affinity (B, N, N) at this share of the training: the mean of attention maps, later of those that the decoder selects."
         o, late = self.options, progress >= self.options.switch
-        return smoothed_affinity(seen.features, self.source, o.late_layers if late else o.early_layers, normalise=o.normalise,
-                                 reference=token_affinity(seen.decoded.features.float()) if late else None)
+        return smoothed_affinity(forward.features, self.source, o.late_layers if late else o.early_layers, normalise=o.normalise,
+                                 reference=token_affinity(forward.decoded.features.float()) if late else None)
 
     @torch.no_grad()
-    def evidence(self, seen: Seen, progress: float) -> Tensor:
+    def activation_maps(self, forward: ForwardPass, progress: float) -> Tensor:
         "GradCAM after a walk over the affinity, (B, K, h, w) in [0, 1]."
-        cam = self.grad_cam(seen)
+        cam = self.grad_cam(forward)
         box = None if self.options.box is None else box_mask(cam, self.options.box)
-        return normalise_cam(propagate(self.affinity(seen, progress), cam, self.options.walks, box))
+        return normalise_cam(propagate(self.affinity(forward, progress), cam, self.options.walk_steps, box))
 
     def training_step(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         "Weighted losses of one batch; `progress` is the share of the training that is done. Raises `InputError` without image labels."
-        seen = self.see(self.backbone.normalise(batch.images), require_labels(batch))
-        cam = self.evidence(seen, progress)
-        labels, related = self.assign(cam, seen, batch.valid), token_affinity(seen.decoded.features.float())
-        pairs = pair_labels(labels, seen.features.grid, self.options.radius)
-        return {"seg": balanced_cross_entropy(enlarged(seen.decoded.logits, labels), labels),
+        forward = self.forward_pass(self.backbone.normalise(batch.images), require_labels(batch))
+        cam = self.activation_maps(forward, progress)
+        labels, related = self.assign(cam, forward, batch.valid), token_affinity(forward.decoded.features.float())
+        pairs = pair_labels(labels, forward.features.grid)
+        return {"seg": balanced_cross_entropy(enlarged(forward.decoded.logits, labels), labels),
                 "affinity": self.options.affinity_weight*affinity_loss(related, *pairs),
-                **self.common_losses(seen, cam)}
+                **self.common_losses(forward, cam)}

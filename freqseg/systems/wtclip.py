@@ -14,24 +14,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..cam import normalise_cam
-from ..files import InputError
-from .segmenter import Seen
+from ..options import option, same_option
+from .segmenter import ForwardPass
 from .weclip import WeCLIP, WeCLIPOptions
 from ..wavelet import wavedec2
 
 # %% ../../nbs/systems/42_wtclip.ipynb #dc27ad36
 @dataclass(frozen=True)
 class WTCLIPOptions(WeCLIPOptions):
-    "Options of `WTCLIP`."
-    decoder: str = "wavelet"
-    edge: str = "none"         # "none" as the code runs, "image" as the figure draws
-    edge_levels: int = 3       # wavelet levels of the picture whose details count as edges
-    edge_floor: float = .5     # what is left of a map where there is no edge at all
+    """Options of `WTCLIP`.
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.edge not in ("none", "image"): raise InputError(f"edge={self.edge!r}: use 'none' or 'image'.")
-        if not 0 <= self.edge_floor <= 1: raise InputError(f"edge_floor={self.edge_floor}: give a share from 0 to 1.")
+    Attributes
+    ----------
+    edge : str
+        edges that weigh the maps
+    """
+    retired: ClassVar = {**WeCLIPOptions.retired, "edge_levels": 3, "edge_floor": .5}
+    decoder: str = same_option(WeCLIPOptions, "decoder", "wavelet")
+    edge: str = option("none", "edges that weigh the maps", choices={"none": "as the code runs", "image": "those of the picture, as the figure draws"})
 
 # %% ../../nbs/systems/42_wtclip.ipynb #37665a11
 def edge_map(
@@ -40,7 +40,20 @@ def edge_map(
     levels: int = 3,
     wavelet: str = "haar",
 ) -> Tensor:                   # (B, 1, h, w) in [0, 1]
-    "Where the picture has edges: mean over levels of the magnitude of its wavelet details (our reading of WTCLIP's figure)."
+    """Where the picture has edges: mean over levels of the magnitude of its wavelet details (our reading of WTCLIP's figure).
+
+    Parameters
+    ----------
+    images : Tensor
+        (B, 3, H, W) in any linear colour range
+    grid : tuple[int, int]
+        (h, w) of the result
+
+    Returns
+    -------
+    Tensor
+        (B, 1, h, w) in [0, 1]
+    """
     details = wavedec2(images.float().mean(1, keepdim=True), wavelet, levels)[1:]
     strength = [F.interpolate(band.square().sum(2).sqrt(), grid, mode="area") for band in details]
     return torch.stack([normalise_cam(x) for x in strength]).mean(0)
@@ -52,9 +65,9 @@ class WTCLIP(WeCLIP):
     Options: ClassVar[type] = WTCLIPOptions
 
     @torch.no_grad()
-    def evidence(self, seen: Seen, progress: float) -> Tensor:
+    def activation_maps(self, forward: ForwardPass, progress: float) -> Tensor:
         "WeCLIP's maps, weighted by the picture's edges where that is asked for; (B, K, h, w) in [0, 1]."
-        cam = super().evidence(seen, progress)
+        cam = super().activation_maps(forward, progress)
         if self.options.edge == "none": return cam
-        edges = edge_map(seen.images, seen.features.grid, self.options.edge_levels, self.options.wavelet)
-        return normalise_cam(cam*(self.options.edge_floor + (1 - self.options.edge_floor)*edges))
+        edges = edge_map(forward.images, forward.features.grid, wavelet=self.options.wavelet)
+        return normalise_cam(cam*(.5 + .5*edges))   # half of a map is left where there is no edge at all

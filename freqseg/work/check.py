@@ -18,18 +18,28 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ..data import (Listing, classes_in_mask, dataset_splits, detect_dataset, list_dataset, read_image, read_mask,
-                          require_same_size)
+from ..data import Listing, classes_in_mask, dataset_splits, detect_dataset, list_dataset
+from ..pictures import read_image, read_mask, require_same_size
 from ..files import InputError, atomic_write
 from ..memory import leave_with_parent
 
 # %% ../../nbs/work/50_check.ipynb #102860d5
-ERRORS: tuple[str, ...] = ("missing picture", "damaged picture", "missing mask", "bad mask", "size mismatch", "missing labels")
+ERRORS: tuple[str, ...] = (
+    "missing picture", "damaged picture", "missing mask", "bad mask", "size mismatch", "missing labels"
+)
 WARNINGS: tuple[str, ...] = ("label without mask", "mask without label", "listed twice")
 
 @dataclass(frozen=True)
 class Finding:
-    "One thing that is wrong with one picture."
+    """One thing that is wrong with one picture.
+
+    Attributes
+    ----------
+    kind : str
+        one of ERRORS or WARNINGS
+    detail : str
+        the file, the value, the count
+    """
     id: str
     kind: str       # one of ERRORS or WARNINGS
     detail: str     # the file, the value, the count
@@ -42,7 +52,19 @@ class Finding:
 # %% ../../nbs/work/50_check.ipynb #70842aa3
 @dataclass(frozen=True)
 class Report:
-    "The outcome of `check_folder`."
+    """The outcome of `check_folder`.
+
+    Attributes
+    ----------
+    dataset : str
+        "voc", "coco", "cocostuff" or "folder"
+    splits : dict[str, tuple[str, ...]]
+        ids of every split that was checked
+    pictures : int
+        different pictures checked
+    masks : int
+        how many of them have a mask file
+    """
     root: Path
     dataset: str                          # "voc", "coco", "cocostuff" or "folder"
     splits: dict[str, tuple[str, ...]]    # ids of every split that was checked
@@ -71,7 +93,8 @@ class Report:
         if split is None and len(self.splits) > 1:
             raise InputError(f"several splits were checked ({', '.join(self.splits)}): say which one the list is for.")
         split = next(iter(self.splits)) if split is None else split
-        if split not in self.splits: raise InputError(f"split {split!r} was not checked; checked: {', '.join(self.splits)}.")
+        if split not in self.splits:
+            raise InputError(f"split {split!r} was not checked; checked: {', '.join(self.splits)}.")
         whole = [name for name in dict.fromkeys(self.splits[split]) if name not in self.broken_ids]
         if not whole: raise InputError(f"no picture of split {split!r} is whole, so there is no list to write.")
         with atomic_write(out) as partial_list: partial_list.write_text("\n".join(whole) + "\n")
@@ -81,15 +104,21 @@ class Report:
 def _table(report: Report, every: bool) -> str:
     "Counts, findings, verdict."
     listed = ", ".join(f"{split} {len(ids):,}" for split, ids in report.splits.items())
-    lines = [f"{report.root} ({report.dataset}): {listed}",
-             f"{report.pictures:,} pictures and {report.masks:,} masks looked at, {len(report.broken_ids):,} pictures broken"]
+    lines = [
+        f"{report.root} ({report.dataset}): {listed}",
+        f"{report.pictures:,} pictures and {report.masks:,} masks looked at, {len(report.broken_ids):,} pictures broken",
+    ]
     return "\n".join(lines + _rows(report, every) + [_verdict(report)])
 
 def _rows(report: Report, every: bool) -> list[str]:
     "One line for each kind (level, kind, count, first example), errors first; with `every` the others follow."
     rows = []
     for kind in ERRORS + WARNINGS:
-        found = [f"{finding.id}: {_short(finding.detail, report.root)}" for finding in report.findings if finding.kind == kind]
+        found = [
+            f"{finding.id}: {_short(finding.detail, report.root)}"
+            for finding in report.findings
+            if finding.kind == kind
+        ]
         level = "error" if kind in ERRORS else "warning"
         if found: rows.append(f"  {level:<9}{kind:<19}{len(found):>7,}  {found[0]}")
         if every: rows += [f"{'':<37}  {line}" for line in found[1:]]
@@ -142,7 +171,9 @@ def _slices(listing: Listing, length: int) -> Iterator[Listing]:
     "The listing in pieces of `length` pictures."
     for start in range(0, len(listing.ids), length):
         cut = slice(start, start + length)
-        labels = {name: None if (value := getattr(listing, name)) is None else value[cut] for name in ("labels", "labelled")}
+        labels = {
+            name: None if (value := getattr(listing, name)) is None else value[cut] for name in ("labels", "labelled")
+        }
         yield replace(listing, ids=listing.ids[cut], images=listing.images[cut], masks=listing.masks[cut], **labels)
 
 def _check_piece(piece: Listing, masks: bool) -> list[Finding]:
@@ -163,7 +194,9 @@ def _check_listing(listing: Listing, masks: bool, workers: int, progress: bool) 
 def _run(check: partial, pieces: Sequence[Listing], workers: int) -> Iterator[list[Finding]]:
     "`check` of every piece in order, in `workers` processes. Forked on Linux, as torch's loader does: a second, not ten, to start."
     if workers <= 1: yield from map(check, pieces); return
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("fork" if sys.platform == "linux" else "spawn"), initializer=leave_with_parent)
+    pool = ProcessPoolExecutor(
+        workers, mp_context=get_context("fork" if sys.platform == "linux" else "spawn"), initializer=leave_with_parent
+    )
     try: yield from pool.map(check, pieces)
     finally: pool.shutdown(cancel_futures=True)
 
@@ -171,8 +204,11 @@ def _run(check: partial, pieces: Sequence[Listing], workers: int) -> Iterator[li
 def _without(listing: Listing, seen: set[str]) -> Listing:
     "The listing without pictures already looked at: trainval repeats train and val."
     rows = [row for row, name in enumerate(listing.ids) if name not in seen]
-    def pick(values: Sequence | None) -> tuple | None: return None if values is None else tuple(values[row] for row in rows)
-    labels = {name: None if (value := getattr(listing, name)) is None else value[rows] for name in ("labels", "labelled")}
+    def pick(values: Sequence | None) -> tuple | None:
+        return None if values is None else tuple(values[row] for row in rows)
+    labels = {
+        name: None if (value := getattr(listing, name)) is None else value[rows] for name in ("labels", "labelled")
+    }
     return replace(listing, ids=pick(listing.ids), images=pick(listing.images), masks=pick(listing.masks), **labels)
 
 def _repeats(listing: Listing) -> list[Finding]:
@@ -190,10 +226,25 @@ def check_folder(
     """Open and fully decode every picture and mask of a dataset folder, and report all that is wrong.
 
     From 256 pictures on several processes share the work; outside Linux a script that calls this has to guard its main part.
-    Raises `InputError` when the folder has no such layout, or its lists or label table cannot be read."""
+    Raises `InputError` when the folder has no such layout, or its lists or label table cannot be read.
+
+    Parameters
+    ----------
+    split : str | None
+        None: every split of the folder
+    dataset : str
+        "voc", "coco", "cocostuff", "folder", or "auto": by the shape of the folder
+    masks : bool | None
+        True: every picture needs one; False: not looked at; None: all of a split or none
+    workers : int | None
+        processes; None: one for each processor
+    progress : bool
+        a bar with the time to go, on stderr
+    """
     dataset = detect_dataset(path) if dataset == "auto" else dataset
     listings = [list_dataset(path, name, dataset) for name in ([split] if split else dataset_splits(path, dataset))]
-    if not listings: raise InputError(f"{path} has no lists. Write one id per line into ImageSets/Segmentation/train.txt there.")
+    if not listings:
+        raise InputError(f"{path} has no lists. Write one id per line into ImageSets/Segmentation/train.txt there.")
     workers = workers or os.cpu_count() or 1
     findings, seen, painted = [], set(), 0
     for listing in listings:

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from ..clip import Backbone, load_clip
-from ..data import unknown_name
-from ..files import InputError, shipped
+from ..files import InputError, shipped, unknown_name
 from ..systems.dfa import DFA
 from ..systems.ffr import FFR
 from ..systems.segmenter import System
@@ -39,7 +38,15 @@ def save_system(
     path: str|Path,      # .safetensors
     **state: Any,        # kept beside it, for example step=12000
 ) -> Path:
-    "Write a system whole or not at all. Raises `InputError` when the disk is full or read-only."
+    """Write a system whole or not at all. Raises `InputError` when the disk is full or read-only.
+
+    Parameters
+    ----------
+    path : str|Path
+        .safetensors
+    **state : Any
+        kept beside it, for example step=12000
+    """
     write_checkpoint(path, Checkpoint(system.trainable_state(), state, system.config, tuple(system.config["classes"])))
     return Path(path)
 
@@ -66,7 +73,17 @@ def load_system(
 ) -> System:
     """The system of a checkpoint, in eval mode.
 
-    Raises `InputError` for a file that cannot be read, another class list, and a backbone that does not fit."""
+    Raises `InputError` for a file that cannot be read, another class list, and a backbone that does not fit.
+
+    Parameters
+    ----------
+    path : str|Path
+        a checkpoint, or the folder of a run
+    backbone : Backbone|None
+        None = load the one that the checkpoint names
+    classes : Sequence[str]|None
+        refuse a checkpoint for other classes; a zero-shot system answers for them
+    """
     path = checkpoint_path(path)
     stored = read_checkpoint(path)
     if "system" not in stored.config: raise InputError(f"{path} is a checkpoint of something that is no system of freqseg.")
@@ -95,7 +112,13 @@ def training_title(path: str|Path) -> str:
 def left_out(
     skipped: Collection[str],   # ids of pictures
 ) -> str:
-    "The sentence on pictures that a training had to do without."
+    """The sentence on pictures that a training had to do without.
+
+    Parameters
+    ----------
+    skipped : Collection[str]
+        ids of pictures
+    """
     names = sorted(skipped)
     return f"without {len(names)} picture{'s' * (len(names) > 1)} that could not be read ({', '.join(names[:5])}{', ...' * (len(names) > 5)})"
 

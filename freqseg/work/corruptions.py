@@ -15,14 +15,15 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from ..data import unknown_name
-from ..files import InputError
+from ..files import InputError, unknown_name
+
 
 # %% ../../nbs/work/51_corruptions.ipynb #5600c3ad
 REFERENCE = 224          # long side of a picture that the blur is given for, pixels (ImageNet-C)
 SEVERITIES = (1, 3, 5)   # of ImageNet-C's five: strengths 1, 2 and 3
 
-CORRUPTIONS: dict[str, tuple[float, float, float]] = {   # kind -> its parameter at each strength (Hendrycks and Dietterich)
+# kind -> its parameter at each strength (Hendrycks and Dietterich)
+CORRUPTIONS: dict[str, tuple[float, float, float]] = {
     "blur": (1, 3, 6),          # standard deviation of the Gaussian, pixels of a picture of REFERENCE
     "noise": (.08, .18, .38),   # standard deviation of what is added to values in [0, 1]
     "jpeg": (25, 15, 7),        # quality
@@ -60,24 +61,48 @@ _MAKERS: dict[str, Callable[[Image.Image, float, np.ndarray], Image.Image]] = {
     "blur": _blurred, "noise": _noisy, "jpeg": _compressed, "contrast": _flattened}
 
 # %% ../../nbs/work/51_corruptions.ipynb #ae361bc8
-_WORDS = {"blur": "sigma {:g} px of "+str(REFERENCE), "noise": "deviation {:g}", "jpeg": "quality {:g}", "contrast": "{:.0%} left"}
+_WORDS = {
+    "blur": "sigma {:g} px of " + str(REFERENCE), "noise": "deviation {:g}", "jpeg": "quality {:g}",
+    "contrast": "{:.0%} left"
+}
 
 @dataclass(frozen=True)
 class Corruption:
-    "One way to make pictures worse. Raises `InputError` for an unknown kind, naming the nearest, and for a strength that there is not."
+    """One way to make pictures worse. Raises `InputError` for an unknown kind, naming the nearest, and for a strength that there is not.
+
+    Attributes
+    ----------
+    kind : str
+        a key of CORRUPTIONS
+    strength : int
+        1 to 3; 0 leaves pictures as they are
+    """
     kind: str       # a key of CORRUPTIONS
     strength: int   # 1 to 3; 0 leaves pictures as they are
 
     def __post_init__(self) -> None:
         if self.kind not in CORRUPTIONS: raise unknown_name(self.kind, CORRUPTIONS, "corruption")
         if type(self.strength) is not int or not 0 <= self.strength <= len(SEVERITIES):
-            raise InputError(f"strength={self.strength!r} of {self.kind}: use 1, 2 or 3, or 0 for the picture as it is.")
+            raise InputError(
+                f"strength={self.strength!r} of {self.kind}: use 1, 2 or 3, or 0 for the picture as it is."
+            )
 
     def __call__(self,
         image: Image.Image,
         name: str,            # of the picture: what its noise is drawn from
     ) -> Image.Image:         # RGB, of the same size
-        "The picture made worse; the same for the same name, everywhere and always. (JPEG is as constant as the libjpeg behind Pillow.)"
+        """The picture made worse; the same for the same name, everywhere and always. (JPEG is as constant as the libjpeg behind Pillow.)
+
+        Parameters
+        ----------
+        name : str
+            of the picture: what its noise is drawn from
+
+        Returns
+        -------
+        Image.Image
+            RGB, of the same size
+        """
         return _MAKERS[self.kind](image.convert("RGB"), self.parameter, self._seed(name)) if self.strength else image
 
     @property
@@ -107,10 +132,17 @@ class Corruption:
 def parse_corruptions(
     text: str,   # such as blur,noise, or all
 ) -> tuple[str, ...]:
-    "Kinds of corruption from text. Raises `InputError` for none, an unknown one (naming the nearest), or one that comes twice."
+    """Kinds of corruption from text. Raises `InputError` for none, an unknown one (naming the nearest), or one that comes twice.
+
+    Parameters
+    ----------
+    text : str
+        such as blur,noise, or all
+    """
     if text.strip() == "all": return tuple(CORRUPTIONS)
     kinds = tuple(part.strip() for part in text.split(",") if part.strip())
     if not kinds: raise InputError(f"no corruption named: use all, or some of {', '.join(CORRUPTIONS)}.")
     for kind in kinds: Corruption(kind, 0)
-    if twice := [kind for kind in kinds if kinds.count(kind) > 1]: raise InputError(f"{twice[0]} is named twice: name each corruption once.")
+    if twice := [kind for kind in kinds if kinds.count(kind) > 1]:
+        raise InputError(f"{twice[0]} is named twice: name each corruption once.")
     return kinds

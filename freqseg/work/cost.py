@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 from .checkpoints import SYSTEMS, system_named, weights_title
 from ..clip import load_clip, usable_device
-from ..data import COCO_CLASSES, COCOSTUFF_CLASSES, VOC_CLASSES, Batch
-from .seeds import Stopwatch, device_name
+from ..data import Batch
+from ..lists import COCO_CLASSES, COCOSTUFF_CLASSES, VOC_CLASSES
+from ..conditions import Stopwatch, device_name
 from ..files import InputError
 from ..memory import keep_memory
 from .inference import evaluating
@@ -131,7 +132,15 @@ def _recorded_peak(work: Callable[[], Any]) -> int:
 
 # %% ../../nbs/work/68_cost.ipynb #b79e4f8f
 class Spread(NamedTuple):
-    "A median with its quartiles."
+    """A median with its quartiles.
+
+    Attributes
+    ----------
+    low : float
+        lower quartile
+    high : float
+        upper quartile
+    """
     median: float
     low: float    # lower quartile
     high: float   # upper quartile
@@ -153,7 +162,19 @@ def wall_clock(
 # %% ../../nbs/work/68_cost.ipynb #6998e242
 @dataclass(frozen=True)
 class Effort:
-    "What one pass takes, per picture."
+    """What one pass takes, per picture.
+
+    Attributes
+    ----------
+    flops : int
+        two for a multiply-add
+    parts : dict[str, int]
+        the same by part of the system
+    kinds : dict[str, int]
+        the same by kind of operator
+    memory : int
+        bytes at the peak, beyond the weights
+    """
     flops: int                # two for a multiply-add
     parts: dict[str, int]     # the same by part of the system
     kinds: dict[str, int]     # the same by kind of operator
@@ -162,7 +183,31 @@ class Effort:
 
 @dataclass(frozen=True)
 class Cost:
-    "What a system takes, and under which conditions."
+    """What a system takes, and under which conditions.
+
+    Attributes
+    ----------
+    model : str
+        the CLIP that it stands on, and where its weights come from
+    classes : int
+        channels of the answer
+    background : bool
+        is one of them
+    size : int
+        side of the picture, pixels
+    batch : int
+        pictures in a pass; figures are per picture
+    precision : str
+        "fp32" or "bf16"
+    parameters : int
+        of both towers of CLIP and everything on top
+    trainable : int
+        of them
+    step : Effort|None
+        forward and backward of a training step
+    unseen : str|None
+        the class that was taken as the one without masks, as no split of these classes is published
+    """
     system: str
     model: str                # the CLIP that it stands on, and where its weights come from
     classes: int              # channels of the answer
@@ -259,7 +304,21 @@ def measure_cost(
 ) -> Cost:
     """What `system.predict` takes per picture, where the system is, and if asked for a training step; the system is left as it was.
 
-    Raises `InputError` for a size that is not whole patches, for numbers below 1, and when memory runs out."""
+    Raises `InputError` for a size that is not whole patches, for numbers below 1, and when memory runs out.
+
+    Parameters
+    ----------
+    size : int
+        side of a picture, pixels; whole patches
+    batch : int
+        pictures in a pass
+    repeats : int
+        passes that are timed
+    training : bool
+        a training step, too
+    precision : str|None
+        "fp32" or "bf16"; None = bf16 on CUDA
+    """
     _check(size, batch, repeats, training, precision)
     _require_whole_patches(size, system.backbone.patch_size)
     keep_memory()   # as evaluations and trainings do
@@ -308,7 +367,23 @@ def measure_costs(
     """Costs of systems with random weights; of classes without a published split the last is unseen by systems that learn from masks.
 
     Raises `InputError`, before any system is measured, for an unknown system or model, naming the nearest, for a single class where two are
-    needed, and as `measure_cost` does."""
+    needed, and as `measure_cost` does.
+
+    Parameters
+    ----------
+    names : Sequence[str]
+        of systems, each measured once; none = all
+    model : str
+        an open_clip ViT, which gets random weights, world, or a saved model
+    classes : str|None
+        see `cost_classes`
+    device : str
+        "cpu" or "cuda"; auto is CUDA where there is one
+    size : int
+        side of a picture, pixels; whole patches
+    **options : Any
+        of `measure_cost`
+    """
     kinds, known = [system_named(name) for name in dict.fromkeys(names)] or list(SYSTEMS.values()), cost_classes(classes, model)
     unseen = [_class_without_masks(kind, known) for kind in kinds]
     _check(size, **options)
@@ -373,7 +448,13 @@ def parts_markdown(
     costs: Sequence[Cost],
     of: str = "predict",   # or "step"
 ) -> str:
-    "A table of operations by part, GFLOP and share, and which parts these are. Raises `InputError` when no such pass was measured."
+    """A table of operations by part, GFLOP and share, and which parts these are. Raises `InputError` when no such pass was measured.
+
+    Parameters
+    ----------
+    of : str
+        or "step"
+    """
     efforts = {cost.system: effort for cost in costs if (effort := getattr(cost, of))}
     if not efforts: raise InputError(f"no {of} was measured: measure with training=True.")
     parts = list(dict.fromkeys(part for effort in efforts.values() for part in effort.parts))

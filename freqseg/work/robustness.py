@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from .corruptions import CORRUPTIONS, Corruption
 from ..data import SegmentationFolder
-from .seeds import finite
-from ..files import InputError, atomic_write
+from ..files import InputError, atomic_write, finite
 from ..metrics import ConfusionMeter, Interval, bootstrap_interval, mean_iou
-from .inference import FIGURES, FigureScores, Segmenter, SystemReport, evaluate_system, main_figure
+from .evaluation import FIGURES, FigureScores, SystemReport, evaluate_system, main_figure
+from .inference import Segmenter
 
 # %% ../../nbs/work/66_robustness.ipynb #7c4098d6
 def _dense(triples: Tensor, start: int, stop: int, classes: int) -> Tensor:
@@ -37,7 +37,20 @@ def side_by_side(
     meters: Sequence[ConfusionMeter],   # M of shape (C, C) each, of the same pictures
     block: int = 64,                    # pictures that are dense at a time
 ) -> ConfusionMeter:                    # of shape (M, C, C)
-    "Counts of several evaluations of the same pictures as one meter. Raises `InputError` when they have seen different numbers of pictures."
+    """Counts of several evaluations of the same pictures as one meter. Raises `InputError` when they have seen different numbers of pictures.
+
+    Parameters
+    ----------
+    meters : Sequence[ConfusionMeter]
+        M of shape (C, C) each, of the same pictures
+    block : int
+        pictures that are dense at a time
+
+    Returns
+    -------
+    ConfusionMeter
+        of shape (M, C, C)
+    """
     images = {len(meter) for meter in meters}
     if len(images) > 1: raise InputError(f"evaluations of {min(images)} and of {max(images)} pictures cannot be compared: show all the same ones.")
     (number,), classes, triples = images, meters[0].shape[-1], [meter.triples.long() for meter in meters]
@@ -51,7 +64,19 @@ _CONDITIONS = ("system", "dataset", "split", "world", "images", "settings", "dev
 
 @dataclass(frozen=True, eq=False)
 class RobustnessRow:
-    "A figure under one corruption. Fractions in 0..1."
+    """A figure under one corruption. Fractions in 0..1.
+
+    Attributes
+    ----------
+    miou : Interval
+        with its bootstrap interval over pictures
+    boundary : Interval
+        boundary IoU (Cheng et al.)
+    drop : Interval
+        mIoU of clean pictures above this one, paired
+    hiou : Interval|None
+        of seen and unseen classes, where there are such
+    """
     corruption: Corruption
     miou: Interval       # with its bootstrap interval over pictures
     boundary: Interval   # boundary IoU (Cheng et al.)
@@ -65,7 +90,31 @@ class RobustnessRow:
 
 @dataclass(frozen=True, eq=False)
 class Robustness:
-    "What `robustness` found, and under which conditions."
+    """What `robustness` found, and under which conditions.
+
+    Attributes
+    ----------
+    rows : tuple[RobustnessRow, ...]
+        by kind, strengths rising
+    clean : Interval
+        mIoU of the pictures as they are
+    mean : Interval
+        mIoU, mean over all rows
+    figure : str
+        which one: a key of FIGURES
+    world : bool
+        pictures of the embedded world?
+    settings : dict[str, Any]
+        inference, CRF and so on
+    weights : str
+        where the weights come from, in words
+    command : str
+        how to make it again
+    level : float
+        of the intervals
+    clean_hiou : Interval|None
+        of a zero-shot system
+    """
     rows: tuple[RobustnessRow, ...]   # by kind, strengths rising
     clean: Interval                   # mIoU of the pictures as they are
     clean_boundary: Interval
@@ -139,7 +188,21 @@ def robustness(
 ) -> Robustness:
     """A figure of a system under every kind and strength of corruption, and its drop against clean pictures (after Hendrycks and Dietterich, 2019).
 
-    Raises `InputError` for an unknown kind or strength before anything is evaluated, and as `evaluate_system` does."""
+    Raises `InputError` for an unknown kind or strength before anything is evaluated, and as `evaluate_system` does.
+
+    Parameters
+    ----------
+    figures : Sequence[str]
+        what is evaluated; the table is about that which says most
+    clean : SystemReport|None
+        of the pictures as they are, evaluated with the same options; None = evaluate them, too
+    samples : int
+        of the bootstrap
+    seed : int
+        of the bootstrap
+    **options : Any
+        of `evaluate_system`
+    """
     evaluate = lambda corrupt: evaluate_system(system, dataset, figures=figures, corrupt=corrupt, samples=samples, seed=seed, progress=False, **options)
     corruptions, worse = _checked(kinds, strengths), []
     with tqdm(total=len(corruptions) + (clean is None), desc="corruptions", unit="evaluation", delay=2, disable=not progress) as bar:
@@ -228,7 +291,13 @@ def _draw_curves(axes: Any, found: Robustness) -> None:
 def robustness_plot(
     systems: Mapping[str, Robustness],   # name -> what was found
 ) -> Any:
-    "mIoU over strength, a line per kind and a panel per system, as a matplotlib `Figure`. Raises `InputError` for systems that cannot be compared."
+    """mIoU over strength, a line per kind and a panel per system, as a matplotlib `Figure`. Raises `InputError` for systems that cannot be compared.
+
+    Parameters
+    ----------
+    systems : Mapping[str, Robustness]
+        name -> what was found
+    """
     from matplotlib.figure import Figure
     _require_comparable(systems)
     sheet = Figure(figsize=(1.6 + 2.7*len(systems), 3), dpi=100, layout="constrained", facecolor="white")
@@ -248,7 +317,15 @@ def robustness_markdown(
 ) -> str:
     """A figure of several systems under the same corruptions, a column each, the change against clean pictures in brackets.
 
-    Raises `InputError` for systems that cannot be compared, or have no such figure."""
+    Raises `InputError` for systems that cannot be compared, or have no such figure.
+
+    Parameters
+    ----------
+    systems : Mapping[str, Robustness]
+        name -> what was found
+    figure : str
+        or "hiou", of zero-shot systems
+    """
     _require_comparable(systems)
     found = list(systems.values())
     if figure not in ("miou", "hiou"): raise InputError(f"figure={figure!r}: use 'miou' or 'hiou'.")
@@ -284,7 +361,13 @@ def _parsed(told: Mapping[str, Any]) -> Robustness:
 def read_robustness(
     path: str|Path,   # robustness.json, or its folder
 ) -> Robustness:
-    "What `Robustness.save`, or `freqseg evaluate --corrupt`, has written. Raises `InputError` for a file that is missing or something else."
+    """What `Robustness.save`, or `freqseg evaluate --corrupt`, has written. Raises `InputError` for a file that is missing or something else.
+
+    Parameters
+    ----------
+    path : str|Path
+        robustness.json, or its folder
+    """
     path = Path(path)
     if path.suffix != ".json": path = path/"robustness.json"
     try: return _parsed(json.loads(path.read_text(encoding="utf-8")))

@@ -18,7 +18,15 @@ from ..files import InputError
 # %% ../../nbs/work/58_runs.ipynb #c9b87a88
 @dataclass(frozen=True)
 class Parameter:
-    "One assignment of a notebook's `parameters` cell."
+    """One assignment of a notebook's `parameters` cell.
+
+    Attributes
+    ----------
+    default : Any
+        its type is the parameter's type; None takes anything
+    help : str
+        the comment behind it
+    """
     name: str
     default: Any       # its type is the parameter's type; None takes anything
     help: str = ""     # the comment behind it
@@ -44,8 +52,10 @@ def _parameters_source(notebook: str|Path) -> str:
     "Source of the cell tagged `parameters`. Raises `InputError` unless there is exactly one, a code cell."
     tagged = [cell for cell in _read(notebook).cells if "parameters" in cell.metadata.get("tags", [])]
     if len(tagged) == 1 and tagged[0].cell_type == "code": return tagged[0].source
-    raise InputError(f"{notebook} has {len(tagged)} cells tagged 'parameters'; a notebook that runs with parameters has one code cell "
-                     "with that tag (JupyterLab: property inspector, cell tags).")
+    raise InputError(
+        f"{notebook} has {len(tagged)} cells tagged 'parameters'; a notebook that runs with parameters has one code cell "
+        "with that tag (JupyterLab: property inspector, cell tags)."
+    )
 
 # %% ../../nbs/work/58_runs.ipynb #2a6f4a8b
 def _comments(notebook: str|Path) -> dict[str, str]:
@@ -58,8 +68,12 @@ def _assignments(source: str) -> dict[str, ast.expr]:
     "Name -> value expression of every plain assignment at the top of a cell."
     pairs = {}
     for node in ast.parse(source).body:
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        pairs |= {target.id: node.value for target in targets if isinstance(target, ast.Name) and node.value is not None}
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
+        pairs |= {
+            target.id: node.value for target in targets if isinstance(target, ast.Name) and node.value is not None
+        }
     return pairs
 
 def notebook_parameters(notebook: str|Path) -> dict[str, Parameter]:
@@ -69,8 +83,10 @@ def notebook_parameters(notebook: str|Path) -> dict[str, Parameter]:
     broken notebook, and for one without exactly one cell tagged `parameters`."""
     comments, parameters = {}, {}
     source = _parameters_source(notebook)
-    try: values = _assignments(source)
-    except SyntaxError as error: raise InputError(f"the parameters cell of {notebook} is not plain Python ({error}).") from error
+    try:
+        values = _assignments(source)
+    except SyntaxError as error:
+        raise InputError(f"the parameters cell of {notebook} is not plain Python ({error}).") from error
     comments = _comments(notebook)
     for name, value in values.items():
         try: default = ast.literal_eval(value)
@@ -82,7 +98,8 @@ def notebook_parameters(notebook: str|Path) -> dict[str, Parameter]:
 def _fits(value: Any, default: Any) -> bool:
     "May `value` stand where `default` stood? An integer may stand for a float; a truth value is no number."
     if default is None: return True
-    if isinstance(default, bool) or isinstance(value, bool): return isinstance(default, bool) and isinstance(value, bool)
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(default, bool) and isinstance(value, bool)
     if isinstance(default, float): return isinstance(value, (int, float))
     if isinstance(default, (list, tuple)): return isinstance(value, (list, tuple))
     return isinstance(value, type(default))
@@ -95,18 +112,30 @@ def check_parameters(
     known: Mapping[str, Parameter],   # of `notebook_parameters`
     given: Mapping[str, Any],         # name -> value
 ) -> dict[str, Any]:
-    "The given values, paths as text and tuples as lists. Raises `InputError` for an unknown name (naming the nearest) or a value of another type."
+    """The given values, paths as text and tuples as lists. Raises `InputError` for an unknown name (naming the nearest) or a value of another type.
+
+    Parameters
+    ----------
+    known : Mapping[str, Parameter]
+        of `notebook_parameters`
+    given : Mapping[str, Any]
+        name -> value
+    """
     values = {name: _plain(value) for name, value in given.items()}
     for name, value in values.items():
         if name not in known: raise _unknown_parameter(name, known)
         if not _fits(value, known[name].default):
-            raise InputError(f"parameter {name} is {known[name].kind} (default {known[name].default!r}), not {type(value).__name__} {value!r}.")
+            raise InputError(
+                f"parameter {name} is {known[name].kind} (default {known[name].default!r}), not {type(value).__name__} {value!r}."
+            )
     return values
 
 def _unknown_parameter(name: str, known: Mapping[str, Parameter]) -> InputError:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     listed = f"It has: {', '.join(known) or 'none'}."
-    return InputError(f"the notebook has no parameter {name!r}. " + (f"Did you mean {near[0]!r}? " if near else "") + listed)
+    return InputError(
+        f"the notebook has no parameter {name!r}. " + (f"Did you mean {near[0]!r}? " if near else "") + listed
+    )
 
 # %% ../../nbs/work/58_runs.ipynb #523bca50
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -133,7 +162,10 @@ class RunFailed(RuntimeError):
         self.error = error           # "ValueError: ..."
         self.traceback = traceback   # text file
         where = "the kernel died" if cell is None else f"cell In [{cell}] failed"
-        super().__init__(f"{where}: {error.rstrip('.')}. The notebook so far: {record}" + (f", the traceback: {traceback}." if traceback else "."))
+        super().__init__(
+            f"{where}: {error.rstrip('.')}. The notebook so far: {record}"
+            + (f", the traceback: {traceback}." if traceback else ".")
+        )
 
 # %% ../../nbs/work/58_runs.ipynb #550577b5
 def _record_path(notebook: str|Path, out: str|Path) -> Path:
@@ -141,8 +173,12 @@ def _record_path(notebook: str|Path, out: str|Path) -> Path:
     record = Path(out) if str(out).endswith(".ipynb") else Path(out)/Path(notebook).name
     if record.exists() and record.samefile(notebook):
         raise InputError(f"the run would overwrite the notebook {notebook} itself: choose another place for it.")
-    try: record.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error: raise InputError(f"cannot write into {record.parent}: {error.strerror}. Get write access, or choose another folder.") from error
+    try:
+        record.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"cannot write into {record.parent}: {error.strerror}. Get write access, or choose another folder."
+        ) from error
     return record
 
 def _finished(record: Path) -> bool:
@@ -157,15 +193,18 @@ def _quiet_kernel() -> type:
     "A kernel manager whose kernels keep quiet on our stderr: cells' output is in the notebook, and what a killed kernel says helps nobody."
     from jupyter_client import AsyncKernelManager
     class QuietKernel(AsyncKernelManager):
-        async def start_kernel(self, **options: Any) -> None: await super().start_kernel(**options, stderr=subprocess.DEVNULL)
+        async def start_kernel(self, **options: Any) -> None:
+            await super().start_kernel(**options, stderr=subprocess.DEVNULL)
     return QuietKernel
 
 def _execute(notebook: str|Path, record: Path, values: Mapping[str, Any], progress: bool, live: TextIO|None) -> None:
     "Papermill, with paths that may hold braces (which it would take for templates). Of a bar the record keeps its last state."
     import papermill
     source, target = (str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, record))
-    papermill.execute_notebook(source, target, dict(values), kernel_name="python3", start_timeout=120, progress_bar=progress, stderr_file=live,
-                               kernel_manager_class=_quiet_kernel(), coalesce_streams=True)
+    papermill.execute_notebook(
+        source, target, dict(values), kernel_name="python3", start_timeout=120, progress_bar=progress, stderr_file=live,
+        kernel_manager_class=_quiet_kernel(), coalesce_streams=True
+    )
 
 # %% ../../nbs/work/58_runs.ipynb #b616d1d6
 def run_notebook(
@@ -179,7 +218,26 @@ def run_notebook(
 
     The record of an earlier run is replaced when this one has come to its end; until then, and if it fails, it is NAME.again.ipynb.
     Raises `InputError` for a notebook without a parameters cell, an unknown or misspelled parameter, a value of another type
-    and a place that cannot be written, all before anything runs; `RunFailed` when a cell fails or the kernel dies."""
+    and a place that cannot be written, all before anything runs; `RunFailed` when a cell fails or the kernel dies.
+
+    Parameters
+    ----------
+    notebook : str|Path
+        with one cell tagged `parameters`
+    out : str|Path
+        the .ipynb to write, or a folder for it
+    parameters : Mapping[str, Any]|None
+        name -> value; the rest keep their defaults
+    progress : bool
+        a bar over the cells, on stderr
+    live : TextIO|None
+        gets what the cells write to stderr while they run: bars, warnings
+
+    Returns
+    -------
+    Path
+        of the executed notebook
+    """
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
     values = check_parameters(notebook_parameters(notebook), parameters or {})
@@ -187,10 +245,16 @@ def run_notebook(
     attempt = record.with_name(f"{record.stem}.again.ipynb") if _finished(record) else record
     trace = record.with_suffix(".traceback.txt")
     trace.unlink(missing_ok=True)
-    try: _execute(notebook, attempt, values, progress, live)
-    except PapermillExecutionError as error: raise _failed(attempt, trace, error) from error
-    except DeadKernelError as error: raise RunFailed(attempt, None, "something ended it, most often a lack of memory", None) from error
-    except OSError as error: raise InputError(f"cannot write {attempt}: {error.strerror or error}. Free some space, get write access, or choose another folder.") from error
+    try:
+        _execute(notebook, attempt, values, progress, live)
+    except PapermillExecutionError as error:
+        raise _failed(attempt, trace, error) from error
+    except DeadKernelError as error:
+        raise RunFailed(attempt, None, "something ended it, most often a lack of memory", None) from error
+    except OSError as error:
+        raise InputError(
+            f"cannot write {attempt}: {error.strerror or error}. Free some space, get write access, or choose another folder."
+        ) from error
     return attempt.replace(record)
 
 def _failed(record: Path, trace: Path, error: Any) -> RunFailed:
@@ -211,16 +275,47 @@ def launch_command(
     node_rank: int = 0,       # which of them this is
     rendezvous: str = "",     # host:port of machine 0, where all meet
 ) -> list[str]:
-    "The torchrun command that runs `freqseg WORDS` in many processes. Raises `InputError` for machines that could not find one another."
+    """The torchrun command that runs `freqseg WORDS` in many processes. Raises `InputError` for machines that could not find one another.
+
+    Parameters
+    ----------
+    words : Sequence[str]
+        of the command line of freqseg
+    devices : int
+        processes on this machine
+    nodes : int
+        machines; the same command runs on each
+    node_rank : int
+        which of them this is
+    rendezvous : str
+        host:port of machine 0, where all meet
+    """
     host, _, port = rendezvous.rpartition(":")
     if nodes > 1 and not (host and port.isdigit()):
-        raise InputError(f"{nodes} nodes have to meet: give --rendezvous HOST:PORT of the first one (and --node-rank 0 there, 1 on the next ...), not {rendezvous!r}.")
-    if not 0 <= node_rank < nodes: raise InputError(f"--node-rank {node_rank}: with {nodes} node{'s' * (nodes > 1)} it is 0{f' to {nodes - 1}' * (nodes > 1)}.")
+        raise InputError(
+            f"{nodes} nodes have to meet: give --rendezvous HOST:PORT of the first one (and --node-rank 0 there, 1 on the next ...), not {rendezvous!r}."
+        )
+    if not 0 <= node_rank < nodes:
+        raise InputError(
+            f"--node-rank {node_rank}: with {nodes} node{'s' * (nodes > 1)} it is 0{f' to {nodes - 1}' * (nodes > 1)}."
+        )
     meet = ["--master-addr", host, "--master-port", port] if nodes > 1 else ["--standalone"]
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(devices), "--nnodes", str(nodes), "--node-rank", str(node_rank), *meet]
-    return [*start, "--no-python", sys.executable, "-c", "from freqseg.faces.cli import main; raise SystemExit(main())", *words]
+    start = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(devices), "--nnodes", str(nodes),
+        "--node-rank", str(node_rank), *meet
+    ]
+    return [
+        *start,
+        "--no-python",
+        sys.executable,
+        "-c",
+        "from freqseg.faces.cli import main; raise SystemExit(main())",
+        *words,
+    ]
 
 def launch(words: Sequence[str], devices: int, **where: Any) -> int:
     "Run `freqseg WORDS` in `devices` processes; gives their exit status. `where`: nodes, node_rank, rendezvous. Raises `InputError` as `launch_command` does."
     threads = str(max(1, (os.cpu_count() or 1) // devices))
-    return subprocess.run(launch_command(words, devices, **where), env={"OMP_NUM_THREADS": threads, **os.environ}).returncode
+    return subprocess.run(
+        launch_command(words, devices, **where), env={"OMP_NUM_THREADS": threads, **os.environ}
+    ).returncode

@@ -11,9 +11,9 @@ __all__ = ['Trainable', 'Pictures', 'TrainSettings', 'learning_rate', 'mixed_see
 # %% ../../nbs/work/56_train.ipynb #7f424d0f
 import contextlib, functools, hashlib, json, math, os, random, shutil, socket, sys, time, warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -24,17 +24,29 @@ from tqdm import tqdm
 
 from ..cam import best_class
 from ..clip import nearest_multiple
-from ..data import Batch, Sample, collate, to_tensors
+from ..data import Batch, Sample, collate
+from ..transforms import to_tensors
 from ..files import InputError, atomic_write
 from ..memory import keep_memory, leave_with_parent
 from ..metrics import confusion_matrix, iou_scores
+from ..options import Options, declared, option
 from .inference import OVERTAKING, REMEDY, evaluating, grouped
 
 if TYPE_CHECKING: from lightning_fabric import Fabric  # takes seconds to import, so a run does it, not everybody
 
 # %% ../../nbs/work/56_train.ipynb #56b49bf7
 class Trainable(Protocol):
-    "What a system offers to the loop; it is an `nn.Module` besides. A `backbone` (`freqseg.clip.Backbone`) is made use of if there."
+    """What a system offers to the loop; it is an `nn.Module` besides. A `backbone` (`freqseg.clip.Backbone`) is made use of if there.
+
+    Attributes
+    ----------
+    config : dict[str, Any]
+        JSON can hold it; rebuilds the system
+    classes : tuple[str, ...]
+        foreground names
+    num_classes : int
+        C, background included
+    """
     config: dict[str, Any]           # JSON can hold it; rebuilds the system
     classes: tuple[str, ...]         # foreground names
     num_classes: int                 # C, background included
@@ -65,68 +77,109 @@ class Pictures(Protocol):
 
 # %% ../../nbs/work/56_train.ipynb #38b0198f
 @dataclass(frozen=True)
-class TrainSettings:
+class TrainSettings(Options):
     """How to train. Defaults: WeCLIP on VOC. Raises `InputError` for a value that cannot be meant.
 
     A run is continued with the same settings; those from `validate_every` on may change in between, and `batch`, `accumulate`
-    and the number of devices as long as their product stays."""
-    iterations: int = 30_000              # optimiser steps
-    batch: int = 4                        # pictures per device and pass
-    accumulate: int = 1                   # passes per optimiser step
-    lr: float = 2e-3                      # peak learning rate, of groups whose lr_scale is 1
-    weight_decay: float = 0.01            # of AdamW
-    betas: tuple[float, float] = (0.9, 0.999)   # of AdamW
-    warmup: int = 50                      # steps of linear warm-up
-    warmup_start: float = 1e-6            # share of the learning rate at step 0
-    power: float = 1.0                    # of the polynomial decay; 0.9 in FFR
-    grad_clip: float = 0.0                # largest gradient norm; 0 = no clipping
-    precision: str = "32-true"            # or "bf16-mixed": matrix products in bfloat16, weights in float32
-    seed: int = 0                         # of data order, augmentation and dropout
-    validate_every: int = 2000            # steps; also at the end. 0 = at the end only, here and below
-    save_every: int = 500                 # steps between checkpoints
-    log_every: int = 50                   # steps averaged in a line of metrics.jsonl
-    snapshot_every: int = 0               # steps between snapshots, where the caller wants any
-    workers: int = 2                      # processes that read pictures; 0 = none but this one
-    skip_bad: bool = False                # replace pictures that cannot be read by the next one
-    compile: bool = False                 # torch.compile the trainable parts
-    tensorboard: bool = False             # scalars for TensorBoard, too
-    accelerator: str = "auto"             # "cuda", "cpu", "mps"; auto = cuda where there is one
-    devices: int = 0                      # processes per node; 0 = as many as torchrun started, else 1
-    nodes: int = 0                        # 0 = as many as torchrun knows, else 1
-    strategy: str = "ddp"                 # or "ddp_find_unused_parameters_true"; matters with several processes only
+    and the number of devices as long as their product stays.
 
-    def __post_init__(self) -> None:
-        for name, fits, wanted in _REQUIRED:
-            if not fits(value := getattr(self, name)): raise InputError(f"{name}={value!r}: give {wanted}.")
-        if self.iterations and self.warmup >= self.iterations:
-            raise InputError(f"warmup={self.warmup} leaves nothing of iterations={self.iterations}: give a smaller warmup (0 = none).")
+    Attributes
+    ----------
+    iterations : int
+        optimiser steps
+    batch : int
+        pictures per device and pass
+    accumulate : int
+        passes per optimiser step
+    lr : float
+        peak learning rate
+    weight_decay : float
+        weight decay of AdamW
+    betas : tuple[float, float]
+        moments of AdamW: shares that a step keeps of the mean and of the squares
+    warmup : int
+        steps of linear warm-up
+    warmup_start : float
+        share of the learning rate at step 0
+    lr_power : float
+        exponent of the learning rate's polynomial decay (FFR: 0.9)
+    grad_clip : float
+        largest norm of the gradient; 0: no clipping
+    precision : str
+        numbers that training computes with
+    seed : int
+        seed of data order, augmentation and dropout
+    validate_every : int
+        steps between validations; there is one at the end, too. 0: at the end only, here and below
+    save_every : int
+        steps between checkpoints
+    log_every : int
+        steps averaged in a line of metrics.jsonl
+    snapshot_every : int
+        steps between snapshots, where the caller wants any
+    workers : int
+        processes that read pictures; 0: none but this one
+    skip_bad : bool
+        replace pictures that cannot be read by the next one
+    compile : bool
+        torch.compile the parts that learn
+    tensorboard : bool
+        write the losses for TensorBoard, too
+    accelerator : str
+        kind of device
+    devices : int
+        processes per node; 0: as many as torchrun started, else 1
+    nodes : int
+        machines; 0: as many as torchrun knows, else 1
+    strategy : str
+        how several processes train together
+    """
+    renamed: ClassVar = {"power": "lr_power"}
+    iterations: int = option(30_000, "optimiser steps", low=1, high=10**9)
+    batch: int = option(4, "pictures per device and pass", low=1, high=4096)
+    accumulate: int = option(1, "passes per optimiser step", low=1, high=4096)
+    lr: float = option(2e-3, "peak learning rate", low=0)
+    weight_decay: float = option(.01, "weight decay of AdamW", low=0)
+    betas: tuple[float, float] = option((.9, .999), "moments of AdamW: shares that a step keeps of the mean and of the squares", low=0, below=1)
+    warmup: int = option(50, "steps of linear warm-up", low=0, high=10**9)
+    warmup_start: float = option(1e-6, "share of the learning rate at step 0", low=0, high=1)
+    lr_power: float = option(1., "exponent of the learning rate's polynomial decay (FFR: 0.9)", low=0, high=100)
+    grad_clip: float = option(0., "largest norm of the gradient; 0: no clipping", low=0)
+    precision: str = option("32-true", "numbers that training computes with",
+                            choices={"32-true": "32 bits", "bf16-mixed": "matrix products in bfloat16, weights in 32 bits"})
+    seed: int = option(0, "seed of data order, augmentation and dropout", low=0)
+    validate_every: int = option(2000, "steps between validations; there is one at the end, too. 0: at the end only, here and below", low=0)
+    save_every: int = option(500, "steps between checkpoints", low=0)
+    log_every: int = option(50, "steps averaged in a line of metrics.jsonl", low=0)
+    snapshot_every: int = option(0, "steps between snapshots, where the caller wants any", low=0)
+    workers: int = option(2, "processes that read pictures; 0: none but this one", low=0, high=256)
+    skip_bad: bool = option(False, "replace pictures that cannot be read by the next one")
+    compile: bool = option(False, "torch.compile the parts that learn")
+    tensorboard: bool = option(False, "write the losses for TensorBoard, too")
+    accelerator: str = option("auto", "kind of device", choices={"auto": "cuda where there is one", "cuda": "a GPU by NVIDIA", "cpu": "the processor", "mps": "a GPU by Apple"})
+    devices: int = option(0, "processes per node; 0: as many as torchrun started, else 1", low=0, high=1024)
+    nodes: int = option(0, "machines; 0: as many as torchrun knows, else 1", low=0, high=1024)
+    strategy: str = option("ddp", "how several processes train together", choices={"ddp": "every parameter learns in every step", "ddp_find_unused_parameters_true": "some do not"})
 
-def _one_of(*names: str) -> tuple[Callable[[Any], bool], str]:
-    return (lambda value: value in names), "one of " + ", ".join(names)
-
-def _at_least(least: float, kind: Any = int) -> tuple[Callable[[Any], bool], str]:
-    right = lambda value: isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value) and value >= least
-    return right, f"a {'whole ' * (kind is int)}number of at least {least}"
-
-_NUMBER = (int, float)
-_REQUIRED = (
-    *((name, *_at_least(1)) for name in ("iterations", "batch", "accumulate")),
-    *((name, *_at_least(0)) for name in ("warmup", "seed", "validate_every", "save_every", "log_every", "snapshot_every",
-                                         "workers", "devices", "nodes")),
-    *((name, *_at_least(0, _NUMBER)) for name in ("lr", "weight_decay", "warmup_start", "power", "grad_clip")),
-    ("betas", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value), "two numbers in 0 <= beta < 1"),
-    ("precision", *_one_of("32-true", "bf16-mixed")), ("accelerator", *_one_of("auto", "cuda", "cpu", "mps")),
-    ("strategy", *_one_of("ddp", "ddp_find_unused_parameters_true")))
+    def check(self) -> None:
+        "Raise `InputError` for a warm-up that is longer than the training."
+        if self.warmup >= self.iterations: raise InputError(f"warmup={self.warmup} leaves nothing of iterations={self.iterations}: give a smaller warmup (0: none).")
 
 # %% ../../nbs/work/56_train.ipynb #61194f55
 def learning_rate(
     step: int,                 # 0 .. iterations - 1
     settings: TrainSettings,
 ) -> float:
-    "Linear warm-up from `warmup_start` of the rate, then lr (1 - t/T)^power (WeCLIP: power 1, FFR: 0.9 after 2,000 steps)."
+    """Linear warm-up from `warmup_start` of the rate, then lr (1 - t/T)^power (WeCLIP: power 1, FFR: 0.9 after 2,000 steps).
+
+    Parameters
+    ----------
+    step : int
+        0 .. iterations - 1
+    """
     start = settings.warmup_start
     if step < settings.warmup: return settings.lr * (start + (1 - start) * step / settings.warmup)
-    return settings.lr * (1 - step / settings.iterations) ** settings.power
+    return settings.lr * (1 - step / settings.iterations) ** settings.lr_power
 
 # %% ../../nbs/work/56_train.ipynb #92aebc5c
 def mixed_seed(*numbers: int) -> int:
@@ -154,7 +207,19 @@ def epoch_order(pictures: int, seed: int, epoch: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class DataPlan:
-    "Which pictures each step sees: a pure function of seed and step, so there is no sampler state to save."
+    """Which pictures each step sees: a pure function of seed and step, so there is no sampler state to save.
+
+    Attributes
+    ----------
+    pictures : int
+        in the data set
+    batch : int
+        pictures per process and pass
+    accumulate : int
+        passes per step
+    ranks : int
+        processes
+    """
     pictures: int          # in the data set
     seed: int
     batch: int             # pictures per process and pass
@@ -230,7 +295,21 @@ _MOMENTS = "optimiser/"
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    "What a checkpoint file holds."
+    """What a checkpoint file holds.
+
+    Attributes
+    ----------
+    weights : dict[str, Tensor]
+        for `load_trainable`
+    state : dict[str, Any]
+        step, seconds, best, ...
+    config : dict[str, Any]
+        of the system
+    classes : tuple[str, ...]
+        foreground names
+    moments : dict[int, dict[str, Tensor]]
+        of the optimiser, by parameter number; empty in `best`
+    """
     weights: dict[str, Tensor]                   # for `load_trainable`
     state: dict[str, Any]                        # step, seconds, best, ...
     config: dict[str, Any]                       # of the system
@@ -244,7 +323,13 @@ def write_checkpoint(
     path: str | Path,                # a .safetensors
     checkpoint: Checkpoint,
 ) -> None:
-    "Write it whole or not at all. Raises `InputError` when the disk is full or read-only; `path` then holds what it held."
+    """Write it whole or not at all. Raises `InputError` when the disk is full or read-only; `path` then holds what it held.
+
+    Parameters
+    ----------
+    path : str | Path
+        a .safetensors
+    """
     from safetensors.torch import save
     moments = {f"{_MOMENTS}{number}/{name}": value for number, its in checkpoint.moments.items() for name, value in its.items()}
     if clash := [name for name in checkpoint.weights if name.startswith(_MOMENTS)]: raise ValueError(f"{clash[0]}: reserved name")
@@ -277,7 +362,15 @@ def describe_run(
     per_step: int,                               # pictures per optimiser step over all processes
     identity: Mapping[str, Any] | None = None,   # what else makes it this run: preset, crop, ...
 ) -> dict[str, Any]:
-    "What must stay the same for a run to be continued, as JSON holds it: system, classes, data, settings, `identity`."
+    """What must stay the same for a run to be continued, as JSON holds it: system, classes, data, settings, `identity`.
+
+    Parameters
+    ----------
+    per_step : int
+        pictures per optimiser step over all processes
+    identity : Mapping[str, Any] | None
+        what else makes it this run: preset, crop, ...
+    """
     listing = getattr(train, "listing", None)
     data = dict(dataset=getattr(listing, "dataset", type(train).__name__), split=getattr(listing, "split", ""), pictures=len(train),
                 ids=_digest("\n".join(train.ids).encode()), labels=_labels_digest(train), classes=train.classes)
@@ -319,7 +412,15 @@ def require_same_run(
     there: Mapping[str, Any],    # of run.json
     now: Mapping[str, Any],      # of `describe_run`
 ) -> None:
-    "Raises `InputError` that lists what differs."
+    """Raises `InputError` that lists what differs.
+
+    Parameters
+    ----------
+    there : Mapping[str, Any]
+        of run.json
+    now : Mapping[str, Any]
+        of `describe_run`
+    """
     old, new = (_flat({part: its.get(part) for part in now}) for its in (there, now))
     names = [name for name in {**new, **old} if old.get(name) != new.get(name)]
     if "system.kind" in names: names = [name for name in names if not name.startswith("system.config.options.")]   # those of another system are others
@@ -488,7 +589,17 @@ def segmentation_scores(
     """`miou` and `pixel_accuracy` of `system.predict` on whole pictures, logits enlarged bilinearly to the mask.
 
     Sides are rounded to whole patches, and colours normalised, as the system's backbone wants them. Raises `InputError` for a
-    picture that cannot be read, or has no mask."""
+    picture that cannot be read, or has no mask.
+
+    Parameters
+    ----------
+    pictures : Pictures
+        with masks, without a transform
+    batch : int
+        pictures of one size at a time
+    skip_bad : bool
+        leave out pictures that cannot be read, with a warning
+    """
     counts = torch.zeros(system.num_classes, system.num_classes, dtype=torch.int64)
     reader = DataLoader(_Whole(pictures), batch_size=None, num_workers=workers, worker_init_fn=leave_with_parent, generator=torch.Generator())
     read = (_with_mask(sample) for sample in _readable(reader, skip_bad))
@@ -755,7 +866,7 @@ def _open_folder(out: Path, described: dict[str, Any], system: Trainable, comman
     if not (out/"run.json").exists():
         if (out/"last.safetensors").exists(): raise InputError(f"{out} holds a checkpoint but no run.json that says of what. Choose another out folder.")
         _claim(out, described, command)
-    else: require_same_run(out, _read_run(out), described)
+    else: require_same_run(out, _read_run(out, system), described)
     saved = _last_checkpoint(out)
     _cut_log(out/"metrics.jsonl", saved.step if saved else 0)
     if saved: _complete_best(out, saved)
@@ -771,7 +882,7 @@ def require_own_folder(
     "Raises `InputError` when `out` holds a run that `fit`, given the same, would not continue; it says what differs. A folder without a run will do."
     processes = max(1, settings.devices) * max(1, settings.nodes)
     described = describe_run(system, train, settings, settings.batch * settings.accumulate * processes, identity)
-    if (Path(out)/"run.json").exists(): require_same_run(Path(out), _read_run(Path(out)), described)
+    if (Path(out)/"run.json").exists(): require_same_run(Path(out), _read_run(Path(out), system), described)
 
 def _last_checkpoint(out: Path) -> Checkpoint | None:
     "Where the run stands; None before its first step. Raises `InputError` for a damaged file."
@@ -786,10 +897,23 @@ def _claim(out: Path, described: dict[str, Any], command: str) -> None:
                   freqseg=__version__, torch=torch.__version__)
     with atomic_write(out/"run.json") as partial: partial.write_text(json.dumps({**described, "origin": origin}, indent=1), encoding="utf-8")
 
-def _read_run(out: Path) -> dict[str, Any]:
-    try: return dict(json.loads((out/"run.json").read_text(encoding="utf-8")))
+def _as_today(stored: Any, kind: type) -> Any:
+    "Options that a run.json holds under the names they have now: none that is gone, with the default where an option is younger than the run."
+    if not isinstance(stored, dict) or not issubclass(kind, Options): return stored
+    kept = {kind.renamed.get(name, name): value for name, value in stored.items() if name not in kind.retired or value != kind.retired[name]}
+    younger = {name: one.default for name, (_, one) in declared(kind).items() if name not in kept and one.default is not MISSING}
+    return {**kept, **json.loads(json.dumps(younger))}
+
+def _read_run(out: Path, system: Trainable) -> dict[str, Any]:
+    "What run.json says, in the words of today. Raises `InputError` when it cannot be read."
+    try: there = dict(json.loads((out/"run.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{out/'run.json'} cannot be read ({error}). Restore it, or choose another out folder.") from error
+    there["settings"] = {name: value for name, value in _as_today(there.get("settings"), TrainSettings).items() if name not in _FREE} if isinstance(there.get("settings"), dict) else None
+    config = there["system"].get("config") if isinstance(there.get("system"), dict) else None
+    if isinstance(config, dict) and "options" in config: config["options"] = _as_today(config["options"], getattr(system, "Options", object))
+    if isinstance(there.get("identity"), dict): there["identity"] = {"resize_range" if name == "scale" else name: value for name, value in there["identity"].items()}
+    return there
 
 def _complete_best(out: Path, saved: Checkpoint) -> None:
     "Write best.safetensors when `saved` is the best and was killed before it could say so."
@@ -842,7 +966,25 @@ def _explained(run: _Run) -> Iterator[None]:
 # %% ../../nbs/work/56_train.ipynb #cb5b59f4
 @dataclass(frozen=True, eq=False)
 class TrainResult:
-    "How it went."
+    """How it went.
+
+    Attributes
+    ----------
+    out : Path
+        last.safetensors, best.safetensors, metrics.jsonl, run.json
+    history : list[dict[str, Any]]
+        step, loss, losses, lr, images_per_second, seconds
+    validation : list[dict[str, Any]]
+        step, scores, seconds
+    best : dict[str, float] | None
+        step and miou of best.safetensors; None without validation
+    seconds : float
+        of all processes of the run, one after the other
+    resumed : int
+        step from which this call went on
+    skipped : dict[str, str]
+        pictures that could not be read: id -> fault
+    """
     out: Path                              # last.safetensors, best.safetensors, metrics.jsonl, run.json
     history: list[dict[str, Any]]          # step, loss, losses, lr, images_per_second, seconds
     validation: list[dict[str, Any]]       # step, scores, seconds
@@ -885,7 +1027,27 @@ def fit(
 
     Afterwards the system has the weights of the last step, in eval mode; those of the best validation are in best.safetensors.
     Raises `InputError` for pictures or a folder that cannot be used, `TrainingDiverged` for a loss that is NaN or infinite, and
-    `OutOfMemory`. The last good checkpoint stays whatever happens."""
+    `OutOfMemory`. The last good checkpoint stays whatever happens.
+
+    Parameters
+    ----------
+    train : Pictures
+        its transform crops to one size
+    out : str | Path
+        folder of the run; made when missing, continued when it holds this run
+    settings : TrainSettings | None
+        None: the defaults
+    val : Pictures | None
+        with masks and without a transform, for the default `evaluate`
+    evaluate : Callable[[Any, Pictures], Mapping[str, Any]] | None
+        (system, val) -> scores with `miou`; None: `segmentation_scores`
+    snapshot : Callable[[Any, int], Mapping[str, Any]] | None
+        (system, step) -> small arrays for out/snapshots
+    identity : Mapping[str, Any] | None
+        what else makes it this run (preset, crop), refused when it differs; JSON can hold it
+    command : str
+        recorded in run.json; empty: this process's
+    """
     keep_memory()
     settings, out = settings or TrainSettings(), Path(out)
     _check_data(system, train, val, evaluate is None)

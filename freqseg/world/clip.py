@@ -27,7 +27,10 @@ from ..memory import leave_with_parent
 from .scenes import HUES, WORLD_BACKGROUNDS, WORLD_CLASSES, World, plural
 
 # %% ../../nbs/world/48_clip.ipynb #b9a25f73
-FILLERS = ("a", "an", "and", "clean", "drawing", "in", "large", "of", "on", "origami", "photo", "picture", "see", "small", "the", "two", "we", "with")
+FILLERS = (
+    "a", "an", "and", "clean", "drawing", "in", "large", "of", "on", "origami", "photo", "picture", "see", "small",
+    "the", "two", "we", "with"
+)
 SINGULAR = {plural(name): name for name in WORLD_CLASSES}
 VOCABULARY = tuple(sorted({*FILLERS, *WORLD_CLASSES, *SINGULAR, *HUES, *WORLD_BACKGROUNDS}))
 
@@ -72,7 +75,15 @@ def scene_cache(
     count: int,        # scenes 0..count-1 of the world
     workers: int|None = None,
 ) -> SceneCache:
-    "Draw `count` scenes into `folder`, or reuse them when they are there. Captions are written last and mark the cache complete."
+    """Draw `count` scenes into `folder`, or reuse them when they are there. Captions are written last and mark the cache complete.
+
+    Parameters
+    ----------
+    folder : str|Path
+        where the two files go
+    count : int
+        scenes 0..count-1 of the world
+    """
     path = Path(folder)/f"{world.split}-{world.seed}-{count}-{world.size}-{_digest(world)}.npy"
     notes = path.with_suffix(".json")
     if not notes.exists():
@@ -100,7 +111,8 @@ def _draw_all(world: World, path: Path, count: int, workers: int|None, piece: in
     finally: pool.shutdown(cancel_futures=True)
 
 # %% ../../nbs/world/48_clip.ipynb #4f00b5f9
-MEAN, STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)  # OpenAI's, so that one preprocessing serves all
+# OpenAI's, so that one preprocessing serves all
+MEAN, STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
 
 def view(
     pictures: np.ndarray,      # (n, H, W, 3) uint8
@@ -109,11 +121,27 @@ def view(
     rng: np.random.Generator,
     smallest: float = .65,     # smallest crop, as a share of the side
 ) -> Tensor:
-    "One random crop window, resized, each picture flipped or not: normalised pixels (B, 3, side, side)."
+    """One random crop window, resized, each picture flipped or not: normalised pixels (B, 3, side, side).
+
+    Parameters
+    ----------
+    pictures : np.ndarray
+        (n, H, W, 3) uint8
+    indices : np.ndarray
+        (B,)
+    side : int
+        side of the result in pixels
+    smallest : float
+        smallest crop, as a share of the side
+    """
     full = pictures.shape[1]
     window = int(full*rng.uniform(smallest, 1))
     top, left = rng.integers(0, full - window + 1, 2)
-    x = torch.from_numpy(np.ascontiguousarray(pictures[indices][:, top:top + window, left:left + window])).permute(0, 3, 1, 2).float()
+    x = (
+        torch.from_numpy(np.ascontiguousarray(pictures[indices][:, top : top + window, left : left + window]))
+        .permute(0, 3, 1, 2)
+        .float()
+    )
     if window != side: x = F.interpolate(x, (side, side), mode="bilinear", antialias=window > side, align_corners=False)
     flipped = torch.from_numpy(rng.random(len(x)) < .5)
     x[flipped] = x[flipped].flip(-1)
@@ -149,7 +177,13 @@ def keep_patches(tokens: Tensor, share: float) -> Tensor:
 def key_imbalance(
     keys: Tensor,  # (B, heads, 1 + n, d) of one block, CLS first
 ) -> Tensor:
-    "How unequal the keys of a picture's patches are: squared coefficient of variation of |k|^2, averaged over pictures and heads. 0 = all the same length."
+    """How unequal the keys of a picture's patches are: squared coefficient of variation of |k|^2, averaged over pictures and heads. 0 = all the same length.
+
+    Parameters
+    ----------
+    keys : Tensor
+        (B, heads, 1 + n, d) of one block, CLS first
+    """
     energy = keys[:, :, 1:].float().square().sum(-1)
     return (energy/energy.mean(-1, keepdim=True) - 1).square().mean()
 
@@ -158,7 +192,17 @@ def train_forward(
     images: Tensor,      # (B, 3, H, W) normalised
     keep: float = 1.,    # share of the patches that is kept, at random: the others are never computed
 ) -> tuple[Tensor, Tensor]:
-    "Output tokens (B, 1 + n, D), CLS first, and the mean key imbalance of the blocks, both with gradients."
+    """Output tokens (B, 1 + n, D), CLS first, and the mean key imbalance of the blocks, both with gradients.
+
+    Parameters
+    ----------
+    visual : nn.Module
+        open_clip VisionTransformer
+    images : Tensor
+        (B, 3, H, W) normalised
+    keep : float
+        share of the patches that is kept, at random: the others are never computed
+    """
     x = visual.conv1(images)
     position = resize_position_embedding(visual.positional_embedding, tuple(visual.grid_size), tuple(x.shape[-2:]))
     x = keep_patches(x.flatten(2).transpose(1, 2) + position[1:], keep)
@@ -177,14 +221,36 @@ def caption_loss(
     truth: Tensor,       # (B, T) of 0 and 1
     scale: Tensor, bias: Tensor,
 ) -> Tensor:
-    "Sigmoid loss of all picture-text pairs, summed over texts, averaged over pictures (SigLIP, with many positives a row)."
+    """Sigmoid loss of all picture-text pairs, summed over texts, averaged over pictures (SigLIP, with many positives a row).
+
+    Parameters
+    ----------
+    embeddings : Tensor
+        (B, E) of the pictures
+    texts : Tensor
+        (T, E) of the texts
+    truth : Tensor
+        (B, T) of 0 and 1
+    """
     logits = scale*F.normalize(embeddings, dim=-1) @ F.normalize(texts, dim=-1).T + bias
     return F.binary_cross_entropy_with_logits(logits, truth, reduction="sum")/len(embeddings)
 
 # %% ../../nbs/world/48_clip.ipynb #7112ae64
 @dataclass(frozen=True)
 class Stage:
-    "A stretch of the training."
+    """A stretch of the training.
+
+    Attributes
+    ----------
+    until : float
+        share of the steps at which it ends
+    side : int
+        pixels
+    keep : float
+        share of the patches
+    smallest : float
+        smallest crop
+    """
     until: float      # share of the steps at which it ends
     difficulty: str
     side: int         # pixels
@@ -202,14 +268,29 @@ def optimisers(model: nn.Module) -> list[torch.optim.Optimizer]:
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "resblocks" in name]
     taken = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in taken]
-    groups = [dict(params=[p for p in rest if p.ndim >= 2], weight_decay=.01), dict(params=[p for p in rest if p.ndim < 2], weight_decay=0.)]
+    groups = [
+        dict(params=[p for p in rest if p.ndim >= 2], weight_decay=0.01),
+        dict(params=[p for p in rest if p.ndim < 2], weight_decay=0.0),
+    ]
     return [torch.optim.Muon(matrices, lr=2e-3, weight_decay=.05, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(groups, lr=2e-3, betas=(.9, .98))]
 
 # %% ../../nbs/world/48_clip.ipynb #963b3b35
 @dataclass
 class WorldClipTrainer:
-    "Everything one step needs. Made by `world_clip_trainer`."
+    """Everything one step needs. Made by `world_clip_trainer`.
+
+    Attributes
+    ----------
+    caches : dict[str, SceneCache]
+        by difficulty
+    bank_size : int
+        phrases drawn per step
+    evenness : float
+        weight of the key imbalance
+    tied : bool
+        queries and keys stay equal
+    """
     model: nn.Module
     config: dict
     caches: dict[str, SceneCache]  # by difficulty
@@ -223,7 +304,9 @@ class WorldClipTrainer:
     def __post_init__(self) -> None:
         self.tokenizer = WorldTokenizer(VOCABULARY, self.config["text_cfg"]["context_length"])
         self.optimisers = optimisers(self.model)
-        counts = Counter(phrase for cache in self.caches.values() for caption in cache.captions for phrase in phrases(caption))
+        counts = Counter(
+            phrase for cache in self.caches.values() for caption in cache.captions for phrase in phrases(caption)
+        )
         self.bank = sorted(counts)
         self.bank_share = np.array([counts[phrase] for phrase in self.bank])/counts.total()
         self.bank_words = content_words(self.bank)
@@ -266,7 +349,10 @@ def tie_queries_and_keys(visual: nn.Module) -> None:
 
 def _descend(trainer: WorldClipTrainer, loss: Tensor) -> None:
     "Backward, clip, one optimiser step at the schedule's rate; the logit scale stays in 1..60."
-    if not torch.isfinite(loss): raise FloatingPointError(f"the loss is {float(loss)} at step {trainer.step}; resume from the last checkpoint with a lower rate")
+    if not torch.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss is {float(loss)} at step {trainer.step}; resume from the last checkpoint with a lower rate"
+        )
     loss.backward()
     if trainer.tied: tie_queries_and_keys(trainer.model.visual)
     muon, adam = trainer.optimisers
@@ -281,14 +367,21 @@ def _descend(trainer: WorldClipTrainer, loss: Tensor) -> None:
 # %% ../../nbs/world/48_clip.ipynb #9c5bb66a
 def save_state(trainer: WorldClipTrainer, path: Path) -> None:
     "Write everything that a continued run needs, whole or not at all."
-    state = dict(model=trainer.model.state_dict(), optimisers=[o.state_dict() for o in trainer.optimisers], step=trainer.step, steps=trainer.steps)
+    state = dict(
+        model=trainer.model.state_dict(),
+        optimisers=[o.state_dict() for o in trainer.optimisers],
+        step=trainer.step,
+        steps=trainer.steps,
+    )
     with atomic_write(path) as partial: torch.save(state, partial)
 
 def load_state(trainer: WorldClipTrainer, path: Path) -> None:
     "Continue where `path` left off. Raises `InputError` when it belongs to a run of another length."
     state = torch.load(path, weights_only=True, map_location=trainer.model.logit_scale.device)
     if state["steps"] != trainer.steps:
-        raise InputError(f"{path} belongs to a run of {state['steps']} steps, not {trainer.steps}: choose another out folder, or that number")
+        raise InputError(
+            f"{path} belongs to a run of {state['steps']} steps, not {trainer.steps}: choose another out folder, or that number"
+        )
     trainer.model.load_state_dict(state["model"])
     for optimiser, saved in zip(trainer.optimisers, state["optimisers"]): optimiser.load_state_dict(saved)
     trainer.step = state["step"]
@@ -307,12 +400,30 @@ def train_world_clip(
 ) -> tuple[WorldClipTrainer, list[dict]]:
     """Train, or continue the training in `out`. Gives the trainer and a log of the smoothed losses every 25 steps.
 
-    3,500 steps take about 75 minutes on two CPU cores that have bf16 instructions."""
+    3,500 steps take about 75 minutes on two CPU cores that have bf16 instructions.
+
+    Parameters
+    ----------
+    out : str|Path
+        folder for the scene cache and the checkpoint
+    steps : int
+        of `batch` pictures
+    scenes : int
+        drawn once, seen several times
+    evenness : float
+        weight of the key imbalance; 0 = captions alone
+    tied : bool
+        keep queries and keys of the vision tower equal
+    save_every : int
+        steps between checkpoints
+    """
     from tqdm import tqdm
     out, config = Path(out), world_config(width)
     counts = dict(easy=max(batch, scenes//8), medium=max(batch, scenes))
     caches = {name: scene_cache(out/"scenes", World(seed, "train", 160, name), count) for name, count in counts.items()}
-    trainer = WorldClipTrainer(new_world_clip(config, seed).to(device), config, caches, steps, batch, evenness=evenness, tied=tied)
+    trainer = WorldClipTrainer(
+        new_world_clip(config, seed).to(device), config, caches, steps, batch, evenness=evenness, tied=tied
+    )
     state, log = out/"state.pt", out/"losses.jsonl"
     if state.exists(): load_state(trainer, state)
     history = [row for row in _read_log(log) if row["step"] <= trainer.step]
@@ -324,7 +435,8 @@ def train_world_clip(
             if trainer.step % 25 == 0 or trainer.step == steps: history.append(dict(step=trainer.step, **smooth))
             if trainer.step % save_every == 0 or trainer.step == steps:
                 save_state(trainer, state)
-                with atomic_write(log) as partial: partial.write_text("".join(json.dumps(row) + "\n" for row in history))
+                with atomic_write(log) as partial:
+                    partial.write_text("".join(json.dumps(row) + "\n" for row in history))
     return trainer, history
 
 def _read_log(path: Path) -> list[dict]:

@@ -23,8 +23,10 @@ from ..cam import grad_cam, normalise_cam
 from ..clip import Backbone, Features
 from ..files import atomic_write, sha256, shipped
 from ..maps import CamSettings
-from ..metrics import (ConfusionMeter, affinity_auc, best_threshold, bootstrap_average_precision, bootstrap_interval, confusion_matrix,
-                             mean_iou, patch_labels, sweep_background)
+from freqseg.metrics import (
+    ConfusionMeter, affinity_auc, best_threshold, bootstrap_average_precision, bootstrap_interval, confusion_matrix,
+    mean_iou, patch_labels, sweep_background
+)
 from ..prompts import Prompts, embed_wording, usual_wording
 from ..spectra import high_frequency_share
 from .scenes import WORLD_CLASSES, World
@@ -34,7 +36,19 @@ THRESHOLDS = tuple(round(.05*k, 2) for k in range(1, 19))
 SOURCES = ("attention", "qq", "kk", "vv", "tokens")
 
 class Scenes(NamedTuple):
-    "A batch of encoded scenes, and the affinity that the systems make of every source by default."
+    """A batch of encoded scenes, and the affinity that the systems make of every source by default.
+
+    Attributes
+    ----------
+    features : Features
+        with all tokens, attention and qkv
+    used : dict[str, Tensor]
+        source -> (B, N, N): the last eight blocks (at most all), made doubly stochastic
+    present : Tensor
+        (B, 20) bool
+    masks : Tensor
+        (B, H, W)
+    """
     features: Features          # with all tokens, attention and qkv
     used: dict[str, Tensor]     # source -> (B, N, N): the last eight blocks (at most all), made doubly stochastic
     present: Tensor             # (B, 20) bool
@@ -53,9 +67,16 @@ def scene_batches(world: World, count: int, backbone: Backbone, batch: int) -> I
         pixels = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).float()/255
         present = torch.tensor([[name in scene.classes for name in WORLD_CLASSES] for scene in scenes])
         with torch.no_grad():
-            features = backbone.encode(backbone.normalise(pixels.to(backbone.device)), tokens=everything, attention=everything, qkv=everything)
+            features = backbone.encode(
+                backbone.normalise(pixels.to(backbone.device)), tokens=everything, attention=everything, qkv=everything
+            )
             used = used_affinities(features)
-        yield Scenes(features, used, present.to(backbone.device), torch.from_numpy(np.stack([scene.mask for scene in scenes])).long())
+        yield Scenes(
+            features,
+            used,
+            present.to(backbone.device),
+            torch.from_numpy(np.stack([scene.mask for scene in scenes])).long(),
+        )
 
 # %% ../../nbs/world/49_report.ipynb #b4731f78
 def image_scores(features: Features, text: Tensor) -> dict[str, Tensor]:
@@ -85,7 +106,10 @@ def source_relations(scenes: Scenes) -> dict[str, Tensor]:
     for source in SOURCES:
         blocks = relations(scenes.features, source, range(depth)).unbind(1)
         found |= {f"{source} {number}": block for number, block in enumerate(blocks, 1)}
-        found |= {f"{source} late": symmetrise(torch.stack(blocks[depth//2:]).mean(0)), f"{source} used": scenes.used[source]}
+        found |= {
+            f"{source} late": symmetrise(torch.stack(blocks[depth // 2 :]).mean(0)),
+            f"{source} used": scenes.used[source],
+        }
     return found
 
 # %% ../../nbs/world/49_report.ipynb #a1d849ab
@@ -107,7 +131,9 @@ def refined_cams(backbone: Backbone, scenes: Scenes, prompts: Prompts) -> dict[s
     "The raw GradCAM and its refinement by the affinity of every source, as `CamSettings` has it: maps (B, 20, h, w)."
     raw, settings = grad_cam(backbone, scenes.features, prompts.text, scenes.present, prompts.background), CamSettings()
     box = box_mask(raw, settings.box)
-    return dict(raw=raw) | {source: normalise_cam(propagate(affinity, raw, settings.power, box)) for source, affinity in scenes.used.items()}
+    return dict(raw=raw) | {
+        source: normalise_cam(propagate(affinity, raw, settings.power, box)) for source, affinity in scenes.used.items()
+    }
 
 class SeedCounts:
     "Confusions of the raw and the refined CAMs at every threshold."
@@ -128,20 +154,33 @@ class SeedCounts:
 # %% ../../nbs/world/49_report.ipynb #b420fb3b
 def seed_figures(tuning: dict[str, Tensor], test: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
     "mIoU of every CAM on the test scenes at the threshold chosen on the tuning scenes, and its gain over the raw CAM."
-    picked = {name: THRESHOLDS.index(best_threshold(found.long().sum(0), THRESHOLDS).threshold) for name, found in tuning.items()}
+    picked = {
+        name: THRESHOLDS.index(best_threshold(found.long().sum(0), THRESHOLDS).threshold)
+        for name, found in tuning.items()
+    }
     at_best = {name: test[name][:, index].long() for name, index in picked.items()}
     figures = {}
     for name, counts in at_best.items():
         pair = torch.stack([counts, at_best["raw"]], 1)
         gain = bootstrap_interval(pair, lambda c: mean_iou(c[:, 0]) - mean_iou(c[:, 1]))
-        figures[name] = dict(threshold=THRESHOLDS[picked[name]], miou=_percent(bootstrap_interval(counts)), gain=_percent(gain))
+        figures[name] = dict(
+            threshold=THRESHOLDS[picked[name]], miou=_percent(bootstrap_interval(counts)), gain=_percent(gain)
+        )
     return figures
 
 def _percent(interval) -> list[float]: return [round(100*float(x), 2) for x in interval]
 
 # %% ../../nbs/world/49_report.ipynb #44d33457
 class TokenCounts:
-    "Zero-shot scores, same-class AUC of every source, the ceiling of the grid and the low-pass by block."
+    """Zero-shot scores, same-class AUC of every source, the ceiling of the grid and the low-pass by block.
+
+    Parameters
+    ----------
+    self
+        (20, E)
+    text : Tensor
+        (20, E)
+    """
     def __init__(self, text: Tensor):   # (20, E)
         self.text, self.truth, self.shares, self.ceiling = text, [], [], ConfusionMeter(21)
         self.scores: dict[str, list[Tensor]] = {}
@@ -151,7 +190,8 @@ class TokenCounts:
         "Count a batch."
         features, labels = scenes.features, patch_labels(scenes.masks, scenes.features.grid).to(scenes.present.device)
         for name, score in image_scores(features, self.text).items(): self.scores.setdefault(name, []).append(score)
-        for name, related in source_relations(scenes).items(): self.aucs.setdefault(name, []).append(sampled_auc(related, labels))
+        for name, related in source_relations(scenes).items():
+            self.aucs.setdefault(name, []).append(sampled_auc(related, labels))
         for one, mask in zip(pooled_ceiling(scenes.masks, features.grid), scenes.masks): self.ceiling.update(one, mask)
         self.truth.append(scenes.present)
         self.shares.append(mixing_shares(features))
@@ -160,10 +200,16 @@ class TokenCounts:
         "What the report says of the tokens."
         labels = torch.cat(self.truth)
         return dict(
-            zero_shot_map={name: _percent(bootstrap_average_precision(torch.cat(score), labels)) for name, score in self.scores.items()},
-            same_class_auc={name: [round(x, 4) for x in mean_interval(torch.cat(parts))] for name, parts in self.aucs.items()},
+            zero_shot_map={
+                name: _percent(bootstrap_average_precision(torch.cat(score), labels))
+                for name, score in self.scores.items()
+            },
+            same_class_auc={
+                name: [round(x, 4) for x in mean_interval(torch.cat(parts))] for name, parts in self.aucs.items()
+            },
             ceiling=_percent(bootstrap_interval(self.ceiling)),
-            high_share=[[round(float(x), 4) for x in row] for row in torch.stack(self.shares).mean(0)])
+            high_share=[[round(float(x), 4) for x in row] for row in torch.stack(self.shares).mean(0)],
+        )
 
 # %% ../../nbs/world/49_report.ipynb #3a96b4c2
 def measure_world(
@@ -177,14 +223,30 @@ def measure_world(
     """Measure every property of the world that comparisons rest on. All figures but thresholds are percentages with 95% bootstrap
     intervals over test scenes (value, low, high); AUCs are shares.
 
-    Takes about ten minutes for 500 scenes on two CPU cores."""
+    Takes about ten minutes for 500 scenes on two CPU cores.
+
+    Parameters
+    ----------
+    scenes : int
+        of the test split
+    tuning_scenes : int
+        of the val split, for thresholds alone
+    """
     prompts = embed_wording(backbone, usual_wording(backbone, WORLD_CLASSES))
     tokens, seeds, tuning = TokenCounts(prompts.text), SeedCounts(backbone, prompts), SeedCounts(backbone, prompts)
     for split, count, counters in (("val", tuning_scenes, [tuning]), ("test", scenes, [tokens, seeds])):
         for encoded in scene_batches(World(seed, split, size), count, backbone, batch):
             for counter in counters: counter.add(encoded)
-    report = dict(model=backbone.name, model_sha256=sha256(shipped("world_clip.safetensors")) if backbone.name == "world_clip" else "",
-                  source=backbone.metadata.get("default_attention_source", "attention"), scenes=scenes, tuning_scenes=tuning_scenes, size=size, difficulty="medium", seed=seed)
+    report = dict(
+        model=backbone.name,
+        model_sha256=sha256(shipped("world_clip.safetensors")) if backbone.name == "world_clip" else "",
+        source=backbone.metadata.get("default_attention_source", "attention"),
+        scenes=scenes,
+        tuning_scenes=tuning_scenes,
+        size=size,
+        difficulty="medium",
+        seed=seed,
+    )
     return report | tokens.figures() | dict(seeds=seed_figures(tuning.confusions(), seeds.confusions()))
 
 def save_report(report: dict[str, Any], path: str|Path) -> None:
@@ -202,11 +264,27 @@ def report_table(report: dict[str, Any]) -> str:
     rows = [("zero-shot mAP, mean of patches", _figure(report["zero_shot_map"]["patches"]), "> 85"),
             ("zero-shot mAP, CLS", _figure(report["zero_shot_map"]["cls"]), ""),
             ("raw GradCAM seed, mIoU", _figure(seeds["raw"]["miou"]), "30 to 60")]
-    rows += [(f"same-class AUC, {source}, {blocks}", _figure(auc[f"{source} {key}"], 3), "> 0.75 for the source in use" if key == "used" else "")
-             for key, blocks in (("late", "last half of the blocks"), ("used", "last eight (all six)")) for source in SOURCES]
-    rows += [(f"gain of refinement by {source}, mIoU", _figure(seeds[source]["gain"]), "> 0 for the source in use") for source in SOURCES]
+    rows += [
+        (
+            f"same-class AUC, {source}, {blocks}",
+            _figure(auc[f"{source} {key}"], 3),
+            "> 0.75 for the source in use" if key == "used" else "",
+        )
+        for key, blocks in (("late", "last half of the blocks"), ("used", "last eight (all six)"))
+        for source in SOURCES
+    ]
+    rows += [
+        (f"gain of refinement by {source}, mIoU", _figure(seeds[source]["gain"]), "> 0 for the source in use")
+        for source in SOURCES
+    ]
     rows += [("ceiling of the token grid, mIoU", _figure(report["ceiling"]), "> 85")]
-    rows += [(f"energy above 0.25 cycles, values of block {k} before -> after attention", f"{100*a:.1f}% -> {100*b:.1f}%", "")
-             for k, (a, b) in enumerate(report["high_share"], 1)]
+    rows += [
+        (
+            f"energy above 0.25 cycles, values of block {k} before -> after attention",
+            f"{100 * a:.1f}% -> {100 * b:.1f}%",
+            "",
+        )
+        for k, (a, b) in enumerate(report["high_share"], 1)
+    ]
     head = f"| property ({report['scenes']} test scenes of the embedded world, 95% intervals) | {report['model']} | wanted |\n|---|---|---|\n"
     return head + "\n".join(f"| {name} | {value} | {wanted} |" for name, value, wanted in rows)

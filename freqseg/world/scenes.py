@@ -23,7 +23,8 @@ from ..memory import leave_with_parent
 
 # %% ../../nbs/world/47_scenes.ipynb #a8f29905
 Array = np.ndarray
-Distance = Callable[[Array, Array], Array]  # local coordinates (h, w), (h, w) -> signed distance (h, w), negative inside
+# local coordinates (h, w), (h, w) -> signed distance (h, w), negative inside
+Distance = Callable[[Array, Array], Array]
 
 def _sincos(turns: float) -> tuple[float, float]:
     "Sine and cosine of an angle in turns, rounded so that every platform's library agrees."
@@ -99,7 +100,10 @@ def ladder(x, y):
 
 def key(x, y):
     bow = np.abs(disc(x + np.float32(.58), y, .31)) - np.float32(.13)
-    teeth = union(box(x - np.float32(.55), y - np.float32(.25), .1, .24), box(x - np.float32(.85), y - np.float32(.2), .1, .2))
+    teeth = union(
+        box(x - np.float32(0.55), y - np.float32(0.25), 0.1, 0.24),
+        box(x - np.float32(0.85), y - np.float32(0.2), 0.1, 0.2),
+    )
     return union(bow, box(x - np.float32(.35), y, .62, .12), teeth)
 
 def fish(x, y):
@@ -133,7 +137,10 @@ def flower(x, y):
 
 def snake(x, y):
     body = (np.abs(y - np.float32(.34)*wave(x*np.float32(.75))) - np.float32(.2))*np.float32(.62)
-    return union(np.maximum(body, np.abs(x) - np.float32(.9)), ellipse(x - np.float32(.82), y - np.float32(.34)*wave(x*np.float32(.75)), .26, .2))
+    return union(
+        np.maximum(body, np.abs(x) - np.float32(0.9)),
+        ellipse(x - np.float32(0.82), y - np.float32(0.34) * wave(x * np.float32(0.75)), 0.26, 0.2),
+    )
 
 def spider(x, y):
     u = np.abs(x)
@@ -172,7 +179,17 @@ def comb(x, y):
 # %% ../../nbs/world/47_scenes.ipynb #88446129
 @dataclass(frozen=True)
 class Kind:
-    "A foreground class: its silhouette, its typical look, and the cut `a*x + b*y > c` that its discriminative part lies behind."
+    """A foreground class: its silhouette, its typical look, and the cut `a*x + b*y > c` that its discriminative part lies behind.
+
+    Attributes
+    ----------
+    texture : str
+        one of TEXTURES
+    hue : str
+        one of HUES
+    habitat : str|None
+        background that it mostly appears on
+    """
     name: str
     distance: Distance
     texture: str  # one of TEXTURES
@@ -184,16 +201,27 @@ HUES = dict(red=(.86, .16, .18), orange=(.95, .55, .12), yellow=(.93, .86, .2), 
             cyan=(.2, .75, .8), blue=(.2, .33, .88), purple=(.58, .25, .75), pink=(.95, .5, .7))
 
 KINDS = (
-    Kind("ring", ring, "striped", "green", (1, 0, 0)), Kind("star", star, "checked", "yellow", (0, -1, .05)),
-    Kind("wheel", wheel, "plain", "purple", (0, 1, .05)), Kind("ladder", ladder, "spotted", "orange", (0, -1, .1)),
-    Kind("key", key, "plain", "yellow", (-1, 0, .1)), Kind("fish", fish, "banded", "orange", (1, 0, .2), "water"),
-    Kind("tree", tree, "spotted", "green", (0, -1, .05), "grass"), Kind("mushroom", mushroom, "spotted", "red", (0, -1, .1), "forest"),
-    Kind("umbrella", umbrella, "banded", "purple", (1, -1, .2), "rain"), Kind("arrow", arrow, "striped", "blue", (1, 0, .1)),
-    Kind("moon", moon, "checked", "cyan", (0, -1, .1), "night"), Kind("flower", flower, "banded", "pink", (-1, -1, .1)),
-    Kind("snake", snake, "striped", "yellow", (1, 0, .1), "sand"), Kind("spider", spider, "checked", "red", (0, 1, -.1)),
-    Kind("mug", mug, "spotted", "blue", (-1, 0, 0)), Kind("house", house, "checked", "orange", (0, -1, -.1)),
-    Kind("hammer", hammer, "striped", "red", (0, -1, .2)), Kind("gear", gear, "banded", "cyan", (-1, 0, .05)),
-    Kind("butterfly", butterfly, "spotted", "purple", (1, 0, .05)), Kind("comb", comb, "checked", "pink", (0, -1, .05)))
+    Kind("ring", ring, "striped", "green", (1, 0, 0)),
+    Kind("star", star, "checked", "yellow", (0, -1, 0.05)),
+    Kind("wheel", wheel, "plain", "purple", (0, 1, 0.05)),
+    Kind("ladder", ladder, "spotted", "orange", (0, -1, 0.1)),
+    Kind("key", key, "plain", "yellow", (-1, 0, 0.1)),
+    Kind("fish", fish, "banded", "orange", (1, 0, 0.2), "water"),
+    Kind("tree", tree, "spotted", "green", (0, -1, 0.05), "grass"),
+    Kind("mushroom", mushroom, "spotted", "red", (0, -1, 0.1), "forest"),
+    Kind("umbrella", umbrella, "banded", "purple", (1, -1, 0.2), "rain"),
+    Kind("arrow", arrow, "striped", "blue", (1, 0, 0.1)),
+    Kind("moon", moon, "checked", "cyan", (0, -1, 0.1), "night"),
+    Kind("flower", flower, "banded", "pink", (-1, -1, 0.1)),
+    Kind("snake", snake, "striped", "yellow", (1, 0, 0.1), "sand"),
+    Kind("spider", spider, "checked", "red", (0, 1, -0.1)),
+    Kind("mug", mug, "spotted", "blue", (-1, 0, 0)),
+    Kind("house", house, "checked", "orange", (0, -1, -0.1)),
+    Kind("hammer", hammer, "striped", "red", (0, -1, 0.2)),
+    Kind("gear", gear, "banded", "cyan", (-1, 0, 0.05)),
+    Kind("butterfly", butterfly, "spotted", "purple", (1, 0, 0.05)),
+    Kind("comb", comb, "checked", "pink", (0, -1, 0.05)),
+)
 WORLD_CLASSES = tuple(kind.name for kind in KINDS)
 
 # %% ../../nbs/world/47_scenes.ipynb #f4999097
@@ -204,7 +232,8 @@ def _bands(u: Array, v: Array) -> Array: return (wave(np.sqrt(u*u + v*v)) > 0).a
 def _plain(u: Array, v: Array) -> Array: return np.ones_like(u)
 
 TEXTURES = dict(plain=_plain, striped=_stripes, checked=_checks, spotted=_spots, banded=_bands)
-COATS = (("plain", (.62, .6, .56)), ("plain", (.35, .28, .24)), ("striped", (.7, .68, .5)), ("checked", (.5, .55, .6)))  # shared by all classes
+# shared by all classes
+COATS = (("plain", (.62, .6, .56)), ("plain", (.35, .28, .24)), ("striped", (.7, .68, .5)), ("checked", (.5, .55, .6)))
 
 def paint(texture: str, colour: tuple[float, float, float], u: Array, v: Array, frequency: float) -> Array:
     "Colour planes (3, h, w) in [0, 1]: `colour` modulated by `texture` with `frequency` cycles per local unit."
@@ -249,8 +278,14 @@ class Ground:
     pattern: Callable[[Array, Array, Array], Array]
 
 def _soft(n, x, y): return np.float32(.5) + np.float32(.5)*n
-def _ripples(n, x, y): return np.float32(.5) + np.float32(.3)*wave(np.float32(9)*y + np.float32(.9)*n) + np.float32(.2)*n
-def _blades(n, x, y): return np.float32(.5) + np.float32(.32)*wave(np.float32(16)*x + np.float32(1.5)*n + np.float32(2)*y) + np.float32(.25)*n
+def _ripples(n, x, y):
+    return np.float32(0.5) + np.float32(0.3) * wave(np.float32(9) * y + np.float32(0.9) * n) + np.float32(0.2) * n
+def _blades(n, x, y):
+    return (
+        np.float32(0.5)
+        + np.float32(0.32) * wave(np.float32(16) * x + np.float32(1.5) * n + np.float32(2) * y)
+        + np.float32(0.25) * n
+    )
 def _bricks(n, x, y):
     row = np.floor(y*np.float32(9))
     across = x*np.float32(5) + np.float32(.5)*(row - np.float32(2)*np.floor(row*np.float32(.5)))
@@ -259,7 +294,12 @@ def _bricks(n, x, y):
 def _grain(n, x, y): return np.float32(.5) + np.float32(.4)*wave(np.float32(3)*x + np.float32(2.2)*n)
 def _sparks(n, x, y): return np.where(n > np.float32(.62), np.float32(1), np.float32(.12) + np.float32(.12)*n)
 def _veins(n, x, y): return np.where(np.abs(n) < np.float32(.09), np.float32(1), np.float32(.25) + np.float32(.2)*n)
-def _streaks(n, x, y): return np.float32(.45) + np.float32(.35)*wave(np.float32(12)*x + np.float32(5)*y + np.float32(.4)*n) + np.float32(.2)*n
+def _streaks(n, x, y):
+    return (
+        np.float32(0.45)
+        + np.float32(0.35) * wave(np.float32(12) * x + np.float32(5) * y + np.float32(0.4) * n)
+        + np.float32(0.2) * n
+    )
 def _tiles(n, x, y):
     u, v = x*np.float32(6), y*np.float32(6)
     grout = np.minimum(u - np.floor(u), v - np.floor(v)) < np.float32(.08)
@@ -279,7 +319,31 @@ WORLD_BACKGROUNDS = tuple(ground.name for ground in GROUNDS)
 # %% ../../nbs/world/47_scenes.ipynb #bc54d0e0
 @dataclass(frozen=True)
 class Difficulty:
-    "The knobs of the world; probabilities unless said otherwise."
+    """The knobs of the world; probabilities unless said otherwise.
+
+    Attributes
+    ----------
+    typical : float
+        an instance wears its class's typical look at all
+    partial : float
+        ... and then on its discriminative part only
+    habitat : float
+        a class with a habitat is shown there
+    named : float
+        otherwise, the background is one that has a name
+    mention : float
+        a caption mentions the background when it has a name
+    adjective : float
+        a caption names an instance's hue
+    distractors : float
+        mean number of nameless things that wear object textures
+    classes : tuple[float, float, float]
+        of 1, 2 and 3 classes in a picture
+    area : tuple[float, float]
+        object's area as a share of the picture, log-uniform between these
+    minimal : float
+        classes with less visible area are not drawn, not labelled and not mentioned
+    """
     typical: float      # an instance wears its class's typical look at all
     partial: float      # ... and then on its discriminative part only
     habitat: float      # a class with a habitat is shown there
@@ -299,7 +363,19 @@ DIFFICULTIES = dict(
 # %% ../../nbs/world/47_scenes.ipynb #a821d08f
 @dataclass(frozen=True)
 class Scene:
-    "One picture of the world."
+    """One picture of the world.
+
+    Attributes
+    ----------
+    image : Array
+        (H, W, 3) uint8
+    mask : Array
+        (H, W) uint8: 0 background, 1..20 = WORLD_CLASSES, 255 void along borders
+    classes : tuple[str, ...]
+        visible classes, in the order of WORLD_CLASSES
+    background : str|None
+        the background's name, when it has one
+    """
     image: Array              # (H, W, 3) uint8
     mask: Array               # (H, W) uint8: 0 background, 1..20 = WORLD_CLASSES, 255 void along borders
     caption: str
@@ -344,8 +420,12 @@ def _frame(rng: np.random.Generator, size: int, scale: float, reach: float = 1.1
     half = reach*scale*max(aspect, 1/aspect)
     rows = slice(max(0, int((cy - half)*size)), min(size, int((cy + half)*size) + 1))
     cols = slice(max(0, int((cx - half)*size)), min(size, int((cx + half)*size) + 1))
-    y = ((np.arange(rows.start, rows.stop, dtype=np.float32) + np.float32(.5))*np.float32(1/size) - np.float32(cy))*np.float32(1/scale)
-    x = ((np.arange(cols.start, cols.stop, dtype=np.float32) + np.float32(.5))*np.float32(1/size) - np.float32(cx))*np.float32(1/scale)
+    y = (
+        (np.arange(rows.start, rows.stop, dtype=np.float32) + np.float32(0.5)) * np.float32(1 / size) - np.float32(cy)
+    ) * np.float32(1 / scale)
+    x = (
+        (np.arange(cols.start, cols.stop, dtype=np.float32) + np.float32(0.5)) * np.float32(1 / size) - np.float32(cx)
+    ) * np.float32(1 / scale)
     u, v = rotate(x[None, :], y[:, None], turn)
     u, v = u*np.float32(1/aspect), v*np.float32(aspect)
     return (rows, cols), u + np.float32(bend)*(v*v - np.float32(.4)), v + np.float32(skew)*(u*u - np.float32(.4))
@@ -408,7 +488,12 @@ def _background(rng: np.random.Generator, size: int, ground: Ground|None) -> Arr
     x, y = axis[None, :], axis[:, None]
     if ground is None:
         dark, light = ((rng.random(), rng.random(), rng.random()) for _ in range(2))
-        t = np.float32(.7)*n + np.float32(_between(rng, -.6, .6))*x + np.float32(_between(rng, -.6, .6))*y + np.float32(.5)
+        t = (
+            np.float32(0.7) * n
+            + np.float32(_between(rng, -0.6, 0.6)) * x
+            + np.float32(_between(rng, -0.6, 0.6)) * y
+            + np.float32(0.5)
+        )
         dark, light = (tuple(.15 + .7*c for c in colour) for colour in (dark, light))
     else:
         dark, light = _tint(rng, ground.dark, .05), _tint(rng, ground.light, .05)
@@ -440,8 +525,13 @@ def _draw(rng: np.random.Generator, canvas: Array, thing: _Instance) -> None:
     _blend(canvas, thing.box, np.clip(colour*_shade(rng, thing.u, thing.v), 0, 1), thing.distance)
 
 _NAMELESS: tuple[Distance, ...] = (
-    lambda x, y: ellipse(x, y, .9, .6), lambda x, y: box(x, y, .8, .55), lambda x, y: segment(x, y, -.9, 0, .9, 0, .1),
-    lambda x, y: np.maximum((np.abs(y - np.float32(.2)*wave(x)) - np.float32(.12))*np.float32(.7), np.abs(x) - np.float32(.9)))
+    lambda x, y: ellipse(x, y, 0.9, 0.6),
+    lambda x, y: box(x, y, 0.8, 0.55),
+    lambda x, y: segment(x, y, -0.9, 0, 0.9, 0, 0.1),
+    lambda x, y: np.maximum(
+        (np.abs(y - np.float32(0.2) * wave(x)) - np.float32(0.12)) * np.float32(0.7), np.abs(x) - np.float32(0.9)
+    ),
+)
 
 def _distract(rng: np.random.Generator, canvas: Array, knobs: Difficulty) -> None:
     "Nameless things that wear what objects wear: their typical looks and their shared coats."
@@ -496,8 +586,13 @@ def compose(rng: np.random.Generator, size: int, knobs: Difficulty, first: int|N
     canvas += np.float32(.06)*noise(rng, size)
     image = np.clip(canvas*np.float32(255) + np.float32(.5), 0, 255).astype(np.uint8).transpose(1, 2, 0)
     present = sorted({thing.kind for thing in instances})
-    return Scene(np.ascontiguousarray(image), _void_border(labels), _caption(rng, instances, ground.name if ground else None, knobs),
-                 tuple(WORLD_CLASSES[k] for k in present), ground.name if ground else None)
+    return Scene(
+        np.ascontiguousarray(image),
+        _void_border(labels),
+        _caption(rng, instances, ground.name if ground else None, knobs),
+        tuple(WORLD_CLASSES[k] for k in present),
+        ground.name if ground else None,
+    )
 
 # %% ../../nbs/world/47_scenes.ipynb #15064fac
 SPLITS = ("train", "val", "test")
@@ -525,10 +620,11 @@ def _write_scene(job: tuple[World, int, str, str]) -> tuple[str, tuple[str, ...]
     "Write the picture and mask of one scene; gives its id, classes and caption."
     from pathlib import Path
     from PIL import Image
-    from freqseg.data import write_mask
+    from freqseg.pictures import write_mask
     world, index, folder, name = job
     scene = world[index]
-    with atomic_write(Path(folder)/"JPEGImages"/f"{name}.png") as partial: Image.fromarray(scene.image).save(partial, compress_level=1)
+    with atomic_write(Path(folder) / "JPEGImages" / f"{name}.png") as partial:
+        Image.fromarray(scene.image).save(partial, compress_level=1)
     write_mask(Path(folder)/"SegmentationClass"/f"{name}.png", scene.mask)
     return name, scene.classes, scene.caption
 
@@ -544,14 +640,34 @@ def write_world(
     """Write a world to disk in VOC layout: pictures as PNG (no JPEG blocks, whose frequencies would be measured with the picture's),
     palette masks, `classes.txt`, `labels.txt`, `captions.txt` and an id list for each split that has scenes.
 
-    Raises `InputError` for a folder that is not empty, or cannot be written. Lists are written last: a folder without them is incomplete."""
+    Raises `InputError` for a folder that is not empty, or cannot be written. Lists are written last: a folder without them is incomplete.
+
+    Parameters
+    ----------
+    folder : str
+        made when missing; must be empty otherwise
+    train : int
+        scenes per split
+    val : int
+        scenes per split
+    test : int
+        scenes per split
+    size : int
+        side of the pictures in pixels
+    workers : int|None
+        processes; None = one per core
+    """
     from pathlib import Path
     counts = dict(train=train, val=val, test=test)
     if any(count < 0 for count in counts.values()) or not sum(counts.values()):
         raise InputError(f"a world needs at least one scene and no negative counts, got {counts}")
     if Path(folder).exists() and any(Path(folder).iterdir()):
         raise InputError(f"{folder} is not empty: choose a new folder, or remove it first")
-    jobs = [(World(seed, split, size, difficulty), i, str(folder), f"{split}_{i:06d}") for split in SPLITS for i in range(counts[split])]
+    jobs = [
+        (World(seed, split, size, difficulty), i, str(folder), f"{split}_{i:06d}")
+        for split in SPLITS
+        for i in range(counts[split])
+    ]
     _write_lists(Path(folder), _written(jobs, workers))
 
 def _written(jobs: list, workers: int|None) -> list[tuple[str, tuple[str, ...], str]]:
@@ -567,7 +683,7 @@ def _written(jobs: list, workers: int|None) -> list[tuple[str, tuple[str, ...], 
 
 def _write_lists(folder: "Path", rows: list[tuple[str, tuple[str, ...], str]]) -> None:
     "Class names, image labels, captions and id lists of a world on disk."
-    from freqseg.data import write_labels
+    from freqseg.lists import write_labels
     present = np.array([[name in classes for name in WORLD_CLASSES] for _, classes, _ in rows])
     write_labels(folder/"labels.txt", [name for name, *_ in rows], present, WORLD_CLASSES)
     texts = {"classes.txt": WORLD_CLASSES, "captions.txt": [f"{name}\t{caption}" for name, _, caption in rows]}
