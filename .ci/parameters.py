@@ -1,4 +1,4 @@
-"""Write the parameters cell of every system's training notebook, as the systems' options are now: `python .ci/parameters.py`."""
+"""Write the parameters cells of the training notebooks, as the systems' options are now: `python .ci/parameters.py`."""
 
 import sys
 from pathlib import Path
@@ -8,8 +8,10 @@ sys.path.insert(0, str(ROOT))
 
 import nbformat  # noqa: E402
 
-from freqseg.work.checkpoints import SYSTEMS  # noqa: E402
+from freqseg.systems.segmenter import known_systems  # noqa: E402
 from freqseg.work.experiments import parameters_cell  # noqa: E402
+
+EXAMPLE = "weclip"  # what the notebook for any system trains as it stands
 
 
 def update(path: Path, source: str) -> bool:
@@ -24,7 +26,8 @@ def update(path: Path, source: str) -> bool:
 
 
 if __name__ == "__main__":
-    for system in SYSTEMS:
-        path = ROOT / "nbs" / "train" / f"{system}.ipynb"
-        if update(path, parameters_cell(system)):
+    cells = {"system": parameters_cell(EXAMPLE, general=True), **{system: parameters_cell(system) for system in known_systems()}}
+    for name, source in cells.items():
+        path = ROOT / "nbs" / "train" / f"{name}.ipynb"
+        if path.exists() and update(path, source):
             print(f"written: {path.relative_to(ROOT)}")

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from freqseg.work.checkpoints import SYSTEMS
+from freqseg.systems.segmenter import system_named
 from freqseg.clip import Backbone, load_clip
 from freqseg.data import Batch
 from freqseg.lists import UNLABELLED, VOC_CLASSES
@@ -31,7 +31,7 @@ def batch_of(pictures: int) -> Batch:
 def built(backbone: Backbone, form: str) -> System:
     name, options = FORMS[form]
     torch.manual_seed(0)
-    return SYSTEMS[name].build(backbone, VOC_CLASSES, **options).train()
+    return system_named(name).build(backbone, VOC_CLASSES, **options).train()
 
 
 def step(system: System, batch: Batch) -> int:

@@ -6,6 +6,7 @@ tests are skipped without a device. A test that asks for the fixture `real_data`
 
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch is imported: the tests share the machine, and small tensors gain nothing from more threads.
@@ -57,3 +58,16 @@ def real_data() -> Path:
 def pydensecrf():
     "The package behind the dense CRF; skips where it is not installed (it has no build for Python 3.13)."
     return pytest.importorskip("pydensecrf.densecrf", reason="pydensecrf2 is not installed (pip install 'freqseg[crf]')")
+
+
+@pytest.fixture
+def own_registry() -> Iterator[None]:
+    "The systems and files that a test defines and loads are forgotten after it."
+    from freqseg.plugins import PLUGINS
+    from freqseg.systems.segmenter import SYSTEMS, known_systems
+    known_systems()
+    kept, loaded = dict(SYSTEMS), dict(PLUGINS)
+    yield
+    for registry, before in ((SYSTEMS, kept), (PLUGINS, loaded)):
+        registry.clear()
+        registry.update(before)

@@ -14,7 +14,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "nbs" / "index.md", *(ROOT / "nbs" / "guide").glob("*.md")])
-SYSTEMS = "weclip|wtclip|dfa|ffr|zegclip|sptseg"
 
 
 # ---- the guide ------------------------------------------------------------------------------------------------------
@@ -35,11 +34,11 @@ def check_command(words: list[str]) -> None:
     "Raises what `freqseg WORDS` would, before it does anything."
     from freqseg.faces.cli import build_parser
     from freqseg.faces.training_cli import given_parameters, grid_axes
-    from freqseg.work.experiments import PRESETS, plan
+    from freqseg.work.experiments import plan, presets_of
     numbers = {"$SLURM_NNODES": "2", "$SLURM_NODEID": "0"}
     args = build_parser().parse_args([numbers.get(word, word) for word in words])
     if words[0] in ("train", "sweep"):
-        assert (args.preset or "smoke") in PRESETS[args.system]
+        assert (args.preset or "smoke") in presets_of(args.system)
         plan(args.system, given_parameters(args))   # every -p is a parameter, and its value one that it can have
     if words[0] == "sweep": assert grid_axes(args.system, args.grid)
     if words[0] == "run": assert (ROOT / args.notebook).is_file()
@@ -60,7 +59,10 @@ def faults(checks: list[tuple[str, Callable[[], None]]]) -> list[str]:
     return failed
 
 
-def test_commands_of_the_guide_are_ones_that_freqseg_takes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_of_the_guide_are_ones_that_freqseg_takes(own_registry: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                           capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "my_system.py").write_text(blocks(ROOT / "nbs" / "guide" / "own_system.md", "python")[0])   # the file that commands of that page name
+    monkeypatch.chdir(tmp_path)
     checks = [(f"{page.stem}: freqseg {' '.join(words)}", partial(check_command, words))
               for page in PAGES for words in commands(page) if words != ["--help"]]
     wrong = faults(checks)
@@ -79,8 +81,9 @@ def test_a_wrong_command_would_be_noticed(words: str, capsys: pytest.CaptureFixt
 
 
 def test_options_that_the_page_on_systems_names_are_options() -> None:
+    from freqseg.systems.segmenter import known_systems
     from freqseg.work.experiments import known_parameters
-    known = {name for system in SYSTEMS.split("|") for names in known_parameters(system).values() for name in names}
+    known = {name for system in known_systems() for names in known_parameters(system).values() for name in names}
     named = re.findall(r"`(\w+)=[\w.-]+`", (ROOT / "nbs" / "guide" / "systems.md").read_text(encoding="utf-8"))
     assert len(named) > 10 and not set(named) - known
 
@@ -144,7 +147,7 @@ def test_every_link_and_picture_of_the_site_is_there(site: Path) -> None:
 def test_the_navigation_begins_with_home_and_the_guide(site: Path) -> None:
     found = [target for target in links(site / "index.html").targets if target.endswith(".html") and "://" not in target]
     inside = list(dict.fromkeys(found))
-    guide = ["guide/first_hour.html", "guide/own_data.html", "guide/own_classes.html", "guide/cluster.html", "guide/crf.html", "guide/systems.html"]
+    guide = ["guide/first_hour.html", "guide/own_data.html", "guide/own_classes.html", "guide/own_system.html", "guide/cluster.html", "guide/crf.html", "guide/systems.html"]
     assert [page for page in inside if page.startswith("guide/")] == guide
     assert inside.index(guide[-1]) < next(place for place, page in enumerate(inside) if page.startswith("explore/"))
 

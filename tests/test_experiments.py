@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from freqseg.work.checkpoints import SYSTEMS
-from freqseg.work.experiments import (PRESETS, RUN, Preset, draw_scenes, experiment, field_comments, first_readable, known_parameters, parameters_cell,
-                                plain_warnings, plan)
+from freqseg.systems.segmenter import known_systems, system_named
+from freqseg.work.experiments import (RUN, Preset, draw_scenes, experiment, field_comments, first_readable, known_parameters, parameters_cell,
+                                      plain_warnings, plan, presets_of)
 from freqseg.data import open_folder
 from freqseg.files import InputError
 from freqseg.faces.report import markdown
@@ -18,31 +18,46 @@ from freqseg.work.runs import notebook_parameters
 from freqseg.work.train import TrainSettings
 
 
-PAPERS = {name: ("voc", "coco_stuff" if system.supervision == "masks" else "coco") for name, system in SYSTEMS.items()}
+WORLD = dict(data="world", model="world", pretrained="", test_split="test", scenes=(3200, 100, 200), crop=128, scale=(.6, 1.1), iterations=400, batch=8,
+             warmup=20, validate_every=200, save_every=100, log_every=20, workers=1)
+SMOKE = dict(WORLD, scenes=(16, 8, 8), crop=80, iterations=6, batch=2, warmup=2, validate_every=0, save_every=3, log_every=2, workers=0)
+VOC = dict(train_split="train_aug", crf="weclip")
+COCO = dict(crf="weclip", iterations=80_000, validate_every=5000)
+MASKS = dict(crop=512, largest=.75, vary_colours=True, short=512, slide=512, slide_step=426, average="probabilities", flip=False, batch=16, lr=2e-4, warmup=1500,
+             power=.9, validate_every=0)
+TWO = dict(side=512, scales=(1., .75))
+THREE = dict(lr=1e-4, scales=(1., 1.2, 1.5))
+FEW = dict(lr=3e-3, grad_clip=1., flip=False, average="probabilities")
+LARGE, SMALL = dict(late_layers=10, box=.7), dict(dim=64, switch=2., background_power=2.)
+SMALL_FFR = dict(dim=64, hidden=128, maps="smoothed", background_power=2., lambda_seg=1.)
+SMALL_MASKS = dict(filter_size=128, residual=True)
+STUFF = dict(filter_size=512, prompts=100, wording="scene")
+# system -> preset -> what differs from the defaults of preset and schedule, and the system's own options: the papers' schedules are the papers'
+PUBLISHED = {
+    "weclip": {"voc": (VOC | TWO, {}), "coco": (COCO | TWO, LARGE), "world": (WORLD | dict(lr=1e-3), SMALL), "smoke": (SMOKE | dict(lr=1e-3), SMALL)},
+    "dfa": {"voc": (VOC | THREE, {}), "coco": (COCO | THREE | dict(batch=8), {}),
+            "world": (WORLD | dict(lr=1e-3), dict(dim=64)), "smoke": (SMOKE | dict(lr=1e-3), dict(dim=64))},
+    "ffr": {"voc": (VOC | dict(iterations=20_000, lr=6e-5, warmup=2000, power=.9), {}), "coco": (COCO | dict(batch=8, lr=6e-5, warmup=2000, power=.9), {}),
+            "world": (WORLD | dict(lr=1e-4), SMALL_FFR), "smoke": (SMOKE | dict(lr=1e-4), SMALL_FFR)},
+    "zegclip": {"voc": (dict(train_split="train_aug", iterations=20_000) | MASKS, dict(filter_size=512)), "coco_stuff": (dict(iterations=80_000) | MASKS, STUFF),
+                "world": (WORLD | FEW, SMALL_MASKS), "smoke": (SMOKE | FEW, SMALL_MASKS)}}
+PUBLISHED["wtclip"] = PUBLISHED["weclip"]
+PUBLISHED["sptseg"] = PUBLISHED["zegclip"] | {"coco_stuff": (dict(iterations=96_000) | MASKS, STUFF)}
 
 
-def test_every_system_has_the_four_presets_and_they_build_its_options() -> None:
-    assert set(PRESETS) == set(SYSTEMS)
-    for name, presets in PRESETS.items():
-        assert set(presets) == {"smoke", "world", *PAPERS[name]}
-        for preset in presets.values():
-            known = {field.name for field in fields(SYSTEMS[name].Options)}
-            assert set(preset.options) <= known and preset.settings.warmup < preset.settings.iterations
+@pytest.mark.parametrize("system", PUBLISHED)
+def test_every_field_of_every_preset_is_what_was_published(system: str) -> None:
+    presets = presets_of(system)
+    assert set(presets) == set(PUBLISHED[system])
+    for name, preset in presets.items():
+        flat, options = PUBLISHED[system][name]
+        schedule = {field.name for field in fields(TrainSettings)}
+        expected = Preset("", settings=TrainSettings(**{k: v for k, v in flat.items() if k in schedule}), options=options)
+        assert preset == replace(expected, **{k: v for k, v in flat.items() if k not in schedule}), (system, name)
+        assert set(options) <= {field.name for field in fields(system_named(system).Options)}
 
 
-def test_the_papers_schedules_are_the_papers() -> None:
-    found = {(name, preset): (p.settings.iterations, p.settings.batch, p.settings.lr, p.settings.power, p.settings.warmup, p.crop)
-             for name, presets in PRESETS.items() for preset, p in presets.items() if preset in PAPERS[name]}
-    assert found == {("weclip", "voc"): (30_000, 4, 2e-3, 1.0, 50, 320), ("weclip", "coco"): (80_000, 4, 2e-3, 1.0, 50, 320),
-                     ("wtclip", "voc"): (30_000, 4, 2e-3, 1.0, 50, 320), ("wtclip", "coco"): (80_000, 4, 2e-3, 1.0, 50, 320),
-                     ("dfa", "voc"): (30_000, 4, 1e-4, 1.0, 50, 320), ("dfa", "coco"): (80_000, 8, 1e-4, 1.0, 50, 320),
-                     ("ffr", "voc"): (20_000, 4, 6e-5, .9, 2000, 320), ("ffr", "coco"): (80_000, 8, 6e-5, .9, 2000, 320),
-                     ("zegclip", "voc"): (20_000, 16, 2e-4, .9, 1500, 512), ("zegclip", "coco_stuff"): (80_000, 16, 2e-4, .9, 1500, 512),
-                     ("sptseg", "voc"): (20_000, 16, 2e-4, .9, 1500, 512), ("sptseg", "coco_stuff"): (96_000, 16, 2e-4, .9, 1500, 512)}
-    assert PRESETS["weclip"]["coco"].options == dict(late_layers=10, box=.7) and PRESETS["dfa"]["voc"].scales == (1.0, 1.2, 1.5)
-
-
-@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("system", known_systems())
 def test_no_parameter_has_two_meanings(system: str) -> None:
     names = [name for group in known_parameters(system).values() for name in group]
     assert len(names) == len(set(names))
@@ -101,7 +116,7 @@ def test_what_is_missing_is_said_before_clip_is_loaded(lacking: str, tmp_path: P
                                                        ("ffr", "unfreeze", "world"), ("dfa", "temperature", "voc")])
 def test_the_text_none_switches_an_option_off(system: str, name: str, preset: str) -> None:
     planned = plan(system, {"preset": preset, "data": "VOC", name: "none"})
-    assert planned.options[name] is None and getattr(SYSTEMS[system].Options(**planned.options), name) is None
+    assert planned.options[name] is None and getattr(system_named(system).Options(**planned.options), name) is None
 
 
 def test_the_text_none_switches_off_what_a_preset_sets() -> None:
@@ -123,13 +138,13 @@ def test_the_text_none_is_a_word_where_words_stand() -> None:
     with pytest.raises(InputError, match="'none'.*preset|preset.*'none'"): plan("dfa", dict(preset="none"))
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("system", known_systems())
 def test_the_parameters_of_a_training_notebook_are_those_of_its_system(system: str) -> None:
     path = Path(__file__).parent.parent / "nbs" / "train" / f"{system}.ipynb"
     cell, = (cell for cell in json.loads(path.read_text())["cells"] if "parameters" in cell["metadata"].get("tags", []))
     assert "".join(cell["source"]) == parameters_cell(system), f"{path.name} is out of step: run python .ci/parameters.py"
     told = notebook_parameters(path)
-    options = SYSTEMS[system].Options
+    options = system_named(system).Options
     homes = [(name, None) for name in RUN] + [(f.name, home) for home in (Preset, TrainSettings, options) for f in fields(home) if f.name not in ("settings", "options")]
     assert list(told) == [name for name, _ in homes]
     assert {name: one.default for name, one in told.items() if one.default is not None} == dict(preset="smoke", device="auto")
@@ -140,7 +155,7 @@ def test_the_parameters_of_a_training_notebook_are_those_of_its_system(system: s
 
 
 def test_comments_of_fields_come_from_the_class_that_says_them() -> None:
-    comments = field_comments(SYSTEMS["wtclip"].Options)
+    comments = field_comments(system_named("wtclip").Options)
     assert comments["decoder"] == '"transformer" (WeCLIP) or "wavelet" (WTCLIP)'   # another default, its parent's comment
     assert comments["edge_levels"] == "wavelet levels of the picture whose details count as edges"
     assert field_comments(Preset)["short"].endswith("None = as in the files")
@@ -197,18 +212,18 @@ def test_a_training_without_damaged_pictures_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:no training picture")
-@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("system", known_systems())
 def test_a_smoke_training_trains_resumes_and_reports(system: str, tmp_path: Path) -> None:
     parameters = dict(out=str(tmp_path), scenes=[4, 2, 2], iterations=3, save_every=2, par_iterations=2, snapshot_every=2)
     run = experiment(system, parameters)
     assert run.result.resumed == 0 and {path.name for path in tmp_path.iterdir()} >= {"last.safetensors", "best.safetensors", "metrics.jsonl", "run.json"}
     kept = sorted((tmp_path / "snapshots").iterdir())
-    assert kept and all(0 <= value.min() <= value.max() <= 20 and (system not in ("zegclip", "sptseg") or value.min() > 0)   # classes count from 1
+    assert kept and all(0 <= value.min() <= value.max() <= 20 and (system_named(system).supervision != "masks" or value.min() > 0)   # classes count from 1
                         for path in kept for name, value in np.load(path).items() if name.startswith("labels_"))
     told = json.loads(run.save().read_text())
-    figures = {"labels": {"seed", "mask", "seg"}, "masks": {"seg", "seg_low"}}[SYSTEMS[system].supervision]
+    figures = {"labels": {"seed", "mask", "seg"}, "masks": {"seg", "seg_low"}}[system_named(system).supervision]
     assert told["system"] == system and set(told["report"]["figures"]) >= figures and told["best"]["miou"] >= 0
-    assert ("zero_shot" in told["report"]) == (SYSTEMS[system].supervision == "masks")
+    assert ("zero_shot" in told["report"]) == (system_named(system).supervision == "masks")
     again = experiment(system, parameters)
     assert again.result.resumed == 3 and "gone on from step 3, best mIoU on val" in again.outcome
     with pytest.raises(InputError, match="crop"): experiment(system, {**parameters, "crop": 96}).result

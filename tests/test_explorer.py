@@ -21,7 +21,8 @@ import freqseg.files
 import freqseg.maps as cams_room
 from freqseg.affinity import affinity_request, box_mask, propagate
 from freqseg.cam import normalise_cam
-from freqseg.work.checkpoints import SYSTEMS, load_system, save_system
+from freqseg.systems.segmenter import system_named
+from freqseg.work.checkpoints import load_system, save_system
 from freqseg.clip import Backbone, load_clip, merge_requests
 from freqseg.lists import COCOSTUFF_CLASSES, IGNORE
 from freqseg.pictures import write_mask
@@ -564,7 +565,7 @@ def weclip(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone) -> Path
     "The folder of a run of a weakly supervised system."
     folder = tmp_path_factory.mktemp("weclip")
     torch.manual_seed(0)
-    system = SYSTEMS["weclip"].build(backbone, WORLD_CLASSES, dim=16)
+    system = system_named("weclip").build(backbone, WORLD_CLASSES, dim=16)
     with torch.no_grad():
         for parameter in system.decoder.parameters(): parameter.add_(.1 * torch.randn_like(parameter))   # so that it says more than background
     save_system(system, folder / "best.safetensors", step=5)
@@ -576,7 +577,7 @@ def zegclip(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone) -> Pat
     "The folder of a run of a zero-shot system."
     folder = tmp_path_factory.mktemp("zegclip")
     torch.manual_seed(0)
-    save_system(SYSTEMS["zegclip"].build(backbone, WORLD_CLASSES, decoder_layers=1, prompts=2), folder / "best.safetensors", step=5)
+    save_system(system_named("zegclip").build(backbone, WORLD_CLASSES, decoder_layers=1, prompts=2), folder / "best.safetensors", step=5)
     return folder
 
 

@@ -27,6 +27,7 @@ from freqseg.work.sweep_design import (Design, checked_grid, checked_seeds, exte
 from freqseg.work.sweep_processes import environments
 from freqseg.work.sweep_statistics import comparison_markdown, estimate, in_percent, paired_difference, read_sweep
 from freqseg.work.sweeps import sweep
+from freqseg.systems.segmenter import known_systems
 from freqseg.work.train import locked
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -217,7 +218,7 @@ def test_a_notebook_without_seed_or_out_cannot_be_swept(tmp_path: Path) -> None:
         new_design(tmp_path / "n.ipynb", {"a": [1]}, 1)
 
 
-@pytest.mark.parametrize("name", ["weclip", "wtclip", "dfa", "ffr"])
+@pytest.mark.parametrize("name", known_systems())
 def test_the_system_of_every_training_notebook_is_found(name: str) -> None:
     assert trained_system(ROOT / "nbs" / "train" / f"{name}.ipynb") == name
     design = new_design(ROOT / "nbs" / "train" / f"{name}.ipynb", {"lr": [1e-3, 1e-4]}, 2, {"preset": "world"})

@@ -9,20 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freqseg.work.checkpoints import SYSTEMS, checkpoint_path, load_system, save_system, system_named
+from freqseg.work.checkpoints import Checkpoint, checkpoint_path, load_system, save_system, write_checkpoint
 from freqseg.clip import Backbone, load_clip
 from freqseg.data import Batch
 from freqseg.lists import COCO_CLASSES, VOC_CLASSES
 from freqseg.files import InputError
 from freqseg.systems.dfa import DFA
 from freqseg.systems.ffr import FFR
-from freqseg.systems.segmenter import Segmenter, assign_labels, pack_present, read_options
+from freqseg.systems.segmenter import Segmenter, assign_labels, known_systems, pack_present, read_options, system_named
 from freqseg.systems.weclip import WeCLIP, WeCLIPOptions
 from freqseg.systems.wtclip import WTCLIP, edge_map
-from freqseg.work.train import Checkpoint, write_checkpoint
 from freqseg.world.scenes import WORLD_CLASSES, World
 
-WEAK = {name: system for name, system in SYSTEMS.items() if system.supervision == "labels"}
+WEAK = [name for name in known_systems() if system_named(name).supervision == "labels"]
 LOSSES = {"weclip": {"seg", "affinity"}, "wtclip": {"seg", "affinity"}, "dfa": {"seg", "alignment", "rectification"},
           "ffr": {"cls", "cls_middle", "seg", "seg_high", "rectify"}}
 
@@ -49,7 +48,7 @@ def batch() -> Batch:
 
 def build(name: str, backbone: Backbone, **options) -> Segmenter:
     torch.manual_seed(0)
-    return SYSTEMS[name].build(backbone, WORLD_CLASSES, par_iterations=2, **options)
+    return system_named(name).build(backbone, WORLD_CLASSES, par_iterations=2, **options)
 
 
 def trainable(module: torch.nn.Module) -> int:

@@ -31,10 +31,10 @@ from toy_training import Toy
 from freqseg.work import train as room
 from freqseg.data import open_folder
 from freqseg.transforms import TrainTransform
+from freqseg.work.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
 from freqseg.files import InputError
 from freqseg.metrics import ConfusionMeter, iou_scores
 from freqseg.work.train import (
-    Checkpoint,
     DataPlan,
     OutOfMemory,
     TrainingDiverged,
@@ -44,12 +44,10 @@ from freqseg.work.train import (
     learning_rate,
     locked,
     mixed_seed,
-    read_checkpoint,
     read_log,
     require_same_run,
     seeded,
     segmentation_scores,
-    write_checkpoint,
 )
 from freqseg.world.scenes import write_world
 

@@ -16,10 +16,11 @@ from freqseg.pictures import palette
 from freqseg.work.experiments import draw_scenes, known_parameters, parameter_defaults, parse_parameters, plan
 from freqseg.files import InputError
 from freqseg.work.runs import launch_command
-from freqseg.work.train import locked, read_checkpoint
+from freqseg.systems.segmenter import known_systems
+from freqseg.work.checkpoints import read_checkpoint
+from freqseg.work.train import locked
 
 FEW = ["-p", "iterations=4", "-p", "workers=0"]
-SYSTEMS = ("weclip", "wtclip", "dfa", "ffr", "zegclip", "sptseg")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def says(capsys: pytest.CaptureFixture[str], words: list[str], status: int) -> s
 
 # ---- parameters from text -------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("system", known_systems())
 def test_every_parameter_has_a_default_to_be_read_by(system: str) -> None:
     assert set(parameter_defaults(system)) == {name for names in known_parameters(system).values() for name in names}
 

@@ -23,7 +23,8 @@ from PIL import Image
 
 import freqseg.faces.explorer
 import freqseg.faces.widgets as room
-from freqseg.work.checkpoints import SYSTEMS, save_system
+from freqseg.systems.segmenter import system_named
+from freqseg.work.checkpoints import save_system
 from freqseg.clip import Backbone, build_world_clip, load_clip, read_metadata, save_clip
 from freqseg.lists import write_labels
 from freqseg.pictures import write_mask
@@ -715,9 +716,9 @@ def test_runs_are_found_and_can_be_opened(tmp_path: Path) -> None:
     assert found_runs(tmp_path / "absent") == [] and found_runs(tmp_path) == []
     torch.manual_seed(0)
     weak, world = tmp_path / "runs" / "sweep" / "weclip", the_world()
-    save_system(SYSTEMS["weclip"].build(world, WORLD_CLASSES, dim=16), weak / "best.safetensors", step=1)
+    save_system(system_named("weclip").build(world, WORLD_CLASSES, dim=16), weak / "best.safetensors", step=1)
     zero = tmp_path / "runs" / "zegclip"
-    save_system(SYSTEMS["zegclip"].build(world, WORLD_CLASSES, decoder_layers=1, prompts=2), zero / "best.safetensors", step=1)
+    save_system(system_named("zegclip").build(world, WORLD_CLASSES, decoder_layers=1, prompts=2), zero / "best.safetensors", step=1)
     assert found_runs(tmp_path / "runs") == sorted([str(weak), str(zero)])
     explorer = FrequencyExplorer(runs=tmp_path / "runs")
     assert {"world", "ViT-B-16", str(weak), str(zero)} <= {value for _, value in explorer.model.choice.options}
@@ -735,12 +736,12 @@ def test_runs_are_found_and_can_be_opened(tmp_path: Path) -> None:
 def test_runs_that_have_not_got_a_best_checkpoint_yet_are_found_too(tmp_path: Path) -> None:
     "A run that is going on, or was never validated, opens with its last."
     torch.manual_seed(0)
-    save_system(SYSTEMS["weclip"].build(the_world(), WORLD_CLASSES, dim=16), tmp_path / "run" / "last.safetensors", step=1)
+    save_system(system_named("weclip").build(the_world(), WORLD_CLASSES, dim=16), tmp_path / "run" / "last.safetensors", step=1)
     assert found_runs(tmp_path) == [str(tmp_path / "run")]
 
 
 def test_the_model_of_a_saved_view_is_the_one_that_was_named(explorer: FrequencyExplorer, tmp_path: Path) -> None:
-    save_system(SYSTEMS["weclip"].build(the_world(), WORLD_CLASSES, dim=16), tmp_path / "run" / "best.safetensors", step=1)
+    save_system(system_named("weclip").build(the_world(), WORLD_CLASSES, dim=16), tmp_path / "run" / "best.safetensors", step=1)
     explorer.model.value = f"  {tmp_path / 'run'} "
     program = explorer.save()["py"].read_text()
     assert f"model={str(tmp_path / 'run')!r}" in program

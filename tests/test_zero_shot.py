@@ -16,11 +16,12 @@ from freqseg.data import Batch, SegmentationFolder, list_folder, zero_shot_view
 from freqseg.lists import UNLABELLED, VOC_CLASSES
 from freqseg.pictures import palette, write_mask
 from freqseg.files import InputError
+from freqseg.systems.segmenter import known_systems, system_named
 from freqseg.systems.sptseg import SPTSEG
-from freqseg.systems.zegclip import WORLD_ZERO_SHOT, ZegCLIP, seen_and_unseen
+from freqseg.systems.zegclip import WORLD_ZERO_SHOT, seen_and_unseen
 from freqseg.world.scenes import WORLD_CLASSES, World
 
-SYSTEMS = {"zegclip": ZegCLIP, "sptseg": SPTSEG}
+SYSTEMS = [name for name in known_systems() if system_named(name).supervision == "masks"]
 SELF = 3*(4*(512*512 + 512) + 2*512)                                     # of three layers: an attention and a norm that no published forward pass runs
 BEHIND = 2*(512*512 + 512) + (512*2048 + 2048 + 2048*512 + 512) + 2*2*512   # of the last layer: what follows its scores, which are the answer
 
@@ -48,7 +49,7 @@ def batch() -> Batch:
 
 def build(name: str, backbone: Backbone, classes=WORLD_CLASSES, **options):
     torch.manual_seed(0)
-    return SYSTEMS[name].build(backbone, classes, **options)
+    return system_named(name).build(backbone, classes, **options)
 
 
 def trainable(system: torch.nn.Module) -> int: return sum(p.numel() for p in system.parameters() if p.requires_grad)

@@ -25,7 +25,7 @@ from .segment_cli import add_segment, with_names
 from .terminal import (MODEL, SYSTEM, Once, Parser, add_names, add_old_spelling, add_option, aligned, class_list, count, interruptible,
                                     is_system, load_plugins, map_names, model_title, notice, open_backbone, open_system, output_names, picture_files,
                                     positive, require_apart, require_file, require_own_result, some_of, system_names, trained_names)
-from .training_cli import add_evaluate, add_sweep, add_train, figures_table, training_notebook
+from .training_cli import add_evaluate, add_sweep, add_train, figures_table
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -451,7 +451,7 @@ def add_world(commands: Any) -> None:
 # %% ../../nbs/faces/84_cli.ipynb #e279e94d
 def _values_of(args: argparse.Namespace, known: "dict[str, Parameter]") -> dict[str, Any]:
     "The parameters that -p names. Raises `InputError` for what the notebook cannot mean; for what no training would accept before a kernel starts."
-    from freqseg.work.checkpoints import SYSTEMS
+    from freqseg.systems.segmenter import SYSTEMS
     from freqseg.work.experiments import parse_parameters, plain_warnings, plan
     from freqseg.work.runs import parse_parameter
     from freqseg.work.sweep_design import trained_system
@@ -593,7 +593,7 @@ def add_cost(commands: Any) -> None:
     parser = commands.add_parser("cost", help="what a system takes for one picture: operations, time, memory", description=cost_command.__doc__,
                                  epilog="Zero-shot systems learn from masks of some classes. Where no split of yours is published, the last is taken as the one "
                                         "without masks; they need two names or more. Try first: freqseg cost --model world --size 112")
-    parser.add_argument("systems", nargs="*", metavar="SYSTEM", help="which systems (default: all; --names lists them)")
+    parser.add_argument("systems", nargs="*", metavar="SYSTEM", help="which systems: names, or FILE.py:CLASS of your own (default: all; --names lists them)")
     add_option(parser, "--model", default="ViT-B-16", help=f"what they stand on: {MODEL}; or {SYSTEM}, which is measured itself (default: ViT-B-16)")
     add_option(parser, "--classes", help='voc, coco, cocostuff, world, or your own, for example "dog, traffic light" (default: world for the model world, else voc)')
     add_option(parser, "--size", default=512, help="side of the picture, a multiple of the model's patch (default: 512)")
@@ -655,8 +655,9 @@ DEMO = dict(preset="world", scenes=(400, 24, 48), iterations=160, warmup=10, val
 
 def _demo_training(out: Path) -> list[str]:
     "Train a system on a few hundred scenes; the lines for the summary. Without the repository's notebooks there is nothing to run."
+    from freqseg.work.experiments import training_notebook
     from freqseg.work.runs import run_notebook
-    try: notebook = training_notebook(DEMO_SYSTEM)
+    try: notebook = training_notebook(DEMO_SYSTEM, out)
     except InputError as error: return [f"  no training: {error}"]
     run_notebook(notebook, out/"run.ipynb", {**DEMO, "out": str(out)}, live=sys.stderr if sys.stderr.isatty() else None)
     print("\n" + figures_table(out), flush=True)

@@ -36,14 +36,14 @@ def with_names(
     names : Sequence[str] | None
         None = the system's own
     """
-    from freqseg.work.checkpoints import SYSTEMS
+    from freqseg.systems.segmenter import SYSTEMS, known_systems
     from freqseg.work.inference import require_countable
     require_countable(system.classes if names is None else names)
     if names is None: return system
     if system.supervision == "masks": return system.with_vocabulary(names)
     strange = [name for name in names if name not in system.classes]
     if not strange: return system
-    able = ", ".join(name for name, kind in SYSTEMS.items() if kind.supervision == "masks")
+    able = ", ".join(name for name in known_systems() if SYSTEMS[name].supervision == "masks")
     raise InputError(f"{system.name} has no classifier for {strange[0]!r}: it was trained for {', '.join(system.classes)}. Only zero-shot systems ({able}) "
                      "answer for other names; without --classes it answers for its own.")
 

@@ -396,7 +396,7 @@ def is_system(
 
 def _is_checkpoint(path: Path) -> bool:
     "Is it a file with a system in it?"
-    from freqseg.work.train import read_checkpoint
+    from freqseg.work.checkpoints import read_checkpoint
     if path.suffix != ".safetensors" or not path.is_file(): return False
     try: return "system" in read_checkpoint(path).config
     except InputError: return False
@@ -438,10 +438,11 @@ def model_title(model: str, pretrained: str) -> str:
 # %% ../../nbs/faces/70_terminal.ipynb #ff7ca6f8
 def system_names() -> str:
     "The systems: what each learns from, and its presets."
-    from freqseg.work.checkpoints import SYSTEMS
-    from freqseg.work.experiments import PRESETS
+    from freqseg.systems.segmenter import SYSTEMS, known_systems
+    from freqseg.work.experiments import presets_of
     lessons = {"labels": "image labels", "masks": "masks of some classes, zero-shot"}
-    return listed("systems and what they learn from", {name: f"{lessons[kind.supervision]}; presets {', '.join(PRESETS[name])}" for name, kind in SYSTEMS.items()})
+    meanings = {name: f"{lessons[SYSTEMS[name].supervision]}; presets {', '.join(presets_of(name))}" for name in known_systems()}
+    return listed("systems and what they learn from", meanings) + "\n  FILE.py:CLASS names one of your own"
 
 def trained_names() -> str:
     "The trained systems that ship."

@@ -6,7 +6,7 @@
 __all__ = ['DFAOptions', 'DFA']
 
 # %% ../../nbs/systems/43_dfa.ipynb #c27ec507
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -121,8 +121,11 @@ class DFAOptions(SegmenterOptions):
 # %% ../../nbs/systems/43_dfa.ipynb #b7145c95
 class DFA(Segmenter):
     "DFA: dual frequency-aware affinity; L_seg + 0.1 L_a + 0.2 L_r, maps by optimal transport."
-    name: ClassVar[str] = "dfa"
     Options: ClassVar[type] = DFAOptions
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "voc": dict(iterations=30_000, batch=4, lr=1e-4, scales=(1., 1.2, 1.5)),
+        "coco": dict(iterations=80_000, batch=8, lr=1e-4, scales=(1., 1.2, 1.5)),
+        **dict.fromkeys(("world", "smoke"), dict(lr=1e-3, dim=64))}
 
     def __init__(self, backbone: Backbone, classes: Sequence[str], options: DFAOptions):
         super().__init__(backbone, classes, options)

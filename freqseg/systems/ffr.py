@@ -101,8 +101,11 @@ class FFROptions(SegmenterOptions):
 # %% ../../nbs/systems/44_ffr.ipynb #0080c2cf
 class FFR(Segmenter):
     "FFR: rectified tokens, and a second head for high frequencies taught by an intermediate classifier."
-    name: ClassVar[str] = "ffr"
     Options: ClassVar[type] = FFROptions
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "voc": dict(iterations=20_000, batch=4, lr=6e-5, warmup=2000, lr_power=.9),
+        "coco": dict(iterations=80_000, batch=8, lr=6e-5, warmup=2000, lr_power=.9),
+        **dict.fromkeys(("world", "smoke"), dict(lr=1e-4, dim=64, hidden=128, maps="smoothed", background_power=2., lambda_seg=1.))}
 
     def __init__(self, backbone: Backbone, classes: Sequence[str], options: FFROptions):
         super().__init__(backbone if options.unfreeze is None else unfreeze(backbone, options.unfreeze), classes, options)

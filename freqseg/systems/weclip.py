@@ -6,9 +6,9 @@
 __all__ = ['WeCLIPOptions', 'WeCLIP']
 
 # %% ../../nbs/systems/41_weclip.ipynb #335f308a
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -57,8 +57,12 @@ class WeCLIPOptions(SegmenterOptions):
 # %% ../../nbs/systems/41_weclip.ipynb #4010725a
 class WeCLIP(Segmenter):
     "WeCLIP (Zhang et al., 2024): segmentation loss and 0.1 of an affinity loss on pseudo-labels that a decoder helps to refine."
-    name: ClassVar[str] = "weclip"
     Options: ClassVar[type] = WeCLIPOptions
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "voc": dict(iterations=30_000, batch=4, lr=2e-3, side=512, scales=(1., .75)),
+        "coco": dict(iterations=80_000, batch=4, lr=2e-3, side=512, scales=(1., .75), late_layers=10, box=.7),
+        # the world's 400 steps do not teach the decoder an affinity worth selecting by, so it never does
+        **dict.fromkeys(("world", "smoke"), dict(lr=1e-3, dim=64, switch=2., background_power=2.))}
 
     def relation_blocks(self) -> Sequence[int]:
         "The last blocks, as many as either phase needs."

@@ -61,7 +61,6 @@ def edge_map(
 # %% ../../nbs/systems/42_wtclip.ipynb #f285ec13
 class WTCLIP(WeCLIP):
     "WTCLIP: WeCLIP with a wavelet decoder, a fusion gate and, as an option, activation maps weighted by the picture's edges."
-    name: ClassVar[str] = "wtclip"
     Options: ClassVar[type] = WTCLIPOptions
 
     @torch.no_grad()

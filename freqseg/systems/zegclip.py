@@ -168,14 +168,20 @@ def seen_and_unseen(
     return zero_shot_split(classes, published.unseen if unseen is None else _names(unseen), _names(seen))
 
 # %% ../../nbs/systems/45_zegclip.ipynb #daeb89ca
+_PUBLISHED = dict(batch=16, lr=2e-4, warmup=1500, lr_power=.9, validate_every=0, crop=512, largest=.75, vary_colours=True, filter_size=512,
+                  short=512, flip=False, window=512, stride=426, average="probabilities", crf=None)   # what both data sets share
+
 class ZegCLIP(System):
     """ZegCLIP (Zhou et al., 2023): deep visual prompts, a relationship descriptor and a cross-attention decoder under focal and dice loss.
 
     Learns from masks of seen classes. 8,039,168 trainable parameters for ViT-B/16 and 10 prompts, all of which get gradients. The published count, 13,821,184, has
     two more groups that never do: 3,154,944 of self-attentions that no forward pass runs (`self_attention=True` creates and runs them), and 2,627,072 of
     the last layer behind its scores, which are the answer (`whole_last=True` creates them). Raises `InputError` for options that cannot be."""
-    name: ClassVar[str] = "zegclip"
     Options: ClassVar[type] = ZegCLIPOptions
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "voc": dict(_PUBLISHED, iterations=20_000),
+        "coco_stuff": dict(_PUBLISHED, iterations=80_000, prompts=100, wording="scene"),
+        **dict.fromkeys(("world", "smoke"), dict(lr=3e-3, grad_clip=1., flip=False, average="probabilities", filter_size=128, residual=True))}
     supervision: ClassVar[str] = "masks"
     activation: ClassVar[str] = "sigmoid"
 

@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from .checkpoints import SYSTEMS, system_named, weights_title
+from .checkpoints import weights_title
 from ..clip import load_clip, usable_device
 from ..data import Batch
 from ..lists import COCO_CLASSES, COCOSTUFF_CLASSES, VOC_CLASSES
@@ -30,7 +30,7 @@ from ..conditions import Stopwatch, device_name
 from ..files import InputError
 from ..memory import keep_memory
 from .inference import evaluating
-from ..systems.segmenter import Segmenter, System
+from ..systems.segmenter import Segmenter, System, known_systems, system_named
 from ..systems.zegclip import PUBLISHED_SPLITS
 from ..faces.terminal import class_list
 from .train import seeded
@@ -352,12 +352,12 @@ def _class_without_masks(kind: type[System], classes: tuple[str, ...]) -> str|No
     "The last class, for a system that learns from masks of some classes, where no split of these is published. Raises `InputError` for one class alone."
     if kind.supervision != "masks" or any(split.classes == classes for split in PUBLISHED_SPLITS): return None
     if len(classes) > 1: return classes[-1]
-    others = ", ".join(name for name, other in SYSTEMS.items() if other.supervision != "masks")
+    others = ", ".join(name for name in known_systems() if system_named(name).supervision != "masks")
     raise InputError(f"{kind.name} learns from masks of some classes and none of others, so it needs two classes or more; {classes[0]!r} is one. "
                      f"Name another, or measure only systems that learn from image labels: {others}.")
 
 def measure_costs(
-    names: Sequence[str] = (),     # of systems, each measured once; none = all
+    names: Sequence[str] = (),     # of systems, or FILE.py:CLASS, each measured once; none = all
     model: str = "ViT-B-16",       # an open_clip ViT, which gets random weights, world, or a saved model
     classes: str|None = None,      # see `cost_classes`
     device: str = "auto",          # "cpu" or "cuda"; auto is CUDA where there is one
@@ -372,7 +372,7 @@ def measure_costs(
     Parameters
     ----------
     names : Sequence[str]
-        of systems, each measured once; none = all
+        of systems, or FILE.py:CLASS, each measured once; none = all
     model : str
         an open_clip ViT, which gets random weights, world, or a saved model
     classes : str|None
@@ -384,7 +384,7 @@ def measure_costs(
     **options : Any
         of `measure_cost`
     """
-    kinds, known = [system_named(name) for name in dict.fromkeys(names)] or list(SYSTEMS.values()), cost_classes(classes, model)
+    kinds, known = [system_named(name) for name in dict.fromkeys(names or known_systems())], cost_classes(classes, model)
     unseen = [_class_without_masks(kind, known) for kind in kinds]
     _check(size, **options)
     backbone = load_clip(model, None, device=usable_device(device))

@@ -186,14 +186,25 @@ class Design:
         return {**self.fixed, **run.point, "seed": run.seed}
 
 # %% ../../nbs/work/62_sweep_design.ipynb #0145f5d6
-def trained_system(notebook: str | Path) -> str | None:
-    "The system that a notebook trains: the name in its call of `experiment`. None where there is no such call."
+def trained_system(
+    notebook: str | Path,
+    parameters: Mapping[str, Any] | None = None,   # of the notebook, where they differ from its own
+) -> str | None:
+    """The system that a notebook trains: in its call of `experiment` the name, or the parameter that holds it; else None.
+
+    Parameters
+    ----------
+    parameters : Mapping[str, Any] | None
+        of the notebook, where they differ from its own
+    """
     import nbformat
     for cell in nbformat.read(notebook, as_version=4).cells:
         with suppress(SyntaxError):   # a cell with magics
             for node in ast.walk(ast.parse(cell.source if cell.cell_type == "code" else "")):
-                if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "experiment" and node.args and isinstance(node.args[0], ast.Constant):
-                    return node.args[0].value
+                if not (isinstance(node, ast.Call) and getattr(node.func, "id", "") == "experiment" and node.args): continue
+                if isinstance(node.args[0], ast.Constant): return node.args[0].value
+                name = getattr(node.args[0], "id", "")
+                if name in (known := notebook_parameters(notebook)): return (parameters or {}).get(name, known[name].default)
     return None
 
 def new_design(
@@ -210,7 +221,7 @@ def new_design(
         if name in (parameters or {}): raise InputError(f"{name} cannot be fixed: {NOT_SWEPT[name]}.")
     usual = {"preset": known["preset"].default} if "preset" in known else {}   # written down, since a notebook may come to choose another
     fixed = {name: _plain(name, value) for name, value in {**usual, **(parameters or {})}.items() if value is not None}
-    design = Design(trained_system(notebook) or Path(notebook).stem, checked_grid(grid), checked_seeds(seeds), fixed, (command,) if command else ())
+    design = Design(trained_system(notebook, fixed) or Path(notebook).stem, checked_grid(grid), checked_seeds(seeds), fixed, (command,) if command else ())
     if clash := design.points[0].keys() & fixed.keys(): raise InputError(f"{min(clash)} is in the grid, so it cannot be fixed, too: leave one of them out.")
     for run in design.runs: check_parameters(known, design.parameters(run))
     return design
@@ -218,9 +229,12 @@ def new_design(
 # %% ../../nbs/work/62_sweep_design.ipynb #1df8c61a
 def run_plans(design: Design) -> list["Plan"]:
     "The plans of all runs where the notebook trains a system, else none. Raises `InputError` for values that cannot be."
-    from freqseg.work.experiments import PRESETS, plan
-    if design.system not in PRESETS: return []
-    return [plan(design.system, design.parameters(run)) for run in design.runs]
+    from freqseg.plugins import split_target
+    from freqseg.systems.segmenter import known_systems
+    from freqseg.work.experiments import plan
+    if split_target(design.system) is None and design.system not in known_systems(): return []
+    given = [{name: value for name, value in design.parameters(run).items() if name != "system"} for run in design.runs]
+    return [plan(design.system, parameters) for parameters in given]
 
 # %% ../../nbs/work/62_sweep_design.ipynb #a5dc3456
 def read_design(out: str | Path) -> Design:

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['Trainable', 'Pictures', 'TrainSettings', 'learning_rate', 'mixed_seed', 'seeded', 'epoch_order', 'DataPlan',
-           'Checkpoint', 'write_checkpoint', 'read_checkpoint', 'describe_run', 'require_same_run', 'locked',
-           'read_log', 'TrainingDiverged', 'OutOfMemory', 'open_fabric', 'segmentation_scores', 'require_own_folder',
-           'TrainResult', 'fit']
+           'describe_run', 'require_same_run', 'locked', 'read_log', 'TrainingDiverged', 'OutOfMemory', 'open_fabric',
+           'segmentation_scores', 'require_own_folder', 'TrainResult', 'fit']
 
 # %% ../../nbs/work/56_train.ipynb #7f424d0f
 import contextlib, functools, hashlib, json, math, os, random, shutil, socket, sys, time, warnings
@@ -30,6 +29,7 @@ from ..files import InputError, atomic_write
 from ..memory import keep_memory, leave_with_parent
 from ..metrics import confusion_matrix, iou_scores
 from ..options import Options, declared, option
+from .checkpoints import Checkpoint, read_checkpoint, write_checkpoint
 from .inference import OVERTAKING, REMEDY, evaluating, grouped
 
 if TYPE_CHECKING: from lightning_fabric import Fabric  # takes seconds to import, so a run does it, not everybody
@@ -290,70 +290,6 @@ def _unreadable(bad: dict[str, str]) -> str:
     if len(bad) > 1: return f"{len(bad)} pictures in a row cannot be read; the last is {name}: {fault}"
     return f"picture {name}: {fault} {REMEDY}"
 
-# %% ../../nbs/work/56_train.ipynb #be211e6e
-_MOMENTS = "optimiser/"
-
-@dataclass(frozen=True, eq=False)
-class Checkpoint:
-    """What a checkpoint file holds.
-
-    Attributes
-    ----------
-    weights : dict[str, Tensor]
-        for `load_trainable`
-    state : dict[str, Any]
-        step, seconds, best, ...
-    config : dict[str, Any]
-        of the system
-    classes : tuple[str, ...]
-        foreground names
-    moments : dict[int, dict[str, Tensor]]
-        of the optimiser, by parameter number; empty in `best`
-    """
-    weights: dict[str, Tensor]                   # for `load_trainable`
-    state: dict[str, Any]                        # step, seconds, best, ...
-    config: dict[str, Any]                       # of the system
-    classes: tuple[str, ...]                     # foreground names
-    moments: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # of the optimiser, by parameter number; empty in `best`
-
-    @property
-    def step(self) -> int: return self.state["step"]
-
-def write_checkpoint(
-    path: str | Path,                # a .safetensors
-    checkpoint: Checkpoint,
-) -> None:
-    """Write it whole or not at all. Raises `InputError` when the disk is full or read-only; `path` then holds what it held.
-
-    Parameters
-    ----------
-    path : str | Path
-        a .safetensors
-    """
-    from safetensors.torch import save
-    moments = {f"{_MOMENTS}{number}/{name}": value for number, its in checkpoint.moments.items() for name, value in its.items()}
-    if clash := [name for name in checkpoint.weights if name.startswith(_MOMENTS)]: raise ValueError(f"{clash[0]}: reserved name")
-    tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in {**checkpoint.weights, **moments}.items()}
-    header = dict(format="freqseg 1", state=json.dumps(checkpoint.state), config=json.dumps(checkpoint.config),
-                  classes=json.dumps(checkpoint.classes))
-    # Not save_file: its errors do not say that the disk is full.
-    with atomic_write(path) as partial: partial.write_bytes(save(tensors, metadata=header))
-
-def read_checkpoint(path: str | Path) -> Checkpoint:
-    "Read a file of `write_checkpoint`, on the CPU. Raises `InputError` when it is missing, damaged, or something else."
-    from safetensors import SafetensorError, safe_open
-    try:
-        with safe_open(path, "pt") as file: header, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-        state, config, classes = (json.loads(header[name]) for name in ("state", "config", "classes"))
-    except FileNotFoundError as error: raise InputError(f"there is no checkpoint {path}.") from error
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise InputError(f"{path} is no checkpoint of a training, or damaged ({error}).") from error
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name in [name for name in tensors if name.startswith(_MOMENTS)]:
-        number, kind = name.removeprefix(_MOMENTS).split("/")
-        moments.setdefault(int(number), {})[kind] = tensors.pop(name)
-    return Checkpoint(tensors, state, config, tuple(classes), moments)
-
 # %% ../../nbs/work/56_train.ipynb #0e43cad4
 def describe_run(
     system: Trainable,
@@ -404,6 +340,7 @@ def _unlike(name: str, there: Any, now: Any, places: tuple[str, str] = ("there",
     if isinstance(there, list) and isinstance(now, list) and name.endswith("classes"):
         first = next((i for i, pair in enumerate(zip(there, now)) if pair[0] != pair[1]), min(len(there), len(now)))
         words = [f"{len(its)} names, no. {first + 1} {json.dumps(its[first]) if first < len(its) else 'missing'}" for its in (there, now)]
+    elif name.endswith("sha256"): words = [str(value)[:12] for value in (there, now)]
     else: words = [_short(there), _short(now)]
     return f"{name}: " + ", ".join(f"{word} {place}" for word, place in zip(words, places))
 
