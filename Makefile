@@ -25,7 +25,7 @@ lab: .venv/.ready ## the explorer in JupyterLab, and the other notebooks to expl
 app: .venv/.ready ## the explorer as a page without code
 	@freqseg app
 
-test: .venv/.ready ## everything: notebooks clean, in sync, lessons run, pytest, coverage
+test: .venv/.ready ## everything: notebooks clean, in sync, types, lessons run, pytest, coverage
 	@bash .ci/test all
 
 fast: .venv/.ready ## the quick part of pytest, about three minutes on two cores
@@ -38,7 +38,7 @@ docs: .venv/.ready-docs ## the site, from the notebooks, in site/
 	@NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --strict && echo "Open site/index.html"
 
 clean: ## remove what builds and tests leave; keeps .venv and runs/
-	rm -rf build dist site *.egg-info .coverage .coverage-data htmlcov .pytest_cache .hypothesis .ruff_cache .benchmarks
+	rm -rf build dist site *.egg-info .coverage .coverage-data htmlcov .pytest_cache .hypothesis .ruff_cache .mypy_cache .benchmarks
 	find . -name .venv -prune -o -name runs -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -print0 | xargs -0 rm -rf
 
 .venv/.ready .venv/.ready-docs: $(SOURCES)

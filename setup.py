@@ -39,6 +39,6 @@ setup(
     # The files of data/ travel in the wheel as freqseg/assets, where freqseg.files.shipped looks first.
     packages=[*find_packages(include=["freqseg", "freqseg.*"]), "freqseg.assets"],
     package_dir={"freqseg.assets": "data"},
-    package_data={"freqseg.assets": ["*", "*/*", "*/*/*"]},
+    package_data={"freqseg": ["py.typed"], "freqseg.assets": ["*", "*/*", "*/*/*"]},
     include_package_data=False,
 )

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 WIDTH = 120
-SECTION = re.compile(r"\s*\n[ \t]*(?:Parameters|Attributes|Returns)\n[ \t]*-{3,}\n.*\Z", re.DOTALL)
+SECTION = re.compile(r"(?:\A|\s*\n)[ \t]*(?:Parameters|Attributes|Returns)\n[ \t]*-{3,}\n.*\Z", re.DOTALL)
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -92,17 +92,20 @@ def offset(source: str, line: int, column: int) -> int:
 def function_sections(node: Function, source: str, notes: dict[int, str]) -> list[str]:
     "`Parameters` and `Returns` of a function, as far as they have notes."
     spec, returned, sections = node.args, "", []
+    notes = {line: text for line, text in notes.items() if line < node.body[0].lineno}  # what follows is about code
     if node.returns is not None:
         returned = notes.get(node.returns.end_lineno or 0, "")
         notes = {line: text for line, text in notes.items() if line != node.returns.end_lineno}
     named = [*spec.posonlyargs, *spec.args]
-    defaults = dict(zip(map(id, named[::-1]), spec.defaults[::-1], strict=False))
+    defaults: dict[int, ast.expr | ast.arg] = dict(zip(map(id, named[::-1]), spec.defaults[::-1], strict=False))
     defaults |= {id(one): value for one, value in zip(spec.kwonlyargs, spec.kw_defaults, strict=True) if value is not None}
-    starred = [("*", spec.vararg)] * bool(spec.vararg) + [("", one) for one in spec.kwonlyargs] + [("**", spec.kwarg)] * bool(spec.kwarg)
+    starred = [("*", spec.vararg), *(("", one) for one in spec.kwonlyargs), ("**", spec.kwarg)]
     entries = []
     for star, one in [*(("", one) for one in named), *starred]:
-        last = defaults.get(id(one), one)  # type: ignore[arg-type]
-        if text := notes.get(last.end_lineno or 0):
+        if one is None:
+            continue
+        last = defaults.get(id(one), one)
+        if one.arg not in ("self", "cls") and (text := notes.get(last.end_lineno or 0)):
             entries.append(entry(star + one.arg, one.annotation, text, source))
     if entries:
         sections.append("Parameters\n----------\n" + "\n".join(entries))
@@ -130,7 +133,7 @@ def explained(value: ast.expr | None) -> str:
     if not isinstance(value, ast.Call) or getattr(value.func, "id", None) != "option":
         return ""
     texts = [*value.args[1:2], *(one.value for one in value.keywords if one.arg == "help")]
-    return texts[0].value if texts and isinstance(texts[0], ast.Constant) else ""
+    return str(texts[0].value) if texts and isinstance(texts[0], ast.Constant) else ""
 
 
 def entry(name: str, annotation: ast.expr | None, text: str, source: str) -> str:

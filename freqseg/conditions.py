@@ -64,5 +64,5 @@ def git_revision(folder: str | Path | None = None) -> str | None:
 def software() -> dict[str, str]:
     "Versions that a result depends on."
     import platform
-    found = {"freqseg": freqseg.__version__, "revision": git_revision(), "python": platform.python_version(), **{name: _installed(name) for name in PACKAGES}}
-    return {name: text for name, text in found.items() if text}
+    versions = {"freqseg": freqseg.__version__, "revision": git_revision(), "python": platform.python_version(), **{name: _installed(name) for name in PACKAGES}}
+    return {name: text for name, text in versions.items() if text}

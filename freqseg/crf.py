@@ -6,14 +6,14 @@
 from __future__ import annotations
 import math, mmap, os, pickle, signal, subprocess, sys, tempfile, traceback
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import astuple, dataclass
 from itertools import zip_longest
 from pathlib import Path
 from queue import SimpleQueue
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 import numpy as np
 import freqseg
 from .files import InputError
@@ -73,8 +73,16 @@ def require_densecrf():
         ) from error
     return densecrf
 
-def crf_settings(preset: str | CRFSettings) -> CRFSettings:
-    'The settings named "weclip", "toco" or "clip_es", or the given ones. Raises `InputError` for any other name.'
+def crf_settings(
+    preset: str | CRFSettings,  # name of an entry of PRESETS, or settings
+) -> CRFSettings:
+    """The settings named "weclip", "toco" or "clip_es", or the given ones. Raises `InputError` for any other name.
+
+    Parameters
+    ----------
+    preset : str | CRFSettings
+        name of an entry of PRESETS, or settings
+    """
     if isinstance(preset, CRFSettings): return preset
     if preset not in CRF_PRESETS:
         raise InputError(f"unknown CRF preset {preset!r}: use one of {', '.join(CRF_PRESETS)}, or CRFSettings(...)")
@@ -84,7 +92,7 @@ def crf_settings(preset: str | CRFSettings) -> CRFSettings:
 def crf_image(
     image: np.ndarray,  # (H, W, 3) uint8 RGB
     probs: np.ndarray,  # (K, H, W) class probabilities
-    preset: str | CRFSettings = "weclip",
+    preset: str | CRFSettings = "weclip",  # "weclip", "toco", "clip_es", or settings
     labels: bool = False,  # return the best class of each pixel instead of probabilities
 ) -> np.ndarray:  # (K, H, W) float32, or (H, W) uint8 with `labels`
     """Dense CRF on one image, unary energy -log p (Krähenbühl and Koltun, 2011).
@@ -97,6 +105,8 @@ def crf_image(
         (H, W, 3) uint8 RGB
     probs : np.ndarray
         (K, H, W) class probabilities
+    preset : str | CRFSettings
+        "weclip", "toco", "clip_es", or settings
     labels : bool
         return the best class of each pixel instead of probabilities
 
@@ -112,7 +122,7 @@ def crf_image(
     field.addPairwiseGaussian(sxy=settings.gaussian_sxy, compat=settings.gaussian_compat)
     # PIL hands out read-only arrays, which the compiled code refuses: "W" copies those.
     field.addPairwiseBilateral(sxy=settings.bilateral_sxy, srgb=settings.bilateral_srgb,
-                               rgbim=np.require(image, requirements="CW"), compat=settings.bilateral_compat)
+                               rgbim=np.require(image, requirements=["C", "W"]), compat=settings.bilateral_compat)
     posterior = np.array(field.inference(settings.iterations), dtype=np.float32).reshape(classes, height, width)
     return posterior.argmax(0).astype(np.uint8) if labels else posterior
 
@@ -145,7 +155,9 @@ def _nameless_memory() -> int:
 
 class _Desk:
     "Room for a picture and its scores in memory that two processes share. Only the parent makes it larger."
-    def __init__(self, memory: int) -> None: self.memory, self.map = memory, None   # descriptor; what is mapped of it
+    def __init__(self, memory: int) -> None:
+        self.memory = memory   # descriptor
+        self.map: mmap.mmap | None = None   # what is mapped of it
 
     def arrays(self, image: tuple, probs: tuple) -> tuple[np.ndarray, np.ndarray]:
         "The picture uint8 and the scores float32 that lie there, by their shapes."
@@ -217,15 +229,16 @@ class _Child:
             [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[self.desk.memory],
             start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
         )
+        self.stdin, self.stdout = cast(BinaryIO, self.process.stdin), cast(BinaryIO, self.process.stdout)   # both are pipes
 
     def compute(self, image: np.ndarray, probs: np.ndarray, settings: CRFSettings, labels: bool) -> np.ndarray:
         "`crf_image` over there. Raises what it raises, `OSError` when there is no memory to share, and `RuntimeError` when the process dies."
         self.desk.lay(image, probs)
         try:
-            self.ready = self.ready or any(line.endswith(_READY) for line in self.process.stdout)
+            self.ready = self.ready or any(line.endswith(_READY) for line in self.stdout)
             # As plain numbers: in a notebook that defines the class, the child could not import it.
-            _send(self.process.stdin, (image.shape, probs.shape, astuple(settings), labels))
-            result, trace = pickle.load(self.process.stdout)
+            _send(self.stdin, (image.shape, probs.shape, astuple(settings), labels))
+            result, trace = pickle.load(self.stdout)
         except _CUT_OFF as error: raise RuntimeError(self._obituary()) from error
         if trace is not None: raise result from RuntimeError(f"in a CRF process:\n{trace}")
         return result if labels else self.desk.arrays(image.shape, probs.shape)[1].copy()
@@ -245,20 +258,21 @@ class _Child:
         self.process.kill()
         self.process.wait()
         self.desk.close()
-        self.process.stdout.close()
-        with suppress(OSError): self.process.stdin.close()  # may hold the rest of a job that nobody reads now
+        self.stdout.close()
+        with suppress(OSError): self.stdin.close()  # may hold the rest of a job that nobody reads now
 
 # %% ../nbs/31_crf.ipynb #31d4aaad
-def _crf_pool(pairs: Iterator, settings: CRFSettings, labels: bool, workers: int) -> Iterator[np.ndarray]:
+def _crf_pool(pairs: Iterator, settings: CRFSettings, labels: bool, workers: int) -> Generator[np.ndarray, None, None]:
     "`crf_image` of each pair in child processes, in order, with at most `2 * workers` pairs in flight."
     with (
         ExitStack() as leaving
     ):  # undone from the last line up: drop what is queued, kill, join the threads, close the pipes
         children = [leaving.enter_context(_Child()) for _ in range(workers)]
         threads = leaving.enter_context(ThreadPoolExecutor(workers))
-        leaving.callback(lambda: [child.process.kill() for child in children])
+        for child in children: leaving.callback(child.process.kill)
         leaving.callback(threads.shutdown, wait=False, cancel_futures=True)
-        idle, pending = SimpleQueue(), deque()
+        idle: SimpleQueue[_Child] = SimpleQueue()
+        pending: deque[Any] = deque()
         for child in children: idle.put(child)
 
         def compute(image: np.ndarray, probs: np.ndarray) -> np.ndarray:
@@ -279,7 +293,7 @@ def _available_cores() -> int:
 def dense_crf(
     images: Iterable,  # (H, W, 3) uint8 RGB arrays or PIL images, sizes may differ
     probs: Iterable,  # (K, H, W) probabilities, arrays or tensors, one per image
-    preset: str | CRFSettings = "weclip",
+    preset: str | CRFSettings = "weclip",  # "weclip", "toco", "clip_es", or settings
     workers: int | None = None,  # processes, never more than images; None = one per available core, 1 = in this process
     labels: bool = False,  # yield the best class of each pixel, (H, W) uint8, instead of probabilities
     progress: bool = True,  # progress bar with remaining time
@@ -296,6 +310,8 @@ def dense_crf(
         (H, W, 3) uint8 RGB arrays or PIL images, sizes may differ
     probs : Iterable
         (K, H, W) probabilities, arrays or tensors, one per image
+    preset : str | CRFSettings
+        "weclip", "toco", "clip_es", or settings
     workers : int | None
         processes, never more than images; None = one per available core, 1 = in this process
     labels : bool
@@ -311,13 +327,13 @@ def dense_crf(
     settings, workers = crf_settings(preset), _available_cores() if workers is None else workers
     if workers < 1: raise InputError(f"workers must be at least 1, got {workers}")
     require_densecrf()
-    pairs, total = _crf_pairs(images, probs), len(images) if hasattr(images, "__len__") else None
+    pairs, total = _crf_pairs(images, probs), len(images) if isinstance(images, Sized) else None
     if total is not None: workers = min(workers, total)
     if workers > 1: results = _crf_pool(pairs, settings, labels, workers)
     else: results = (crf_image(*pair, settings, labels) for pair in pairs)
     return _with_progress(results, total, progress)
 
-def _with_progress(results: Iterator[np.ndarray], total: int | None, progress: bool) -> Iterator[np.ndarray]:
+def _with_progress(results: Generator[np.ndarray, None, None], total: int | None, progress: bool) -> Iterator[np.ndarray]:
     "Pass results on under a progress bar; closing it early stops the pool."
     from tqdm import tqdm
     try: yield from tqdm(results, total=total, desc="dense CRF", unit="image", disable=not progress)

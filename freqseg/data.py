@@ -20,8 +20,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .files import InputError, unknown_name
-from .lists import (COCO_CLASSES, COCOSTUFF_CLASSES, IGNORE, PICTURE_SUFFIXES, UNLABELLED, VOC_CLASSES, LabelTable, ZeroShotSplit, read_classes, read_ids,
+from .files import InputError, read_json, unknown_name
+from .lists import (COCO_CLASSES, COCOSTUFF_CLASSES, IGNORE, PICTURE_SUFFIXES, UNLABELLED, VOC_CLASSES, Domain, LabelTable, ZeroShotSplit, read_classes, read_ids,
                            read_labels, shipped_labels, shipped_splits, write_labels)
 from .pictures import read_image, read_mask, require_same_size
 
@@ -48,6 +48,8 @@ class Listing:
         file value -> class value of the masks
     zero_shot : ZeroShotSplit | None
         which classes are seen, where some are not
+    domain : Domain
+        what the folder tells of its pictures
     """
     root: Path
     dataset: str                        # "voc", "coco", "cocostuff" or "folder"
@@ -61,11 +63,22 @@ class Listing:
     labelled: np.ndarray | None         # (n,) bool: which ids the table knows
     mapping: dict[int, int] | None = None  # file value -> class value of the masks
     zero_shot: ZeroShotSplit | None = None # which classes are seen, where some are not
+    domain: Domain = Domain()              # what the folder tells of its pictures
 
     @property
     def num_classes(self) -> int:
         "How many values a mask may hold: C, background included."
         return len(self.classes) + self.background
+
+    @property
+    def title(self) -> str:
+        "The data set for a caption; a folder goes by its own name, not by where it lies."
+        if self.dataset != "folder": return {"voc": "PASCAL VOC 2012", "coco": "COCO 2014", "cocostuff": "COCO-Stuff 164K"}[self.dataset]
+        return ", ".join(filter(None, (self.domain.title, f"folder {self.root.resolve().name}")))
+
+    def with_domain(self, domain: Domain) -> "Listing":
+        "The listing itself; where its folder tells nothing and the classes are those of `domain`, with what that tells."
+        return replace(self, domain=domain) if self.domain == Domain() and self.classes == domain.classes else self
 
     @property
     def value_names(self) -> tuple[str, ...]:
@@ -90,8 +103,8 @@ def _require_folder(root: Path) -> None:
 
 def _folders(root: Path, names: Sequence[str], what: str) -> list[Path]:
     "Those of `names` that exist under `root`; raises `InputError` when none does."
-    found = [root/name for name in names if (root/name).is_dir()]
-    if found: return found
+    folders = [root/name for name in names if (root/name).is_dir()]
+    if folders: return folders
     raise InputError(f"{root} has no folder of {what}: looked for {', '.join(f'{name}/' for name in names)}; "
                      f"found {_contents(root)}. Give the folder that directly holds one of these.")
 
@@ -175,7 +188,15 @@ def list_folder(
     classes = read_classes(root/"classes.txt")
     images = _folders(root, ("JPEGImages",), "pictures")
     ids = _ids(root, split, ids, dict)
-    return _listing(root, "folder", split, classes, ids, images, _MASKS, _folder_labels(root, classes))
+    return replace(_listing(root, "folder", split, classes, ids, images, _MASKS, _folder_labels(root, classes)), domain=_folder_domain(root, classes))
+
+def _folder_domain(root: Path, classes: tuple[str, ...]) -> Domain:
+    "What domain.json tells, if there is one. Raises `InputError` for a damaged one."
+    path = root/"domain.json"
+    if not path.exists(): return Domain()
+    values = read_json(path)
+    if not isinstance(values, dict): raise InputError(f"{path} is damaged: it should hold one JSON object. Mend it, or remove it.")
+    return Domain.parsed({**values, "classes": classes}, path)
 
 _MASKS = ("SegmentationClassAug", "SegmentationClass")
 
@@ -393,8 +414,8 @@ def zero_shot_view(
     if split.classes != listing.classes: raise InputError(_unlike_split(listing, split))
     values = {value: value for value in range(listing.num_classes)} if listing.mapping is None else listing.mapping
     hidden = {} if unseen is None else dict.fromkeys(split.unseen_index, unseen)
-    shown = {value: index - listing.background for value, index in values.items()}
-    mapping = {value: IGNORE if index < 0 else hidden.get(index, index) for value, index in shown.items()}
+    without_background = {value: index - listing.background for value, index in values.items()}
+    mapping = {value: IGNORE if index < 0 else hidden.get(index, index) for value, index in without_background.items()}
     labels = {} if unseen is None else dict(labels=None, labelled=None)
     return replace(listing, background=False, mapping=mapping, zero_shot=split, **labels)
 

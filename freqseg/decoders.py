@@ -10,9 +10,9 @@ __all__ = ['decoder_blocks', 'BlockLinear', 'BlockFusion', 'QuickGELU', 'Decoder
            'PooledAttention', 'SpectralGuidedLayer', 'SpectralGuidedDecoder']
 
 # %% ../nbs/30_decoders.ipynb #d014e3e5
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,16 +22,39 @@ from .files import InputError
 from .wavelet import WaveletConv2d
 
 # %% ../nbs/30_decoders.ipynb #f1adf40c
-def decoder_blocks(depth: int) -> tuple[int, ...]:
-    "Indices of the blocks that a decoder reads: all but the last, which CLIP has tuned to the whole picture (WeCLIP)."
+def decoder_blocks(
+    depth: int,  # blocks of the tower
+) -> tuple[int, ...]:
+    """Indices of the blocks that a decoder reads: all but the last, which CLIP has tuned to the whole picture (WeCLIP).
+
+    Parameters
+    ----------
+    depth : int
+        blocks of the tower
+    """
     if depth < 2:
         raise InputError(f"a tower of {depth} block(s) has none before its last: the decoder needs at least 2.")
     return tuple(range(depth - 1))
 
 # %% ../nbs/30_decoders.ipynb #261ff2f5
 class BlockLinear(nn.Module):
-    "A linear layer for each block, in one batched product: `(L, M, inputs)` -> `(L, M, outputs)`. Starts like `nn.Linear`."
-    def __init__(self, blocks: int, inputs: int, outputs: int) -> None:
+    """A linear layer for each block, in one batched product: `(L, M, inputs)` -> `(L, M, outputs)`. Starts like `nn.Linear`.
+
+    Parameters
+    ----------
+    blocks : int
+        L, how many layers
+    inputs : int
+        channels that go in
+    outputs : int
+        channels that come out
+    """
+    def __init__(
+        self,
+        blocks: int,   # L, how many layers
+        inputs: int,   # channels that go in
+        outputs: int,  # channels that come out
+    ) -> None:
         super().__init__()
         bound = inputs ** -0.5
         self.weight = nn.Parameter(torch.empty(blocks, outputs, inputs).uniform_(-bound, bound))
@@ -54,12 +77,14 @@ class BlockFusion(nn.Module):
         number L of token maps
     dim : int
         channels of each MLP and of the result
+    gate : bool
+        WTCLIP's gate before the fusion
     """
     def __init__(self,
         width: int,  # channels of the tokens
         blocks: int,  # number L of token maps
         dim: int = 256,  # channels of each MLP and of the result
-        gate: bool = False,
+        gate: bool = False,  # WTCLIP's gate before the fusion
     ) -> None:
         super().__init__()
         self.inner, self.outer = BlockLinear(blocks, width, dim), BlockLinear(blocks, dim, dim)
@@ -87,8 +112,23 @@ class QuickGELU(nn.Module):
     def forward(self, x: Tensor) -> Tensor: return x * (1.702 * x).sigmoid()
 
 class DecoderBlock(nn.Module):
-    "One transformer block over `(B, N, dim)`, as in CLIP; `pre_norm=False` normalises after each residual sum instead."
-    def __init__(self, dim: int, heads: int, pre_norm: bool = True) -> None:
+    """One transformer block over `(B, N, dim)`, as in CLIP; `pre_norm=False` normalises after each residual sum instead.
+
+    Parameters
+    ----------
+    dim : int
+        channels of the tokens
+    heads : int
+        of attention
+    pre_norm : bool
+        normalise before attention and MLP; False = after the sums
+    """
+    def __init__(
+        self,
+        dim: int,               # channels of the tokens
+        heads: int,             # of attention
+        pre_norm: bool = True,  # normalise before attention and MLP; False = after the sums
+    ) -> None:
         super().__init__()
         if dim % heads: raise InputError(f"dim={dim} cannot be split among {heads} heads: choose a multiple.")
         self.heads, self.pre_norm = heads, pre_norm
@@ -148,6 +188,8 @@ class TransformerDecoder(nn.Module):
         channels inside
     layers : int
         transformer blocks
+    heads : int
+        of attention
     dropout : float
         chance of a whole channel of the fused map to be dropped
     gate : bool
@@ -163,7 +205,7 @@ class TransformerDecoder(nn.Module):
         classes: int,  # with background
         dim: int = 256,  # channels inside
         layers: int = 3,  # transformer blocks
-        heads: int = 8,
+        heads: int = 8,         # of attention
         dropout: float = 0.1,  # chance of a whole channel of the fused map to be dropped
         gate: bool = False,  # WTCLIP's gate before the fusion
         refine: nn.Module | None = None,  # (B, dim, h, w) -> the same, before the classifier
@@ -187,8 +229,23 @@ class TransformerDecoder(nn.Module):
             f"this decoder reads {self.blocks} token maps (B, {self.width}, h, w), not {len(shapes)} of shapes {sorted(set(shapes))}."
         )
 
-    def forward(self, tokens: Sequence[Tensor]) -> Decoded:
-        "Token maps `(B, width, h, w)` in the order of the blocks -> `Decoded` on the same grid. Raises `InputError` for others."
+    def forward(
+        self,
+        tokens: Sequence[Tensor] | Mapping[int, Tensor],  # maps (B, width, h, w), lowest block first, or by block
+    ) -> Decoded:  # on the same grid
+        """Features and logits of the pictures. Raises `InputError` for another number of maps, or other shapes.
+
+        Parameters
+        ----------
+        tokens : Sequence[Tensor] | Mapping[int, Tensor]
+            maps (B, width, h, w), lowest block first, or by block
+
+        Returns
+        -------
+        Decoded
+            on the same grid
+        """
+        tokens = [tokens[block] for block in sorted(tokens)] if isinstance(tokens, Mapping) else tokens
         self._check(tokens)
         features = self.dropout(self.fusion(tokens))
         x = self.layers(features.flatten(2).mT).mT.unflatten(2, features.shape[2:])
@@ -203,11 +260,11 @@ def wtclip_decoder(
     levels: int = 1,  # of the wavelet transform: 1 in the published code, 2 in the paper's figure
     wavelet: str = "haar",  # any name that `filter_bank` knows
     learn_filters: bool = False,  # False as in the code (fixed filters), True as in the paper's text
-    gate: bool = True,
+    gate: bool = True,  # before the fusion
     dim: int = 256,  # channels inside
     kernel: int = 3,  # side of the depthwise kernels
     **options: Any,  # of `TransformerDecoder`
-) -> TransformerDecoder:
+) -> TransformerDecoder:  # called with the blocks' token maps (B, width, h, w), it gives `Decoded`: .logits (B, classes, h, w)
     """WTCLIP's decoder: WeCLIP's with a gate before the fusion and a wavelet convolution before the classifier.
 
     Paper and code disagree on levels and learning; the defaults are the code's, to which the published parameter count
@@ -230,12 +287,19 @@ def wtclip_decoder(
         any name that `filter_bank` knows
     learn_filters : bool
         False as in the code (fixed filters), True as in the paper's text
+    gate : bool
+        before the fusion
     dim : int
         channels inside
     kernel : int
         side of the depthwise kernels
     **options : Any
         of `TransformerDecoder`
+
+    Returns
+    -------
+    TransformerDecoder
+        called with the blocks' token maps (B, width, h, w), it gives `Decoded`: .logits (B, classes, h, w)
     """
     try: refine = WaveletConv2d(dim, kernel, levels, wavelet, learn_filters)
     except ValueError as error: raise InputError(str(error)) from error
@@ -267,15 +331,23 @@ def token_affinity(
 
 # %% ../nbs/30_decoders.ipynb #9e88421e
 @torch.no_grad()
-def pass_through(conv: nn.Conv2d) -> None:
+def pass_through(
+    conv: nn.Conv2d,  # its weights are changed in place
+) -> None:
     """Start a convolution near the identity: channel c is handed on by output c, and with its sign turned by output c + inputs, so that
-    a ReLU after it loses nothing once there are twice as many outputs. Other weights keep a third of their random start."""
+    a ReLU after it loses nothing once there are twice as many outputs. Other weights keep a third of their random start.
+
+    Parameters
+    ----------
+    conv : nn.Conv2d
+        its weights are changed in place
+    """
     inputs, (row, column) = conv.in_channels, (side // 2 for side in conv.kernel_size)
     conv.weight.div_(3)
     for sign, first in ((1, 0), (-1, inputs)):
         handed = torch.arange(min(inputs, max(0, conv.out_channels - first)))
         conv.weight[first + handed, handed, row, column] += sign
-    nn.init.zeros_(conv.bias)
+    nn.init.zeros_(cast(Tensor, conv.bias))
 
 class DualHead(nn.Module):
     """FFR's segmentation head: a dilated convolution shared by two 1x1 classifiers, for features and for high frequencies.
@@ -290,17 +362,21 @@ class DualHead(nn.Module):
         channels of the features
     classes : int
         with background
+    hidden : int
+        channels of the convolutions
     dilation : int
         reach of the 3x3 kernels, in patches
+    convolutions : int
+        how many, one after the other
     start : str
         of the convolutions: near the "identity", or "random" as torch makes them
     """
     def __init__(self,
         dim: int,  # channels of the features
         classes: int,  # with background
-        hidden: int = 512,
+        hidden: int = 512,        # channels of the convolutions
         dilation: int = 5,  # reach of the 3x3 kernels, in patches
-        convolutions: int = 1,
+        convolutions: int = 1,    # how many, one after the other
         start: str = "identity",  # of the convolutions: near the "identity", or "random" as torch makes them
     ) -> None:
         super().__init__()
@@ -372,8 +448,6 @@ class RelationshipDescriptor(nn.Module):
         ----------
         text : Tensor
             (C, E), unit norm
-        cls : Tensor
-            (B, E), unit norm
 
         Returns
         -------
@@ -388,8 +462,19 @@ class RelationshipDescriptor(nn.Module):
         return self.linear(torch.cat([cls[:, None] * text, text.expand(len(cls), -1, -1)], -1))
 
 # %% ../nbs/30_decoders.ipynb #33903d51
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    "`(B, N, dim)` -> `(B, heads, N, dim / heads)`."
+def split_heads(
+    x: Tensor,   # (B, N, dim)
+    heads: int,  # how many parts of `dim`
+) -> Tensor:
+    """`(B, N, dim)` -> `(B, heads, N, dim / heads)`.
+
+    Parameters
+    ----------
+    x : Tensor
+        (B, N, dim)
+    heads : int
+        how many parts of `dim`
+    """
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 def mask_scores(
@@ -418,38 +503,82 @@ class CrossAttention(nn.Module):
 
     Parameters
     ----------
+    dim : int
+        channels of queries and tokens
+    heads : int
+        of attention
     dropout : float
         chance of an attention weight to be dropped
     values : bool
         False: only `scores` are wanted
     """
     def __init__(self,
-        dim: int,
-        heads: int,
+        dim: int,             # channels of queries and tokens
+        heads: int,           # of attention
         dropout: float = 0.1,  # chance of an attention weight to be dropped
         values: bool = True,  # False: only `scores` are wanted
     ) -> None:
         super().__init__()
         self.heads, self.dropout = heads, dropout
         self.query, self.key = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.value, self.out = (nn.Linear(dim, dim), nn.Linear(dim, dim)) if values else (None, None)
+        self.value: Any = nn.Linear(dim, dim) if values else None   # with the next, None where nobody asks for answers
+        self.out: Any = nn.Linear(dim, dim) if values else None
 
-    def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
-        "What the queries find: `(B, C, dim)`."
+    def forward(
+        self,
+        queries: Tensor,  # (B, C, dim)
+        tokens: Tensor,   # (B, N, dim)
+    ) -> Tensor:
+        """What the queries find: `(B, C, dim)`.
+
+        Parameters
+        ----------
+        queries : Tensor
+            (B, C, dim)
+        tokens : Tensor
+            (B, N, dim)
+        """
         query, key, value = (
             split_heads(x, self.heads) for x in (self.query(queries), self.key(tokens), self.value(tokens))
         )
         answer = F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout if self.training else 0.0)
         return self.out(answer.transpose(1, 2).flatten(2))
 
-    def scores(self, queries: Tensor, tokens: Tensor) -> Tensor:
-        "Mean over heads of `q . k / sqrt d` before the softmax, `(B, C, N)`: one product over all channels, the heads being parts of the sum."
+    def scores(
+        self,
+        queries: Tensor,  # (B, C, dim)
+        tokens: Tensor,   # (B, N, dim)
+    ) -> Tensor:
+        """Mean over heads of `q . k / sqrt d` before the softmax, `(B, C, N)`: one product over all channels, the heads being parts of the sum.
+
+        Parameters
+        ----------
+        queries : Tensor
+            (B, C, dim)
+        tokens : Tensor
+            (B, N, dim)
+        """
         query = self.query(queries)
         return mask_scores(query * (query.shape[-1] * self.heads) ** -0.5, self.key(tokens))
 
 class QueryUpdate(nn.Module):
-    "What a post-norm transformer layer does with an answer: `q = LN(q + answer)`, then `LN(q + FFN(q))` with a ReLU inside."
-    def __init__(self, dim: int, hidden: int | None = None, dropout: float = 0.1) -> None:
+    """What a post-norm transformer layer does with an answer: `q = LN(q + answer)`, then `LN(q + FFN(q))` with a ReLU inside.
+
+    Parameters
+    ----------
+    dim : int
+        channels of the queries
+    hidden : int | None
+        width of the feed-forward part; None = 4 dim
+    dropout : float
+        chance of a value to be dropped
+    """
+    def __init__(
+        self,
+        dim: int,                   # channels of the queries
+        hidden: int | None = None,  # width of the feed-forward part; None = 4 dim
+        dropout: float = 0.1,       # chance of a value to be dropped
+    ) -> None:
         super().__init__()
         hidden = 4 * dim if hidden is None else hidden
         self.norm_1, self.norm_2, self.dropout = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.Dropout(dropout)
@@ -465,28 +594,33 @@ class CrossAttentionLayer(nn.Module):
 
     Parameters
     ----------
+    dim : int
+        channels of queries and tokens
+    heads : int
+        of attention
     hidden : int | None
         width of the feed-forward part; None = 4 dim
+    dropout : float
+        chance of a value to be dropped
     self_attention : bool
         first among the queries, which mixes classes
     answers : bool
         False: only `scores` are wanted, what they do not need is not created
     """
     def __init__(self,
-        dim: int,
-        heads: int,
+        dim: int,                   # channels of queries and tokens
+        heads: int,                 # of attention
         hidden: int | None = None,  # width of the feed-forward part; None = 4 dim
-        dropout: float = 0.1,
+        dropout: float = 0.1,       # chance of a value to be dropped
         self_attention: bool = False,  # first among the queries, which mixes classes
         answers: bool = True,  # False: only `scores` are wanted, what they do not need is not created
     ) -> None:
         super().__init__()
         self.among = CrossAttention(dim, heads, dropout) if self_attention else None
-        self.among_norm, self.among_dropout = (
-            (nn.LayerNorm(dim), nn.Dropout(dropout)) if self_attention else (None, None)
-        )
+        self.among_norm: Any = nn.LayerNorm(dim) if self_attention else None
+        self.among_dropout: Any = nn.Dropout(dropout) if self_attention else None
         self.attention = CrossAttention(dim, heads, dropout, values=answers)
-        self.update = QueryUpdate(dim, hidden, dropout) if answers else None
+        self.update: Any = QueryUpdate(dim, hidden, dropout) if answers else None
 
     def _exchange(self, queries: Tensor) -> Tensor:
         "Attention among the classes, residual and norm, where there is any."
@@ -534,6 +668,10 @@ class CrossAttentionDecoder(nn.Module):
     ----------
     dim : int
         width of queries and patches
+    layers : int
+        how many, one after the other
+    heads : int
+        of attention
     hidden : int | None
         width of the feed-forward parts; None = 4 dim
     dropout : float
@@ -545,8 +683,8 @@ class CrossAttentionDecoder(nn.Module):
     """
     def __init__(self,
         dim: int = 512,  # width of queries and patches
-        layers: int = 3,
-        heads: int = 8,
+        layers: int = 3,           # how many, one after the other
+        heads: int = 8,            # of attention
         hidden: int | None = None,  # width of the feed-forward parts; None = 4 dim
         dropout: float = 0.1,  # of attention weights, hidden units and branches
         self_attention: bool = False,  # among the class queries
@@ -582,7 +720,7 @@ class CrossAttentionDecoder(nn.Module):
         _check_question(queries, patches, self.dim)
         tokens = patches.flatten(2).mT
         for layer in self.layers[:-1]: queries = layer(queries, tokens)
-        return self.layers[-1].scores(queries, tokens).unflatten(2, patches.shape[2:])
+        return cast(CrossAttentionLayer, self.layers[-1]).scores(queries, tokens).unflatten(2, patches.shape[2:])
 
 # %% ../nbs/30_decoders.ipynb #8d56aa79
 def window_partition(
@@ -609,7 +747,7 @@ def window_partition(
 
 def window_merge(
     windows: Tensor,  # (B, W, side^2, D)
-    side: int,
+    side: int,            # of a window, patches
     grid: Sequence[int],  # (h, w), without the padding
 ) -> Tensor:  # (B, h, w, D)
     """Put the windows of `window_partition` together again.
@@ -618,6 +756,8 @@ def window_merge(
     ----------
     windows : Tensor
         (B, W, side^2, D)
+    side : int
+        of a window, patches
     grid : Sequence[int]
         (h, w), without the padding
 
@@ -635,16 +775,22 @@ class WindowAttention(nn.Module):
 
     Parameters
     ----------
+    dim : int
+        channels of the patches
+    heads : int
+        of attention
     width : int
         channels of the answer, a multiple of the heads
+    window : int
+        side in patches
     mask_padding : bool
         False: padding takes part as zero keys and values
     """
     def __init__(self,
-        dim: int,
-        heads: int,
+        dim: int,                   # channels of the patches
+        heads: int,                 # of attention
         width: int,  # channels of the answer, a multiple of the heads
-        window: int = 3,
+        window: int = 3,            # side in patches
         mask_padding: bool = True,  # False: padding takes part as zero keys and values
     ) -> None:
         super().__init__()
@@ -674,16 +820,22 @@ class PooledAttention(nn.Module):
 
     Parameters
     ----------
+    dim : int
+        channels of the patches
+    heads : int
+        of attention
     width : int
         channels of the answer, a multiple of the heads
+    window : int
+        side in patches
     mask_padding : bool
         False: windows at the edge are divided by window^2 all the same
     """
     def __init__(self,
-        dim: int,
-        heads: int,
+        dim: int,                   # channels of the patches
+        heads: int,                 # of attention
         width: int,  # channels of the answer, a multiple of the heads
-        window: int = 3,
+        window: int = 3,            # side in patches
         mask_padding: bool = True,  # False: windows at the edge are divided by window^2 all the same
     ) -> None:
         super().__init__()
@@ -722,6 +874,8 @@ class SpectralGuidedLayer(nn.Module):
     ----------
     dim : int
         width of queries and patches
+    heads : int
+        of attention
     high_heads : int
         of them; 0 or all leaves one branch
     window : int
@@ -741,7 +895,7 @@ class SpectralGuidedLayer(nn.Module):
     """
     def __init__(self,
         dim: int = 512,  # width of queries and patches
-        heads: int = 8,
+        heads: int = 8,             # of attention
         high_heads: int = 1,  # of them; 0 or all leaves one branch
         window: int = 3,  # side in patches
         mask_padding: bool = True,  # False: where grids are padded to whole windows the zeros count, as in the authors' code
@@ -761,7 +915,8 @@ class SpectralGuidedLayer(nn.Module):
         )
         self.similarity, self.dropout, self.residual = similarity, dropout, residual
         self.task, self.transform = nn.Parameter(torch.randn(dim)), nn.Parameter(torch.eye(dim))
-        self.out, self.update = (nn.Linear(dim, dim), QueryUpdate(dim, hidden, dropout)) if answers else (None, None)
+        self.out: Any = nn.Linear(dim, dim) if answers else None
+        self.update: Any = QueryUpdate(dim, hidden, dropout) if answers else None
         truncated_normal_start(self)
 
     def branches(self, patches: Tensor) -> Tensor:
@@ -769,8 +924,17 @@ class SpectralGuidedLayer(nn.Module):
         z = torch.cat([branch(patches) for branch in (self.high, self.low) if branch is not None], -1)
         return z + patches.flatten(2).mT if self.residual else z
 
-    def forward(self, patches: Tensor) -> Tensor:
-        "z^: patches `(B, dim, h, w)` -> the same shape."
+    def forward(
+        self,
+        patches: Tensor,  # (B, dim, h, w)
+    ) -> Tensor:
+        """z^: patches `(B, dim, h, w)` -> the same shape.
+
+        Parameters
+        ----------
+        patches : Tensor
+            (B, dim, h, w)
+        """
         z = self.branches(patches)
         cosine = F.cosine_similarity(z, self.task, dim=-1)[..., None]
         kept = (1 + cosine) / 2 if self.similarity == "shifted" else cosine.clamp(0, 1)
@@ -796,6 +960,10 @@ class SpectralGuidedDecoder(nn.Module):
     ----------
     dim : int
         width of queries and patches
+    layers : int
+        how many, one after the other
+    heads : int
+        of attention
     high_heads : int
         of them; 0 or all leaves one branch
     window : int
@@ -806,6 +974,8 @@ class SpectralGuidedDecoder(nn.Module):
         or "clamp", see `SpectralGuidedLayer`
     hidden : int | None
         width of the feed-forward parts; None = 4 dim
+    dropout : float
+        of the queries' attention weights, hidden units and branches
     reads : str
         what layers filter: patches of the "tower", or the "previous" layer's features
     residual : bool
@@ -813,14 +983,14 @@ class SpectralGuidedDecoder(nn.Module):
     """
     def __init__(self,
         dim: int = 512,  # width of queries and patches
-        layers: int = 3,
-        heads: int = 8,
+        layers: int = 3,            # how many, one after the other
+        heads: int = 8,             # of attention
         high_heads: int = 1,  # of them; 0 or all leaves one branch
         window: int = 3,  # side in patches
         mask_padding: bool = True,  # False: the zeros of a padded grid count, as in the authors' code
         similarity: str = "shifted",  # or "clamp", see `SpectralGuidedLayer`
         hidden: int | None = None,  # width of the feed-forward parts; None = 4 dim
-        dropout: float = 0.1,
+        dropout: float = 0.1,       # of the queries' attention weights, hidden units and branches
         reads: str = "tower",  # what layers filter: patches of the "tower", or the "previous" layer's features
         residual: bool = False,  # around the branches, see `SpectralGuidedLayer`
     ) -> None:
@@ -858,5 +1028,5 @@ class SpectralGuidedDecoder(nn.Module):
         features = patches
         for layer in self.layers:
             features = layer(features if self.reads == "previous" else patches)
-            if layer.out is not None: queries = layer.ask(queries, features)
+            if layer.out is not None: queries = cast(SpectralGuidedLayer, layer).ask(queries, features)
         return mask_scores(queries, features.flatten(2).mT).unflatten(2, patches.shape[2:])

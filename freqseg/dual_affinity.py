@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ENCODINGS', 'INITS', 'NORMALISATIONS', 'BORDERS', 'SCALES', 'INVERSIONS', 'ABLATIONS', 'CUTOFF', 'smoothed_stack',
-           'invert_stack', 'encode_entries', 'inverse_softplus', 'prior_score', 'PathOutput', 'entry_network',
-           'AffinityPath', 'FrequencyRelations', 'frequency_relations', 'QualityThreshold', 'selective_mask',
-           'alignment_loss', 'RelationMasks', 'window_count', 'rectification_masks', 'scaled_relation', 'relation_loss',
-           'DualAffinitySettings', 'combine_affinities', 'DualAffinityOutput', 'DualAffinity']
+           'encode_entries', 'inverse_softplus', 'prior_score', 'PathOutput', 'entry_network', 'AffinityPath',
+           'FrequencyRelations', 'frequency_relations', 'QualityThreshold', 'selective_mask', 'alignment_loss',
+           'RelationMasks', 'window_count', 'rectification_masks', 'scaled_relation', 'relation_loss',
+           'DualAffinitySettings', 'DualAffinityOutput', 'DualAffinity']
 
 # %% ../nbs/21_dual_affinity.ipynb #fb1e7c4f
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 from torch.utils.checkpoint import checkpoint
 
-from .affinity import POSITIVE_FLOOR, SOURCES, affinity_request, last_blocks, relations, symmetrise
+from .affinity import POSITIVE_FLOOR, SOURCES, affinity_request, invert_relation, last_blocks, relations, symmetrise
 from .clip import Backbone, Features
 from .files import InputError
 from .losses import nearest_labels
 from .options import Options, option
-from .spectra import Transfer, butterworth_transfer, complement, gaussian_transfer, invert_attention, split_bands
+from .spectra import Transfer, butterworth_transfer, complement, gaussian_transfer, split_bands
 
 # %% ../nbs/21_dual_affinity.ipynb #6394ae80
 def _in_full(x: Tensor) -> Tensor:
@@ -37,15 +37,15 @@ def _choose(name: str, value: Any, known: Sequence[Any]) -> None:
 
 # %% ../nbs/21_dual_affinity.ipynb #32e25ec0
 def _head_count(features: Features, source: str, block: int) -> int:
-    "Heads that were recorded for a source; 1 where there are none."
-    name = {"attention": "attention", "qq": "queries", "kk": "keys", "vv": "values"}.get(source)
-    if name is None: return 1
-    found = features.of(getattr(features, name), block, name)
-    return found.shape[1] if found.ndim == 4 else 1
+    "Heads that were recorded for a source. Raises `InputError` for one without heads."
+    if not SOURCES.find(source).heads: raise InputError(f"the source {source!r} has no heads: use per_head=False or another source.")
+    name = "attention" if "attention" in SOURCES[source].needs else "queries"
+    recorded = features.of(getattr(features, name), block, name)
+    return recorded.shape[1] if recorded.ndim == 4 else 1
 
 def smoothed_stack(
     features: Features,               # encoded with `affinity_request`
-    source: str = "attention",        # "attention", "qq", "kk", "vv" or "tokens"
+    source: str = "attention",        # one of `affinity.SOURCES`
     layers: int|Sequence[int] = 8,    # the last so many blocks, or block indices
     per_head: bool = False,           # one map for each head of each layer instead of their mean
     temperature: float|None = None,   # of the softmax for all but attention; None = 1, for tokens 0.1
@@ -59,7 +59,7 @@ def smoothed_stack(
     features : Features
         encoded with `affinity_request`
     source : str
-        "attention", "qq", "kk", "vv" or "tokens"
+        one of `affinity.SOURCES`
     layers : int|Sequence[int]
         the last so many blocks, or block indices
     per_head : bool
@@ -73,36 +73,9 @@ def smoothed_stack(
         (B, L, N, N) or (B, L * heads, N, N), layer by layer; non-negative, row = query
     """
     if not per_head: return relations(features, source, layers, temperature=temperature)
-    _choose("source", source, SOURCES)
     heads = range(_head_count(features, source, last_blocks(features.depth, layers)[-1]))
     each = [relations(features, source, layers, [head], temperature) for head in heads]
     return torch.stack(each, 2).flatten(1, 2)
-
-# %% ../nbs/21_dual_affinity.ipynb #441823b8
-def invert_stack(
-    stack: Tensor,                    # (B, L, N, N) non-negative
-    grid: tuple[int, int],            # (h, w) with h * w = N
-    transfer: Transfer|None = None,   # gain by radial frequency in cycles per token; None = all-pass, I - W
-) -> Tensor:                          # (B, L, N, N), rows sum to 0
-    """F^-1(I - F(W)) of every map (DFA), its rows scaled to 1 first: attention without its CLS column sums to less.
-
-    Parameters
-    ----------
-    stack : Tensor
-        (B, L, N, N) non-negative
-    grid : tuple[int, int]
-        (h, w) with h * w = N
-    transfer : Transfer|None
-        gain by radial frequency in cycles per token; None = all-pass, I - W
-
-    Returns
-    -------
-    Tensor
-        (B, L, N, N), rows sum to 0
-    """
-    stack = _in_full(stack)
-    rows = stack / stack.sum(-1, keepdim=True).clamp(min=torch.finfo(stack.dtype).tiny)
-    return invert_attention(rows, grid, transfer)
 
 # %% ../nbs/21_dual_affinity.ipynb #1402affb
 ENCODINGS = ("asinh", "linear")
@@ -382,11 +355,11 @@ class QualityThreshold(nn.Module):
         Tensor
             () no gradient
         """
-        found = (_in_full(relation) - _in_full(affinity)).abs().mean().to(self.alpha)
-        if self.training: found = _mean_over_processes(found)
-        seen, usable = self.updates > 0, found.isfinite()
-        if not self.training: return torch.where(seen, self.alpha, found)
-        moved = torch.where(seen, self.momentum * self.alpha + (1 - self.momentum) * found, found)
+        gap = (_in_full(relation) - _in_full(affinity)).abs().mean().to(self.alpha)
+        if self.training: gap = _mean_over_processes(gap)
+        seen, usable = self.updates > 0, gap.isfinite()
+        if not self.training: return torch.where(seen, self.alpha, gap)
+        moved = torch.where(seen, self.momentum * self.alpha + (1 - self.momentum) * gap, gap)
         self.alpha.copy_(torch.where(usable, moved, self.alpha))
         self.updates += usable
         return self.alpha.clone()
@@ -641,7 +614,7 @@ class DualAffinitySettings(Options):
     Attributes
     ----------
     source : str | None
-        relations that the affinities are made of
+        relations that the affinities are made of; none: what suits the backbone
     layers : int | tuple[int, ...]
         how many of the last blocks the affinities read, or the blocks' indices
     per_head : bool
@@ -678,7 +651,7 @@ class DualAffinitySettings(Options):
         scale of the affinity that L_r pulls
     """
     renamed: ClassVar = {"window": "vote_window"}
-    source: str | None = option(None, "relations that the affinities are made of", choices={None: "what suits the backbone", **dict.fromkeys(SOURCES, "")})
+    source: str | None = option(None, "relations that the affinities are made of; none: what suits the backbone")
     layers: int | tuple[int, ...] = option(8, "how many of the last blocks the affinities read, or the blocks' indices", low=-64, high=64, least=1)
     per_head: bool = option(False, "read every head's attention as a map of its own instead of the heads' mean")
     inversion: str = option("all-pass", "what the inverse affinity keeps of the attention's spectrum",
@@ -701,11 +674,13 @@ class DualAffinitySettings(Options):
     relation_scale: str = option("score", "scale of the affinity that L_r pulls", choices={"score": "before normalisation", "max": "over its row's maximum", "sinkhorn": "after it, as printed"})
 
     def check(self) -> None:
-        "Raise `InputError` for options that contradict each other."
+        "Raise `InputError` for an unknown source, and for options that contradict each other."
+        if self.source is not None: SOURCES.find(self.source)
         if isinstance(self.layers, int) and self.layers < 1: raise InputError(f"layers={self.layers}: read one block at least.")
         if self.vote_window is not None and self.vote_window % 2 == 0: raise InputError(f"vote_window={self.vote_window}: give an odd number of patches, or none.")
         if self.rectify and not self.inverse: raise InputError("rectify=True: without an inverse affinity there is nothing to rectify; give inverse=True, or rectify=False.")
-        if self.per_head and self.source == "tokens": raise InputError("per_head=True: tokens have no heads; take another source, or per_head=False.")
+        if self.source and self.per_head and not SOURCES.find(self.source).heads:
+            raise InputError(f"per_head=True: {self.source} has no heads; take another source, or per_head=False.")
 
 # %% ../nbs/21_dual_affinity.ipynb #90a77ee3
 ABLATIONS: dict[str, dict[str, bool]] = {   # rows of DFA's ablation; the fifth is the fourth with transport
@@ -715,41 +690,6 @@ ABLATIONS: dict[str, dict[str, bool]] = {   # rows of DFA's ablation; the fifth 
     "A_la + A_ha": {"align": True, "inverse": True, "rectify": True},
 }
 
-def combine_affinities(
-    low: Tensor,                # (B, N, N)
-    high: Tensor|None,          # (B, N, N), or None
-    how: str = "sum",           # "sum" weighted mean, "product" element-wise, rows scaled back to 1
-    lambda_l: float = 1.0,      # weight of the low-frequency affinity in the sum
-    lambda_h: float = 1.0,      # weight of the high-frequency affinity in the sum
-) -> Tensor:                    # (B, N, N)
-    """One affinity from two, for refining maps without transport (the element-wise rows of DFA's ablation).
-
-    DFA does not say how; the default is the mean. Raises `InputError` for an unknown `how`.
-
-    Parameters
-    ----------
-    low : Tensor
-        (B, N, N)
-    high : Tensor|None
-        (B, N, N), or None
-    how : str
-        "sum" weighted mean, "product" element-wise, rows scaled back to 1
-    lambda_l : float
-        weight of the low-frequency affinity in the sum
-    lambda_h : float
-        weight of the high-frequency affinity in the sum
-
-    Returns
-    -------
-    Tensor
-        (B, N, N)
-    """
-    _choose("how", how, ("sum", "product"))
-    if high is None: return low
-    if how == "sum": return (lambda_l * low + lambda_h * high) / (lambda_l + lambda_h)
-    both = low * high
-    return both / both.sum(-1, keepdim=True).clamp(min=torch.finfo(both.dtype).tiny)
-
 # %% ../nbs/21_dual_affinity.ipynb #461e2900
 @dataclass(eq=False)
 class DualAffinityOutput:
@@ -757,21 +697,21 @@ class DualAffinityOutput:
 
     Attributes
     ----------
-    low : Tensor
+    smoothed : Tensor
         A_la, or A_s when it is not learned: (B, N, N) fp32
-    high : Tensor|None
+    inverse : Tensor | None
         A_ha, or A_inv when it is not learned; None without an inverse path
     losses : dict[str, Tensor]
         "alignment" L_a and "rectification" L_r as far as they apply, unweighted
     statistics : dict[str, Tensor]
         () no gradient: "alpha", and the shares of pairs "selected", "positive" and "negative"
     """
-    low: Tensor                      # A_la, or A_s when it is not learned: (B, N, N) fp32
-    high: Tensor|None                # A_ha, or A_inv when it is not learned; None without an inverse path
+    smoothed: Tensor                 # A_la, or A_s when it is not learned: (B, N, N) fp32
+    inverse: Tensor | None           # A_ha, or A_inv when it is not learned; None without an inverse path
     losses: dict[str, Tensor]        # "alignment" L_a and "rectification" L_r as far as they apply, unweighted
     statistics: dict[str, Tensor]    # () no gradient: "alpha", and the shares of pairs "selected", "positive" and "negative"
-    low_path: PathOutput
-    high_path: PathOutput|None
+    smoothed_path: PathOutput
+    inverse_path: PathOutput | None
 
 # %% ../nbs/21_dual_affinity.ipynb #cc6cb969
 CUTOFF = .1   # of the inversions that keep less, cycles per token
@@ -785,7 +725,7 @@ def _path(entries: int, settings: DualAffinitySettings, init: str, learn: bool) 
     "An `AffinityPath` with the settings."
     return AffinityPath(entries, settings.hidden, init, learn, normalise=settings.normalise)
 
-def _seen(path: PathOutput, scale: str) -> Tensor:
+def _compared(path: PathOutput, scale: str) -> Tensor:
     "What `scaled_relation` reads for a scale."
     return path.score if scale == "score" else path.affinity
 
@@ -807,6 +747,7 @@ class DualAffinity(nn.Module):
     ):
         super().__init__()
         self.settings = settings
+        # The two paths keep the names that their weights have in checkpoints: `low` is the smoothed one, `high` the inverse one.
         self.low = _path(entries, settings, "magnitude", settings.align)
         self.high = _path(entries, settings, "signed", settings.rectify) if settings.inverse else None
         self.threshold = QualityThreshold() if settings.align else None
@@ -824,11 +765,11 @@ class DualAffinity(nn.Module):
         return affinity_request(depth, s.source or "attention", s.layers, s.per_head)
 
     def paths(self, features: Features) -> tuple[PathOutput, PathOutput|None]:
-        "Both affinities with their scores, without any loss."
+        "The smoothed and the inverse affinity with their scores, without any loss."
         s = self.settings
         stack = smoothed_stack(features, s.source or "attention", s.layers, s.per_head).detach()
-        high = None if self.high is None else self.high(invert_stack(stack, features.grid, _high_pass(s)))
-        return self.low(stack), high
+        inverse = None if self.high is None else self.high(invert_relation(stack, features.grid, _high_pass(s)))
+        return self.low(stack), inverse
 
     def forward(self,
         features: Features,             # encoded with `request`
@@ -853,8 +794,8 @@ class DualAffinity(nn.Module):
 
     def output(self, paths: tuple[PathOutput, PathOutput|None]) -> DualAffinityOutput:
         "The affinities of `paths`, without losses."
-        low, high = paths
-        return DualAffinityOutput(low.affinity, None if high is None else high.affinity, {}, {}, low, high)
+        smoothed, inverse = paths
+        return DualAffinityOutput(smoothed.affinity, None if inverse is None else inverse.affinity, {}, {}, smoothed, inverse)
 
     def losses(self,
         paths: tuple[PathOutput, PathOutput|None],   # of `paths`: pseudo-labels are made from them before they are taught
@@ -876,18 +817,18 @@ class DualAffinity(nn.Module):
             Y (B, N) patch labels; None = no L_r
         """
         result = self.output(paths)
-        if tuple(decoded.shape[-2:]) != tuple(grid) or len(decoded) != len(result.low):
-            raise InputError(f"decoder features {tuple(decoded.shape)} do not fit affinities of {len(result.low)} images on a {grid} grid.")
-        found = frequency_relations(decoded.detach(), self.settings.mu, self.settings.shape, self.settings.normalise_features)
-        if self.threshold is not None: self._align(result, found.low)
-        if self.high is not None and self.high.network is not None and labels is not None: self._rectify(result, found.high, labels, grid)
+        if tuple(decoded.shape[-2:]) != tuple(grid) or len(decoded) != len(result.smoothed):
+            raise InputError(f"decoder features {tuple(decoded.shape)} do not fit affinities of {len(result.smoothed)} images on a {grid} grid.")
+        related = frequency_relations(decoded.detach(), self.settings.mu, self.settings.shape, self.settings.normalise_features)
+        if self.threshold is not None: self._align(result, related.low)
+        if self.high is not None and self.high.network is not None and labels is not None: self._rectify(result, related.high, labels, grid)
         return result
 
     def _align(self, result: DualAffinityOutput, relation: Tensor) -> None:
         "Add L_a."
-        alpha = self.threshold(relation, result.low.detach())
+        alpha = self.threshold(relation, result.smoothed.detach())
         mask = selective_mask(relation, alpha)
-        student = scaled_relation(_seen(result.low_path, self.settings.align_scale), self.settings.align_scale)
+        student = scaled_relation(_compared(result.smoothed_path, self.settings.align_scale), self.settings.align_scale)
         result.losses["alignment"] = alignment_loss(relation, student, mask, self.settings.align_within, self.settings.align_reduction)
         result.statistics |= {"alpha": alpha, "selected": mask.float().mean()}
 
@@ -895,5 +836,5 @@ class DualAffinity(nn.Module):
         "Add L_r."
         s = self.settings
         masks = rectification_masks(relation, labels, grid, s.vote_window, agreement=s.agreement)
-        result.losses["rectification"] = relation_loss(_seen(result.high_path, s.relation_scale), *masks, s.relation_scale)
+        result.losses["rectification"] = relation_loss(_compared(result.inverse_path, s.relation_scale), *masks, s.relation_scale)
         result.statistics |= {"positive": masks.positive.float().mean(), "negative": masks.negative.float().mean()}

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'UNLABELLED', 'VOC_CLASSES', 'COCO_CLASSES', 'COCOSTUFF_CLASSES', 'VOC_ZERO_SHOT', 'COCOSTUFF_ZERO_SHOT',
-           'PICTURE_SUFFIXES', 'ZeroShotSplit', 'zero_shot_split', 'LabelTable', 'shipped_splits', 'shipped_ids',
-           'shipped_labels', 'read_classes', 'read_ids', 'read_labels', 'write_labels']
+           'PICTURE_SUFFIXES', 'ZeroShotSplit', 'zero_shot_split', 'Domain', 'seen_and_unseen', 'LabelTable',
+           'shipped_splits', 'shipped_ids', 'shipped_labels', 'read_classes', 'read_ids', 'read_labels', 'write_labels']
 
 # %% ../nbs/10_lists.ipynb #2540abab
 import csv, functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -96,6 +97,88 @@ VOC_ZERO_SHOT = zero_shot_split(VOC_CLASSES, "pottedplant sheep sofa train tvmon
 COCOSTUFF_ZERO_SHOT = zero_shot_split(
     COCOSTUFF_CLASSES, "cow,giraffe,suitcase,frisbee,skateboard,carrot,scissors,cardboard,clouds,grass,playingfield,river,"
                        "road,tree,wall-concrete".split(","))
+
+# %% ../nbs/10_lists.ipynb #8f6d64ab
+@dataclass(frozen=True)
+class Domain:
+    """Pictures of one kind, as a data folder or a CLIP that was trained on them tells of them. An empty one is that of photographs.
+
+    Attributes
+    ----------
+    title : str
+        such as "the embedded world"
+    caveat : str
+        after "the pictures are": what figures on them do not say
+    unseen : tuple[str, ...]
+        of these; without masks in zero-shot training
+    background : tuple[str, ...]
+        names that the classes compete with
+    templates : tuple[str, ...]
+        that a class name is put into, each with one {}
+    fillers : tuple[str, ...]
+        words of a closed vocabulary that name nothing
+    side : int | None
+        usual long side, pixels
+    mu : float | None
+        usual cut-off between the bands, cycles per token
+    """
+    title: str = ""                                # such as "the embedded world"
+    caveat: str = ""                               # after "the pictures are": what figures on them do not say
+    classes: tuple[str, ...] = ()
+    unseen: tuple[str, ...] = ()                   # of these; without masks in zero-shot training
+    background: tuple[str, ...] = ()               # names that the classes compete with
+    templates: tuple[str, ...] = ()                # that a class name is put into, each with one {}
+    background_templates: tuple[str, ...] = ()
+    fillers: tuple[str, ...] = ()                  # words of a closed vocabulary that name nothing
+    side: int | None = None                        # usual long side, pixels
+    mu: float | None = None                        # usual cut-off between the bands, cycles per token
+
+    @classmethod
+    def parsed(
+        cls,
+        values: Mapping[str, Any],   # as JSON holds them
+        where: str | Path,           # for the message
+    ) -> "Domain":
+        """A domain from plain values. Raises `InputError` for an unknown name, and for a value of another kind.
+
+        Parameters
+        ----------
+        values : Mapping[str, Any]
+            as JSON holds them
+        where : str | Path
+            for the message
+        """
+        usual = {field.name: field.default for field in fields(cls)}
+        for name, value in values.items():
+            if name not in usual: raise InputError(f"{where}: {unknown_name(name, usual, 'fact about pictures')}")
+            kind = {str: str, tuple: (list, tuple)}.get(type(usual[name]), (int, float))
+            if not isinstance(value, kind): raise InputError(f"{where}: {name}={value!r} is {type(value).__name__}; see freqseg.lists.Domain for what it should be.")
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+def seen_and_unseen(
+    classes: Sequence[str],
+    unseen: str | Sequence[str] | None = None,   # None: as published, or as the domain has it
+    seen: str | Sequence[str] | None = None,     # None: all others
+    domain: Domain = Domain(),                   # of the pictures
+) -> ZeroShotSplit:
+    """The split of a data set's classes. Raises `InputError` when nothing says which are unseen, and for names that do not fit.
+
+    Parameters
+    ----------
+    unseen : str | Sequence[str] | None
+        None: as published, or as the domain has it
+    seen : str | Sequence[str] | None
+        None: all others
+    domain : Domain
+        of the pictures
+    """
+    known = {split.classes: split.unseen for split in (VOC_ZERO_SHOT, COCOSTUFF_ZERO_SHOT)} | {domain.classes: domain.unseen}
+    names = lambda given: (given,) if isinstance(given, str) else given
+    unseen = names(unseen) or known.get(tuple(classes))
+    if not unseen:
+        raise InputError(f"no published split of these {len(classes)} classes ({', '.join(classes[:3])} ...): say which have no masks in training, "
+                         f"for example unseen={classes[-1]}.")
+    return zero_shot_split(classes, unseen, names(seen))
 
 # %% ../nbs/10_lists.ipynb #b2bc8430
 @dataclass(frozen=True, eq=False)
@@ -257,15 +340,15 @@ def read_labels(
     path : str | Path
         labels.txt: "id class,class"; labels.csv: id,class,class (or one quoted field)
     """
-    index, rows, found = {name: i for i, name in enumerate(classes)}, {}, []
+    index, rows, columns_of = {name: i for i, name in enumerate(classes)}, {}, []
     for name, labels in _label_lines(Path(path)):
         wrong = [label for label in labels if label not in index]
         if wrong: raise InputError(f"{path}, picture {name}: {unknown_name(wrong[0], classes)}")
         if name in rows: raise InputError(f"{path} lists picture {name} twice. Keep one line for it.")
         rows[name] = len(rows)
-        found.append([index[label] for label in labels])
+        columns_of.append([index[label] for label in labels])
     present = np.zeros((len(rows), len(classes)), bool)
-    for row, columns in enumerate(found): present[row, columns] = True
+    for row, columns in enumerate(columns_of): present[row, columns] = True
     return LabelTable(rows, present)
 
 def write_labels(

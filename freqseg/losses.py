@@ -8,7 +8,7 @@ __all__ = ['PIECE', 'balanced_cross_entropy', 'nearest_labels', 'neighbour_windo
            'ssim_loss', 'mask_losses']
 
 # %% ../nbs/34_losses.ipynb #eed1eb47
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -28,8 +28,8 @@ def _mean_over(values: Tensor, chosen: Tensor) -> Tensor:
 def balanced_cross_entropy(
     logits: Tensor,  # (B, C, H, W); another height and width is resized bilinearly to that of the labels
     labels: Tensor,  # (B, H, W) int64, 0..C-1 or `ignore`
-    background: int = 0,
-    ignore: int = IGNORE,
+    background: int = 0,  # label of the background
+    ignore: int = IGNORE,  # label that does not count
 ) -> Tensor:  # scalar
     """Half the mean cross-entropy over background pixels plus half that over foreground pixels of the batch (WeCLIP).
 
@@ -42,6 +42,10 @@ def balanced_cross_entropy(
         (B, C, H, W); another height and width is resized bilinearly to that of the labels
     labels : Tensor
         (B, H, W) int64, 0..C-1 or `ignore`
+    background : int
+        label of the background
+    ignore : int
+        label that does not count
 
     Returns
     -------
@@ -111,7 +115,7 @@ def pair_labels(
     labels: Tensor,  # (B, H, W) int64, 255 = ignore
     grid: Sequence[int],  # (h, w), the grid of the affinity
     radius: int = 8,  # in patches
-    ignore: int = IGNORE,
+    ignore: int = IGNORE,  # label that does not count
     centre: bool = False,  # where in its cell each patch's label is read, see `nearest_labels`
 ) -> tuple[Tensor, Tensor]:  # positive, negative: (B, N, N) bool, symmetric, never both
     """Pairs of patches with equal and with different labels, within a Chebyshev radius (WeCLIP).
@@ -126,6 +130,8 @@ def pair_labels(
         (h, w), the grid of the affinity
     radius : int
         in patches
+    ignore : int
+        label that does not count
     centre : bool
         where in its cell each patch's label is read, see `nearest_labels`
 
@@ -262,7 +268,7 @@ def dense_energy_loss(
         scalar
     """
     _check_energy(image, probs, scale, form)
-    size = tuple(max(1, round(side * scale)) for side in image.shape[-2:])
+    size = (max(1, round(image.shape[-2] * scale)), max(1, round(image.shape[-1] * scale)))
     dtype = torch.promote_types(probs.dtype, torch.float32)
     features = _place_and_colour(F.adaptive_avg_pool2d(image.to(dtype), size), sigma_xy * scale, sigma_rgb)
     probs = F.interpolate(probs.to(dtype), size, mode="bilinear", align_corners=False).flatten(2)
@@ -346,7 +352,7 @@ def _per_pair(losses: Tensor, targets: MaskTargets) -> Tensor:
 # %% ../nbs/34_losses.ipynb #35c9c395
 def focal_loss(
     logits: Tensor,  # (B, C, h, w), resized bilinearly to the targets
-    targets: MaskTargets,
+    targets: MaskTargets,  # of `class_targets`
     alpha: float = 0.25,  # weight of a class's own pixels, 1 - alpha of all others
     gamma: float = 2.0,  # how much less pixels count that are nearly right
 ) -> Tensor:  # scalar
@@ -358,6 +364,8 @@ def focal_loss(
     ----------
     logits : Tensor
         (B, C, h, w), resized bilinearly to the targets
+    targets : MaskTargets
+        of `class_targets`
     alpha : float
         weight of a class's own pixels, 1 - alpha of all others
     gamma : float
@@ -374,7 +382,7 @@ def focal_loss(
 
 def dice_loss(
     logits: Tensor,  # (B, C, h, w), resized bilinearly to the targets
-    targets: MaskTargets,
+    targets: MaskTargets,  # of `class_targets`
 ) -> Tensor:  # scalar
     """1 - (2 sum pq + 1) / (sum p + sum q + 1) with p = sigmoid(logits) and masks q, the mean over present masks (ZegCLIP).
 
@@ -384,6 +392,8 @@ def dice_loss(
     ----------
     logits : Tensor
         (B, C, h, w), resized bilinearly to the targets
+    targets : MaskTargets
+        of `class_targets`
 
     Returns
     -------
@@ -444,7 +454,7 @@ def structural_similarity(
 # %% ../nbs/34_losses.ipynb #22101582
 def ssim_loss(
     logits: Tensor,  # (B, C, h, w), resized bilinearly to the targets
-    targets: MaskTargets,
+    targets: MaskTargets,   # of `class_targets`
     over: str = "present",  # masks that are looked at: of classes "present" in a picture, or "all"
 ) -> Tensor:  # scalar
     """1 - SSIM of sigmoid(logits) and masks, the mean over counted pixels and over masks (SPT-SEG).
@@ -457,6 +467,8 @@ def ssim_loss(
     ----------
     logits : Tensor
         (B, C, h, w), resized bilinearly to the targets
+    targets : MaskTargets
+        of `class_targets`
     over : str
         masks that are looked at: of classes "present" in a picture, or "all"
 
@@ -478,8 +490,8 @@ def mask_losses(
     classes: Tensor | Sequence[int],  # (C,) label values, in the order of the channels
     *,
     focal: float = 100.0,  # weights of the terms; 0 leaves one out
-    dice: float = 1.0,
-    ssim: float = 0.0,
+    dice: float = 1.0,  # weight of the dice loss
+    ssim: float = 0.0,  # weight of 1 - SSIM
     ignored_as_negative: bool = True,  # see `class_targets`
     over: str = "present",  # see `ssim_loss`
 ) -> dict[str, Tensor]:  # weighted terms by name; their sum is the loss
@@ -498,6 +510,10 @@ def mask_losses(
         (C,) label values, in the order of the channels
     focal : float
         weights of the terms; 0 leaves one out
+    dice : float
+        weight of the dice loss
+    ssim : float
+        weight of 1 - SSIM
     ignored_as_negative : bool
         see `class_targets`
     over : str
@@ -513,5 +529,5 @@ def mask_losses(
         raise InputError(f"weights {weights}: none may be negative, one must be above 0.")
     targets = class_targets(labels, classes, ignored_as_negative)
     logits = _at_size(logits, targets)
-    terms = {"focal": focal_loss, "dice": dice_loss, "ssim": partial(ssim_loss, over=over)}
+    terms: dict[str, Callable[..., Tensor]] = {"focal": focal_loss, "dice": dice_loss, "ssim": partial(ssim_loss, over=over)}
     return {name: weight * terms[name](logits, targets) for name, weight in weights.items() if weight}

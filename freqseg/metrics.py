@@ -129,9 +129,9 @@ def _counts(
 ) -> Tensor:  # (..., C, C) float64
     "The counts that are given, or those of a prediction with as many classes as occur. Raises `InputError` for what is neither."
     if target is not None:
-        pair = [_tensor(labels) for labels in (confusion, target)]
-        highest = [int(labels[labels != IGNORE].max()) for labels in pair if labels.numel() and (labels != IGNORE).any()]
-        return confusion_matrix(*pair, max(highest, default=0) + 1).to(torch.float64)
+        pred, truth = _tensor(confusion), _tensor(target)
+        highest = [int(labels[labels != IGNORE].max()) for labels in (pred, truth) if (labels != IGNORE).any()]
+        return confusion_matrix(pred, truth, max(highest, default=0) + 1).to(torch.float64)
     counts = _tensor(confusion).to(torch.float64)
     if counts.ndim >= 2 and counts.shape[-1] == counts.shape[-2]: return counts
     raise InputError(f"{tuple(counts.shape)} are no counts (..., C, C): give a confusion matrix, or a prediction and its ground truth.")
@@ -251,8 +251,27 @@ def iou_scores(
         precision=hits / predicted, recall=hits / true)
 
 # %% ../nbs/35_metrics.ipynb #502a068c
-def boundary_width(height: int, width: int, fraction: float = 0.02) -> int:
-    "Rim width in pixels: `fraction` of the diagonal, rounded, at least 1 (Boundary IoU, Cheng et al.)."
+def boundary_width(
+    height: int,             # of the picture, pixels
+    width: int,              # of the picture, pixels
+    fraction: float = 0.02,  # share of the diagonal
+) -> int:  # pixels
+    """Rim width in pixels: `fraction` of the diagonal, rounded, at least 1 (Boundary IoU, Cheng et al.).
+
+    Parameters
+    ----------
+    height : int
+        of the picture, pixels
+    width : int
+        of the picture, pixels
+    fraction : float
+        share of the diagonal
+
+    Returns
+    -------
+    int
+        pixels
+    """
     return max(1, round(fraction * math.hypot(height, width)))
 
 # %% ../nbs/35_metrics.ipynb #dbe72f9d
@@ -293,7 +312,7 @@ def boundary_band(
 def boundary_confusion(
     pred: Array,  # class ids (H, W) or (B, H, W)
     target: Array,  # ground truth, 255 ignored
-    classes: int,
+    classes: int,  # how many classes, background included
     fraction: float = 0.02,  # rim width as a share of the diagonal
     per_image: bool = False,  # one matrix per picture
 ) -> Tensor:
@@ -308,6 +327,8 @@ def boundary_confusion(
         class ids (H, W) or (B, H, W)
     target : Array
         ground truth, 255 ignored
+    classes : int
+        how many classes, background included
     fraction : float
         rim width as a share of the diagonal
     per_image : bool
@@ -318,7 +339,7 @@ def boundary_confusion(
     pred, target = _label_pair(pred, target, classes)
     void = target == IGNORE
     pred = pred.masked_fill(void, IGNORE)
-    width = boundary_width(*pred.shape[-2:], fraction)
+    width = boundary_width(pred.shape[-2], pred.shape[-1], fraction)
     pred = pred.masked_fill(~boundary_band(pred, width) | void, classes)
     target = target.masked_fill(~boundary_band(target, width) & ~void, classes)
     return confusion_matrix(pred, target, classes + 1, per_image)
@@ -327,7 +348,7 @@ def boundary_confusion(
 def boundary_iou(
     pred: Array,  # class ids (H, W) or (B, H, W)
     target: Array,  # ground truth, 255 ignored
-    classes: int,
+    classes: int,  # how many classes, background included
     fraction: float = 0.02,  # rim width as a share of the diagonal
 ) -> Scores:
     """Boundary IoU of one batch: `iou` and `miou` of the rims (Cheng et al.). Over a set, add `boundary_confusion`s instead.
@@ -338,6 +359,8 @@ def boundary_iou(
         class ids (H, W) or (B, H, W)
     target : Array
         ground truth, 255 ignored
+    classes : int
+        how many classes, background included
     fraction : float
         rim width as a share of the diagonal
     """
@@ -392,7 +415,7 @@ def boundary_distance(
 def trimap_confusion(
     pred: Array,  # class ids (H, W) or (B, H, W)
     target: Array,  # ground truth, 255 ignored
-    classes: int,
+    classes: int,  # how many classes, background included
     widths: int = 20,  # the widest band in pixels
     per_image: bool = False,  # (B, widths, C, C) instead of the sum over the batch
 ) -> Tensor:
@@ -408,6 +431,8 @@ def trimap_confusion(
         class ids (H, W) or (B, H, W)
     target : Array
         ground truth, 255 ignored
+    classes : int
+        how many classes, background included
     widths : int
         the widest band in pixels
     per_image : bool
@@ -426,7 +451,7 @@ def trimap_confusion(
 def trimap_miou(
     pred: Array,  # class ids (H, W) or (B, H, W)
     target: Array,  # ground truth, 255 ignored
-    classes: int,
+    classes: int,  # how many classes, background included
     widths: int = 20,  # the widest band in pixels
 ) -> Tensor:
     """Mean IoU `(widths,)` within 1..`widths` pixels of the boundary, for one batch. Over a set, add `trimap_confusion`s.
@@ -437,6 +462,8 @@ def trimap_miou(
         class ids (H, W) or (B, H, W)
     target : Array
         ground truth, 255 ignored
+    classes : int
+        how many classes, background included
     widths : int
         the widest band in pixels
     """
@@ -651,7 +678,7 @@ def sweep_background(
     classes = cam.shape[1] + 1
     target = _label_map(mask, classes, "mask", void=True).to(cam.device)
     _check_sweep(cam, present, target, variant == "power")
-    score, label = _strongest(cam, present.to(cam.device), tuple(target.shape[1:]))
+    score, label = _strongest(cam, present.to(cam.device), (target.shape[1], target.shape[2]))
     if variant == "power": score, values = -_critical_power(score), -values
     ascending, order = values.to(score).sort()
     confusions = _cumulative_confusions(score, label, target, ascending, classes)
@@ -999,7 +1026,7 @@ def bootstrap_average_precision(
     labels: Array,  # 0/1 or bool (n, C)
     samples: int = 1000,  # how many resampled data sets
     level: float = 0.95,  # share of them inside the interval
-    seed: int = 0,
+    seed: int = 0,        # of the bootstrap
 ) -> Interval:
     """mAP with its percentile bootstrap interval over pictures (Efron).
 
@@ -1016,6 +1043,8 @@ def bootstrap_average_precision(
         how many resampled data sets
     level : float
         share of them inside the interval
+    seed : int
+        of the bootstrap
     """
     scores, labels = _tensor(scores).cpu(), _tensor(labels).cpu()
     _check_bootstrap(len(scores), samples, level)

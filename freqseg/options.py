@@ -12,7 +12,7 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dat
 from functools import cache
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from .files import InputError, unknown_name
 
@@ -79,8 +79,16 @@ def same_option(
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", Path: "a path", types.NoneType: "none"}
 LARGEST_WHOLE = 2**63 - 1
 
-def kinds(hint: Any) -> tuple[Any, ...]:
-    "The alternatives of an annotation: of `int | None` both, of `int` itself."
+def kinds(
+    hint: Any,  # an annotation
+) -> tuple[Any, ...]:
+    """The alternatives of an annotation: of `int | None` both, of `int` itself.
+
+    Parameters
+    ----------
+    hint : Any
+        an annotation
+    """
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 def _members(kind: Any, count: int) -> tuple[Any, ...]:
@@ -120,7 +128,7 @@ def allowed(
     if "choices" in about: return f"one of {', '.join('none' if one is None else str(one) for one in about['choices'])}"
     return " or ".join(_kind_words(kind, about) for kind in kinds(hint))
 
-# %% ../nbs/06_options.ipynb #3b839821
+# %% ../nbs/06_options.ipynb #6943c158
 def described(
     about: Mapping[str, Any],     # what `option` was told
 ) -> str:
@@ -144,7 +152,7 @@ class _Misfit(Exception):
 def _number(value: Any, kind: type, about: Mapping[str, Any]) -> int | float:
     "A number of this kind within its range. Raises `_Misfit`."
     if isinstance(value, bool) or not isinstance(value, Integral if kind is int else Real): raise _Misfit
-    try: number = kind(value)
+    try: number: int | float = kind(value)
     except (OverflowError, ValueError): raise _Misfit from None
     if abs(number) > LARGEST_WHOLE if kind is int else not math.isfinite(number): raise _Misfit
     low, high, above, below = (about.get(name) for name in ("low", "high", "above", "below"))
@@ -180,7 +188,7 @@ def _fitting(value: Any, alternatives: Sequence[Any], about: Mapping[str, Any]) 
 
 def checked(
     name: str,                    # of the option, for the message
-    value: Any,
+    value: Any,                   # what was given
     hint: Any,                    # its annotation
     about: Mapping[str, Any],     # what `option` was told
 ) -> Any:
@@ -190,6 +198,8 @@ def checked(
     ----------
     name : str
         of the option, for the message
+    value : Any
+        what was given
     hint : Any
         its annotation
     about : Mapping[str, Any]
@@ -232,7 +242,7 @@ class Options:
 
     def __post_init__(self) -> None:
         for one in fields(self):   # type: ignore[arg-type]   # every subclass is a dataclass
-            value = checked(one.name, getattr(self, one.name), _hints(type(self))[one.name], one.metadata)
+            value = checked(one.name, getattr(self, one.name), _hints(cast(type, type(self)))[one.name], one.metadata)
             object.__setattr__(self, one.name, value)
         self.check()
 

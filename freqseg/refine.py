@@ -29,8 +29,8 @@ EPSILON = 1e-8  # keeps flat regions finite: there every difference is zero, and
 def _colour_logits(image: Tensor, dilations: Sequence[int], width: float) -> Tensor:
     "Negative squared colour difference to each neighbour, in local standard deviations: `(B, 3, H, W)` -> `(B, n, H, W)`."
     views = _neighbours(image, dilations)
-    mean = sum(views) / len(views)
-    variance = sum((view - mean).square() for view in views) / (len(views) - 1)
+    mean = sum(views[1:], views[0]) / len(views)
+    variance = sum(((view - mean).square() for view in views), torch.zeros_like(image)) / (len(views) - 1)
     scale = 1 / ((variance.sqrt() + EPSILON) * width)
     return torch.stack([-((view - image) * scale).square().mean(1) for view in views], 1)
 
@@ -47,6 +47,8 @@ class PAR(nn.Module):
 
     Parameters
     ----------
+    iterations : int
+        how often scores spread
     dilations : Sequence[int]
         distances of the 8 neighbours each, in pixels
     width : float
@@ -55,7 +57,7 @@ class PAR(nn.Module):
         share of the colour-blind term
     """
     def __init__(self,
-        iterations: int = 20,
+        iterations: int = 20,           # how often scores spread
         dilations: Sequence[int] = (1, 2, 4, 8, 12, 24),  # distances of the 8 neighbours each, in pixels
         width: float = 0.3,  # of the Gaussian, in local standard deviations
         position_weight: float = 0.01,  # share of the colour-blind term

@@ -20,7 +20,7 @@ def radial_frequency(
     h: int,  # rows of the grid
     w: int,  # columns of the grid
     half: bool = False,  # only the columns that a real FFT stores
-    device: torch.device | str | None = None,
+    device: torch.device | str | None = None,  # where the result lies; None = the CPU
 ) -> Tensor:
     """Length of the frequency vector of every Fourier coefficient, in cycles per token.
 
@@ -34,6 +34,8 @@ def radial_frequency(
         columns of the grid
     half : bool
         only the columns that a real FFT stores
+    device : torch.device | str | None
+        where the result lies; None = the CPU
     """
     columns = torch.fft.rfftfreq(w, device=device) if half else torch.fft.fftfreq(w, device=device)
     return torch.hypot(torch.fft.fftfreq(h, device=device)[:, None], columns[None])
@@ -44,7 +46,7 @@ def lowpass_mask(
     w: int,  # columns of the grid
     mu: float = 0.4,  # half-width of the region as a share of the grid, which is its cut-off in cycles per token
     shape: str = "square",  # "square" as in FFR, or "disc"
-    device: torch.device | str | None = None,
+    device: torch.device | str | None = None,  # where the result lies; None = the CPU
 ) -> Tensor:
     """Which Fourier coefficients count as low frequency: bool (h, w), unshifted FFT layout (FFR, region ratio mu).
 
@@ -60,6 +62,8 @@ def lowpass_mask(
         half-width of the region as a share of the grid, which is its cut-off in cycles per token
     shape : str
         "square" as in FFR, or "disc"
+    device : torch.device | str | None
+        where the result lies; None = the CPU
     """
     if mu < 0:
         raise ValueError(f"mu={mu}: the low-frequency region ratio cannot be negative; FFR uses 0.1 to 0.4")
@@ -122,7 +126,7 @@ def low_pass(
     shape : str
         "square" or "disc"
     """
-    mask = lowpass_mask(*x.shape[-2:], mu, shape, x.device)
+    mask = lowpass_mask(x.shape[-2], x.shape[-1], mu, shape, x.device)
     if mu >= 0.5:
         return x
     return from_spectrum(to_spectrum(x) * mask[:, : x.shape[-1] // 2 + 1], x)
@@ -171,7 +175,7 @@ def band_stack(
     if any(b <= a for a, b in pairwise(edges)):
         raise ValueError(f"edges={tuple(edges)}: band edges must rise, for example (0.1, 0.25)")
     spectrum, full = to_spectrum(x), x if x.dtype == torch.float64 else x.float()
-    masks = [lowpass_mask(*x.shape[-2:], mu, shape, x.device)[:, : spectrum.shape[-1]] for mu in edges]
+    masks = [lowpass_mask(x.shape[-2], x.shape[-1], mu, shape, x.device)[:, : spectrum.shape[-1]] for mu in edges]
     lows = [full if mu >= 0.5 else from_spectrum(spectrum * mask, full) for mu, mask in zip(edges, masks)]
     bands = torch.stack([upper - lower for lower, upper in pairwise([torch.zeros_like(full), *lows, full])])
     return bands.to(x.dtype) if x.is_floating_point() else bands
@@ -236,7 +240,7 @@ def radial_filter(
     transfer : Transfer
         radial frequency in cycles per token (h, w // 2 + 1) -> gain of the same shape
     """
-    gain = transfer(radial_frequency(*x.shape[-2:], half=True, device=x.device))
+    gain = transfer(radial_frequency(x.shape[-2], x.shape[-1], half=True, device=x.device))
     return from_spectrum(to_spectrum(x) * gain, x)
 
 # %% ../nbs/00_spectra.ipynb #553e8795
@@ -307,7 +311,7 @@ def high_frequency_share(
     """
     x = x if x.dtype == torch.float64 else x.float()
     energy = spectral_energy(x - x.mean((-2, -1), keepdim=True))
-    high = energy * (radial_frequency(*x.shape[-2:], half=True, device=x.device) > cutoff)
+    high = energy * (radial_frequency(x.shape[-2], x.shape[-1], half=True, device=x.device) > cutoff)
     total = energy.sum((-2, -1))
     return torch.where(total > 0, high.sum((-2, -1)) / total.clamp(min=torch.finfo(total.dtype).tiny), 0.0)
 
@@ -394,7 +398,7 @@ class SpectralFilter(nn.Module):
             raise ValueError(f"init={init!r}: choose 'normal', 'zero' or 'identity'")
         if beyond not in ("hold", "zero"):
             raise ValueError(f"beyond={beyond!r}: choose 'hold' or 'zero'")
-        self.dim, self.grid, self.init, self.std, self.beyond = dim, tuple(grid), init, std, beyond
+        self.dim, self.grid, self.init, self.std, self.beyond = dim, (grid[0], grid[1]), init, std, beyond
         self.weight = nn.Parameter(torch.empty(grid[0], grid[1] // 2 + 1, dim, 2))
         self.reset_parameters()
 
@@ -409,13 +413,13 @@ class SpectralFilter(nn.Module):
         "Complex gain (h, w // 2 + 1, dim) at the native grid, or carried to `size`."
         weight = self.weight if self.weight.dtype == torch.float64 else self.weight.float()
         gain = torch.view_as_complex(weight.contiguous())
-        return gain if size in (None, self.grid) else resize_response(gain, self.grid, size, self.beyond)
+        return gain if size is None or size == self.grid else resize_response(gain, self.grid, size, self.beyond)
 
     def forward(self, x: Tensor) -> Tensor:
         "Filter maps (B, dim, h, w) of any grid; same shape and dtype."
         if x.shape[-3] != self.dim:
             raise ValueError(f"SpectralFilter has {self.dim} channels, the maps have {x.shape[-3]}")
-        gain = self.response(tuple(x.shape[-2:])).permute(2, 0, 1)
+        gain = self.response((x.shape[-2], x.shape[-1])).permute(2, 0, 1)
         return from_spectrum(to_spectrum(x) * gain, x)
 
     def extra_repr(self) -> str:

@@ -10,13 +10,14 @@ __all__ = ['prompt_blocks', 'DeepPrompts', 'spectral_prompt', 'SpectralPrompts',
 import math, re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torchvision.ops import stochastic_depth
+from open_clip.transformer import ResidualAttentionBlock
 
 from .clip import Backbone, merge_heads, split_qkv
 from .files import InputError
@@ -48,7 +49,7 @@ def prompt_blocks(
         f"or give indices counted from 0, such as (0, 1)."
     )
 
-def _are_indices(blocks: Any, depth: float = math.inf) -> bool:
+def _are_indices(blocks: Any, depth: float = math.inf) -> TypeGuard[Sequence[int]]:
     "Are these block indices of a tower, counted from 0?"
     return (isinstance(blocks, Sequence) and not isinstance(blocks, str)
             and all(isinstance(index, int) and not isinstance(index, bool) and 0 <= index < depth for index in blocks))
@@ -70,6 +71,8 @@ class DeepPrompts(nn.Module):
         blocks of the tower
     tokens : int
         M: ZegCLIP takes 10 on VOC, 100 on COCO-Stuff
+    dropout : float
+        chance of a prompt value to be dropped
     """
 
     def __init__(self,
@@ -77,7 +80,7 @@ class DeepPrompts(nn.Module):
         patch: int,            # side of a patch in pixels
         blocks: int,           # blocks of the tower
         tokens: int = 10,      # M: ZegCLIP takes 10 on VOC, 100 on COCO-Stuff
-        dropout: float = 0.1,
+        dropout: float = 0.1,  # chance of a prompt value to be dropped
     ):
         super().__init__()
         if tokens < 0:
@@ -88,7 +91,7 @@ class DeepPrompts(nn.Module):
         self.tokens = nn.Parameter(torch.empty(blocks, tokens, width).uniform_(-reach, reach), requires_grad=tokens > 0)
         self.projection = nn.Linear(width, width) if tokens else nn.Identity()
         self.dropout = nn.Dropout(dropout)
-        if tokens:
+        if isinstance(self.projection, nn.Linear):
             nn.init.kaiming_normal_(self.projection.weight, mode="fan_out")
             nn.init.zeros_(self.projection.bias)
 
@@ -143,8 +146,6 @@ def spectral_prompt(
     ----------
     tokens : Tensor
         (B, D, h, w) patch tokens H that enter a block, of any dtype
-    cls : Tensor
-        (B, D) or (B, 1, D) CLS token g at the same depth
     gain : Tensor
         (h, w // 2 + 1, D) complex w_f, as `SpectralFilter.response` gives it
 
@@ -207,7 +208,7 @@ class SpectralPrompts(nn.Module):
 
     def gain(self, block: int, grid: tuple[int, int]|None = None) -> Tensor:
         "Complex gain (h, w // 2 + 1, D) of a prompted block at the grid of the filters, or carried to another."
-        return self.filters[0 if self.shared else self.blocks.index(block)].response(grid)
+        return cast(SpectralFilter, self.filters[0 if self.shared else self.blocks.index(block)]).response(grid)
 
     def forward(self,
         block: int,               # index of the block, 0 is the first
@@ -223,8 +224,6 @@ class SpectralPrompts(nn.Module):
             index of the block, 0 is the first
         tokens : Tensor
             (B, N, D) patch tokens that enter it
-        cls : Tensor
-            (B, D) or (B, 1, D) its CLS token
         grid : tuple[int, int]
             (h, w), N = h * w row-major
 
@@ -236,7 +235,7 @@ class SpectralPrompts(nn.Module):
         if block not in self.blocks: return tokens
         if grid[0] * grid[1] != tokens.shape[1]:
             raise InputError(f"{tokens.shape[1]} patch tokens are no {grid[0]} x {grid[1]} grid: leave the CLS out.")
-        return tokens + spectral_prompt(tokens.mT.unflatten(2, grid), cls, self.gain(block, tuple(grid))).flatten(2).mT
+        return tokens + spectral_prompt(tokens.mT.unflatten(2, grid), cls, self.gain(block, (grid[0], grid[1]))).flatten(2).mT
 
 # %% ../nbs/28_spectral_prompts.ipynb #e9466bff
 def _full_gain(gain: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -323,6 +322,8 @@ class PromptedTower(nn.Module):
 
     Parameters
     ----------
+    backbone : Backbone
+        the frozen CLIP
     tokens : int
         M prompts per block, 0 for none
     spectral : str|Sequence[int]
@@ -340,7 +341,7 @@ class PromptedTower(nn.Module):
     """
 
     def __init__(self,
-        backbone: Backbone,
+        backbone: Backbone,                        # the frozen CLIP
         tokens: int = 10,                          # M prompts per block, 0 for none
         spectral: str|Sequence[int] = (0, 1),      # blocks with spectral prompts: indices, or as `prompt_blocks` reads; () for none
         shared: bool = True,                       # one filter for all of them
@@ -360,14 +361,14 @@ class PromptedTower(nn.Module):
         self.norm = nn.LayerNorm(backbone.width, eps=1e-6)
         self.drop_path = torch.linspace(0, drop_path, backbone.depth).tolist()
 
-    def _attend(self, block: nn.Module, x: Tensor, prompts: Tensor) -> Tensor:
+    def _attend(self, block: ResidualAttentionBlock, x: Tensor, prompts: Tensor) -> Tensor:
         "The attention branch of a block: x (B, n, D) asks, x and the prompts (B, M, D) answer."
         seen = block.ln_1(x)
         if prompts.shape[1]: seen = torch.cat([seen, block.ln_1(prompts)], 1)
         query, key, value = split_qkv(block, seen)
         return merge_heads(block, F.scaled_dot_product_attention(query[:, :, :x.shape[1]], key, value))
 
-    def _block(self, index: int, block: nn.Module, x: Tensor) -> Tensor:
+    def _block(self, index: int, block: ResidualAttentionBlock, x: Tensor) -> Tensor:
         "One block of the tower with its prompts: (B, n, D) -> (B, n, D)."
         rate = self.drop_path[index]
         x = x + stochastic_depth(self._attend(block, x, self.prompts(index, len(x))), rate, "row", self.training)

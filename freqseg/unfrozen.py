@@ -12,16 +12,28 @@ from typing import Any
 
 import torch
 from open_clip.pos_embed import get_2d_sincos_pos_embed
+from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .clip import Backbone
 from .files import InputError
 
 # %% ../nbs/15_unfrozen.ipynb #4580976a
-def resolve_blocks(depth: int, blocks: Sequence[int]|str) -> tuple[int, ...]:
+def resolve_blocks(
+    depth: int,                 # blocks of the tower
+    blocks: Sequence[int]|str,  # "all", or indices; negatives count from the last
+) -> tuple[int, ...]:
     """Block indices 0..depth-1 in rising order from "all" or from indices, negatives counting from the last.
 
-    Raises `InputError` for another word and for a block that does not exist."""
+    Raises `InputError` for another word and for a block that does not exist.
+
+    Parameters
+    ----------
+    depth : int
+        blocks of the tower
+    blocks : Sequence[int]|str
+        "all", or indices; negatives count from the last
+    """
     if isinstance(blocks, str):
         if blocks == "all": return tuple(range(depth))
         raise InputError(f"blocks={blocks!r}: give 'all' or block indices such as (-2, -1).")
@@ -31,21 +43,29 @@ def resolve_blocks(depth: int, blocks: Sequence[int]|str) -> tuple[int, ...]:
     return tuple(sorted({index % depth for index in blocks}))
 
 # %% ../nbs/15_unfrozen.ipynb #307bf250
-def positions_are_weights(visual: nn.Module) -> bool:
-    "Was the position table of an open_clip image tower learned? A sine-cosine table is a constant and has to stay one."
+def positions_are_weights(
+    visual: VisionTransformer,  # image tower of an open_clip model
+) -> bool:
+    """Was the position table of an open_clip image tower learned? A sine-cosine table is a constant and has to stay one.
+
+    Parameters
+    ----------
+    visual : VisionTransformer
+        image tower of an open_clip model
+    """
     (h, w), width = visual.grid_size, visual.positional_embedding.shape[1]
     if h != w or width % 4: return True   # such towers have no sine-cosine table
     table = torch.from_numpy(get_2d_sincos_pos_embed(width, h, cls_token=True)).to(visual.positional_embedding)
     return not torch.equal(table, visual.positional_embedding)
 
-def _embedding(visual: nn.Module) -> Iterator[nn.Parameter]:
+def _embedding(visual: VisionTransformer) -> Iterator[nn.Parameter]:
     "What turns pixels into the input of block 0."
     yield from visual.conv1.parameters()
     yield visual.class_embedding
     if positions_are_weights(visual): yield visual.positional_embedding
     yield from visual.ln_pre.parameters()
 
-def _projection(visual: nn.Module) -> Iterator[nn.Parameter]:
+def _projection(visual: VisionTransformer) -> Iterator[nn.Parameter]:
     "What turns the last block's output into joint embeddings."
     yield from visual.ln_post.parameters()
     if visual.proj is not None: yield visual.proj

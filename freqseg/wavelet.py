@@ -68,10 +68,24 @@ def _taps(wavelet: str | Tensor, like: Tensor) -> Tensor:
 def _check_mode(mode: str) -> None:
     if mode not in ("periodic", "symmetric"): raise ValueError(f"unknown mode {mode!r}: use 'periodic' or 'symmetric'")
 
-def coefficient_count(n: int, length: int, mode: str = "periodic") -> int:
+def coefficient_count(
+    n: int,                  # samples
+    length: int,             # taps of a filter
+    mode: str = "periodic",  # at borders: "periodic" or "symmetric"
+) -> int:
     """Coefficients per sub-band that one level makes of `n` samples with filters of `length` taps.
 
-    Raises `ValueError` for a mode other than "periodic" and "symmetric"."""
+    Raises `ValueError` for a mode other than "periodic" and "symmetric".
+
+    Parameters
+    ----------
+    n : int
+        samples
+    length : int
+        taps of a filter
+    mode : str
+        at borders: "periodic" or "symmetric"
+    """
     _check_mode(mode)
     return (n + 1) // 2 if mode == "periodic" else (n + length - 1) // 2
 
@@ -173,8 +187,9 @@ def _merge(bands: Tensor, taps: Tensor, mode: str) -> Tensor:
     return _along(_synthesise, _along(_synthesise, z, taps, mode, -2), taps, mode, -1)
 
 def merge_sub_bands(
-    bands: Tensor,  # (..., 4, h, w), as from `sub_bands`
-    wavelet: str | Tensor = "haar", mode: str = "periodic",
+    bands: Tensor,                      # (..., 4, h, w), as from `sub_bands`
+    wavelet: str | Tensor = "haar",     # a name that `filter_bank` knows, or taps (4, L)
+    mode: str = "periodic",             # at borders: "periodic" or "symmetric"
     size: Sequence[int] | None = None,  # (H, W) of the original map; needed for odd sizes
 ) -> Tensor:  # (..., H, W)
     """Inverse of `sub_bands`. Without `size` the result has the even size that the coefficients stand for.
@@ -185,6 +200,10 @@ def merge_sub_bands(
     ----------
     bands : Tensor
         (..., 4, h, w), as from `sub_bands`
+    wavelet : str | Tensor
+        a name that `filter_bank` knows, or taps (4, L)
+    mode : str
+        at borders: "periodic" or "symmetric"
     size : Sequence[int] | None
         (H, W) of the original map; needed for odd sizes
 
@@ -205,8 +224,9 @@ def merge_sub_bands(
 
 # %% ../nbs/02_wavelet.ipynb #159d8777
 def dwt2(
-    x: Tensor,  # (..., H, W)
-    wavelet: str | Tensor = "haar", mode: str = "periodic",
+    x: Tensor,                       # (..., H, W)
+    wavelet: str | Tensor = "haar",  # a name that `filter_bank` knows, or taps (4, L)
+    mode: str = "periodic",          # at borders: "periodic" or "symmetric"
 ) -> tuple[Tensor, Tensor]:  # LL (..., h, w), details (..., 3, h, w)
     """One level of the 2-D wavelet transform: the smooth band and the three details (LH, HL, HH).
 
@@ -216,6 +236,10 @@ def dwt2(
     ----------
     x : Tensor
         (..., H, W)
+    wavelet : str | Tensor
+        a name that `filter_bank` knows, or taps (4, L)
+    mode : str
+        at borders: "periodic" or "symmetric"
 
     Returns
     -------
@@ -226,9 +250,10 @@ def dwt2(
     return ll.squeeze(-3), details
 
 def idwt2(
-    ll: Tensor,  # (..., h, w)
-    details: Tensor,  # (..., 3, h, w)
-    wavelet: str | Tensor = "haar", mode: str = "periodic",
+    ll: Tensor,                         # (..., h, w)
+    details: Tensor,                    # (..., 3, h, w)
+    wavelet: str | Tensor = "haar",     # a name that `filter_bank` knows, or taps (4, L)
+    mode: str = "periodic",             # at borders: "periodic" or "symmetric"
     size: Sequence[int] | None = None,  # (H, W) of the original map; needed for odd sizes
 ) -> Tensor:  # (..., H, W)
     """Inverse of `dwt2`; raises as `merge_sub_bands`.
@@ -239,6 +264,10 @@ def idwt2(
         (..., h, w)
     details : Tensor
         (..., 3, h, w)
+    wavelet : str | Tensor
+        a name that `filter_bank` knows, or taps (4, L)
+    mode : str
+        at borders: "periodic" or "symmetric"
     size : Sequence[int] | None
         (H, W) of the original map; needed for odd sizes
 
@@ -252,9 +281,9 @@ def idwt2(
 # %% ../nbs/02_wavelet.ipynb #603238b6
 def wavedec2(
     x: Tensor,  # (..., H, W)
-    wavelet: str | Tensor = "haar",
-    levels: int = 1,
-    mode: str = "periodic",
+    wavelet: str | Tensor = "haar",  # a name that `filter_bank` knows, or taps (4, L)
+    levels: int = 1,  # how often the smooth band is split again
+    mode: str = "periodic",  # at borders: "periodic" or "symmetric"
 ) -> list[Tensor]:  # [LL_n, details_n, ..., details_1], details (..., 3, h, w), coarsest first
     """Wavelet decomposition over several levels, in the order of PyWavelets' `wavedec2` (Mallat, 1989).
 
@@ -264,6 +293,12 @@ def wavedec2(
     ----------
     x : Tensor
         (..., H, W)
+    wavelet : str | Tensor
+        a name that `filter_bank` knows, or taps (4, L)
+    levels : int
+        how often the smooth band is split again
+    mode : str
+        at borders: "periodic" or "symmetric"
 
     Returns
     -------
@@ -271,15 +306,16 @@ def wavedec2(
         [LL_n, details_n, ..., details_1], details (..., 3, h, w), coarsest first
     """
     if levels < 1: raise ValueError(f"levels must be at least 1, got {levels}")
-    coefficients = []
+    coefficients: list[Tensor] = []
     for _ in range(levels):
         x, details = dwt2(x, wavelet, mode)
         coefficients.insert(0, details)
     return [x, *coefficients]
 
 def waverec2(
-    coefficients: Sequence[Tensor],  # as from `wavedec2`
-    wavelet: str | Tensor = "haar", mode: str = "periodic",
+    coefficients: Sequence[Tensor],     # as from `wavedec2`
+    wavelet: str | Tensor = "haar",     # a name that `filter_bank` knows, or taps (4, L)
+    mode: str = "periodic",             # at borders: "periodic" or "symmetric"
     size: Sequence[int] | None = None,  # (H, W) of the original map; needed for odd sizes
 ) -> Tensor:  # (..., H, W)
     """Inverse of `wavedec2`; raises as `merge_sub_bands`.
@@ -288,6 +324,10 @@ def waverec2(
     ----------
     coefficients : Sequence[Tensor]
         as from `wavedec2`
+    wavelet : str | Tensor
+        a name that `filter_bank` knows, or taps (4, L)
+    mode : str
+        at borders: "periodic" or "symmetric"
     size : Sequence[int] | None
         (H, W) of the original map; needed for odd sizes
 
@@ -335,10 +375,12 @@ class LearnableWavelet(nn.Module):
     ----------
     wavelet : str
         where the taps start
+    mode : str
+        at borders: "periodic" or "symmetric"
     """
     def __init__(self,
         wavelet: str = "haar",  # where the taps start
-        mode: str = "periodic",
+        mode: str = "periodic",  # at borders: "periodic" or "symmetric"
     ) -> None:
         super().__init__()
         self.mode, self.taps = mode, nn.Parameter(filter_bank(wavelet).to(torch.get_default_dtype(), copy=True))
@@ -361,13 +403,21 @@ class ScaledDepthwise(nn.Module):
 
     Parameters
     ----------
+    channels : int
+        C
+    kernel : int
+        side of the kernels
     scale : float
         initial value of the scale
+    bias : bool
+        add one per channel
     """
-    def __init__(self,
-        channels: int, kernel: int = 3,
+    def __init__(
+        self,
+        channels: int,       # C
+        kernel: int = 3,     # side of the kernels
         scale: float = 1.0,  # initial value of the scale
-        bias: bool = True,
+        bias: bool = True,   # add one per channel
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, kernel, padding="same", groups=channels, bias=bias)
@@ -392,13 +442,19 @@ class WaveletConv2d(nn.Module):
         channels in and out
     kernel : int
         side of the depthwise kernels
+    levels : int
+        of the wavelet transform
+    wavelet : str
+        any name that `filter_bank` knows
     learn_filters : bool
         make the wavelet's taps parameters
     """
-    def __init__(self,
-        dim: int,  # channels in and out
-        kernel: int = 3,  # side of the depthwise kernels
-        levels: int = 1, wavelet: str = "haar",
+    def __init__(
+        self,
+        dim: int,                     # channels in and out
+        kernel: int = 3,              # side of the depthwise kernels
+        levels: int = 1,              # of the wavelet transform
+        wavelet: str = "haar",        # any name that `filter_bank` knows
         learn_filters: bool = False,  # make the wavelet's taps parameters
     ) -> None:
         super().__init__()
@@ -406,6 +462,7 @@ class WaveletConv2d(nn.Module):
         self.filters = LearnableWavelet(wavelet) if learn_filters else None
         # A buffer, because a compiled graph cannot ask PyWavelets; not persistent, because the wavelet's name says it all.
         fixed = None if learn_filters else filter_bank(wavelet).to(torch.get_default_dtype(), copy=True)
+        self.fixed_taps: Tensor
         self.register_buffer("fixed_taps", fixed, persistent=False)
         self.base = ScaledDepthwise(dim, kernel)
         self.bands = nn.ModuleList(ScaledDepthwise(4 * dim, kernel, scale=0.1, bias=False) for _ in range(levels))

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from skimage.measure import label, regionprops
 
-from freqseg.affinity import (SOURCES, affinity_request, box_mask, inverse_affinity, last_blocks, mean_relation, propagate, relations,
-                              selective_mean, smoothed_affinity, symmetrise)
+from freqseg.affinity import (SOURCES, affinity_request, batched, box_mask, combine_affinities, inverse_affinity, inverse_of, invert_relation,
+                              last_blocks, mean_relation, propagate, relations, selective_mean, smoothed_affinity, symmetrise)
 from freqseg.clip import Backbone, Features, build_clip
 from freqseg.files import InputError
 from freqseg.spectra import gaussian_transfer, invert_attention
@@ -85,8 +85,8 @@ def test_affinity_mistakes_are_named(features):
     lean = Features((4, 5), 4)
     for source in SOURCES:
         with pytest.raises(InputError, match="to encode"): relations(lean, source)
-    with pytest.raises(InputError, match="attention, qq"): relations(features, "keys")
-    with pytest.raises(InputError, match="attention, qq"): affinity_request(4, "keys")
+    with pytest.raises(InputError, match="unknown source of affinities 'keys'"): relations(features, "keys")
+    with pytest.raises(InputError, match="unknown source of affinities 'keys'"): affinity_request(4, "keys")
     with pytest.raises(InputError, match="temperature=0"): relations(features, "kk", temperature=0)
     with pytest.raises(InputError, match="layers=0: take the relations of at least one"): relations(features, layers=0)
     with pytest.raises(InputError, match="at least one"): mean_relation(features, layers=())
@@ -185,13 +185,41 @@ def test_sharpness_raises_the_share_of_the_patch_itself(features):
     own = [inverse_affinity(features, sharpness=s).diagonal(dim1=-2, dim2=-1).mean() for s in (1.0, 4.0, 16.0)]
     assert own[0] < own[1] < own[2]
 
+@settings(max_examples=20)
+@given(seeds, st.sets(st.integers(0, 11), max_size=12), st.sampled_from([None, gaussian_transfer(0.2)]))
+def test_patches_that_attend_to_cls_alone_are_zero_rows_and_never_nan(seed, alone, transfer):
+    relation = normal(2, 12, 12, seed=seed).softmax(-1) * 0.7
+    relation[:, sorted(alone)] = 0
+    before, inverse = relation.clone(), invert_relation(relation, (3, 4), transfer)
+    assert torch.equal(relation, before) and inverse.isfinite().all() and inverse.sum(-1).abs().max() < 1e-5
+    if transfer is None: assert not inverse[:, sorted(alone)].any()
+    others = [row for row in range(12) if row not in alone]
+    plain = invert_attention(relation / relation.sum(-1, keepdim=True).clamp(min=1e-30), (3, 4), transfer)
+    assert torch.allclose(inverse[:, others], plain[:, others], atol=1e-6)
+    affinity = inverse_of(relation, (3, 4), transfer, sharpness=3.0)
+    assert affinity.isfinite().all() and (affinity > 0).all() and (affinity.sum(-1) - 1).abs().max() < 2e-4
+
+def test_features_whose_patches_attend_to_cls_alone_have_an_inverse_affinity_and_maps(features):
+    attention = torch.zeros(2, N + 1, N + 1)
+    attention[..., 0] = 1
+    blind = Features(features.grid, 4, attention={block: attention for block in range(4)})
+    affinity = inverse_affinity(blind)
+    assert affinity.isfinite().all() and torch.allclose(affinity, torch.full((2, N, N), 1 / N), atol=1e-5)
+    assert propagate(affinity, torch.rand(2, 3, 4, 5), walk_steps=2).isfinite().all()
+
+def test_the_sum_of_two_affinities_is_weighted_and_needs_some_weight():
+    smoothed, inverse = positive(2, 6, 6), positive(2, 6, 6, seed=1)
+    assert torch.allclose(combine_affinities(smoothed, inverse, "sum", 3.0, 1.0), 0.75 * smoothed + 0.25 * inverse)
+    assert combine_affinities(smoothed, None, "sum", 0.0, 0.0) is smoothed
+    with pytest.raises(InputError, match="both 0"): combine_affinities(smoothed, inverse, "sum", 0.0, 0.0)
+
 
 # ---- propagation ----------------------------------------------------------------------------------------------------
 
 def test_identity_and_power_zero_leave_the_map_alone():
     cam = torch.rand(2, 3, 4, 5)
-    assert torch.allclose(propagate(torch.eye(N).expand(2, N, N), cam, power=4), cam)
-    assert torch.allclose(propagate(positive(2, N, N), cam, power=0), cam)
+    assert torch.allclose(propagate(torch.eye(N).expand(2, N, N), cam, walk_steps=4), cam)
+    assert torch.allclose(propagate(positive(2, N, N), cam, walk_steps=0), cam)
 
 @given(seeds, st.integers(1, 4))
 def test_power_is_the_matrix_power(seed, power):
@@ -226,7 +254,7 @@ def test_rows_are_queries():
 
 def test_propagation_mistakes_are_named():
     with pytest.raises(InputError, match=r"expected \(2, 20, 20\)"): propagate(torch.eye(16)[None], torch.rand(2, 3, 4, 5))
-    with pytest.raises(InputError, match="power=-1"): propagate(torch.eye(N).expand(2, N, N), torch.rand(2, 3, 4, 5), -1)
+    with pytest.raises(InputError, match="walk_steps=-1"): propagate(torch.eye(N).expand(2, N, N), torch.rand(2, 3, 4, 5), -1)
 
 
 # ---- boxes ----------------------------------------------------------------------------------------------------------
@@ -261,3 +289,11 @@ def test_the_box_holds_what_leaves():
     cam, box = torch.rand(1, 1, 4, 5), torch.zeros(1, 1, 4, 5)
     assert propagate(positive(1, N, N), cam, box=box).abs().max() == 0
     assert torch.allclose(propagate(positive(1, N, N), cam, box=torch.ones_like(box)), propagate(positive(1, N, N), cam))
+
+def test_one_picture_is_a_batch_of_one():
+    affinity, cam = positive(1, N, N), torch.rand(1, 3, 4, 5)
+    expected = propagate(affinity, cam, 2, box_mask(cam))
+    for given in (propagate(affinity[0], cam[0], 2, box_mask(cam[0])), propagate(affinity, cam[0].numpy(), 2, box_mask(cam))):
+        assert torch.equal(given, expected)
+    with pytest.raises(InputError, match=r"maps \(4, 5\): give \(B, K, h, w\)"): propagate(affinity, cam[0, 0])
+    with pytest.raises(InputError, match=r"things \(2,\)"): batched(torch.zeros(2), "(B, K, h, w)", "things")

@@ -104,7 +104,7 @@ def test_a_class_is_typed_and_an_unknown_one_is_answered_in_words(lab: NotebookP
     lab.type_into("classes", "zebra")
     said = lab.message("unknown class 'zebra'")
     lab.screenshot("unknown class")
-    assert "drawn things only" in said and lab.picture(0) == shown
+    assert "a CLIP of the embedded world" in said and lab.picture(0) == shown
     lab.type_into("classes", "")
     assert "type the classes" in lab.message("type the classes")
 

@@ -10,10 +10,11 @@ from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import nn
 
-from freqseg.cam import (background_score, band_cams, contrast_direction, cosine_map, grad_cam, grad_cam_evidence, grad_cam_weights,
-                         intra_attention, intra_correlation, normalise_cam, patch_activations, patch_embeddings, patch_text_similarity,
-                         pseudo_labels, similarity_evidence, similarity_request, value_path)
-from freqseg.clip import Backbone, build_clip
+from freqseg.affinity import box_mask
+from freqseg.cam import (as_present, background_score, band_cams, contrast_direction, cosine_map, grad_cam, grad_cam_evidence, grad_cam_weights,
+                         intra_attention, intra_correlation, last_qkv, normalise_cam, patch_activations, patch_embeddings, patch_text_similarity,
+                         pseudo_labels, refine_cam, side_path, similarity_evidence, similarity_request, value_path)
+from freqseg.clip import Backbone, attention_weights, build_clip, merge_heads
 from freqseg.files import InputError
 from freqseg.spectra import band_stack
 
@@ -264,7 +265,7 @@ def test_labels_have_the_size_asked_and_only_present_classes(evidence, height, w
 
 def test_label_mistakes_are_named():
     with pytest.raises(InputError, match="low, high"): pseudo_labels(torch.rand(1, 2, 3, 3), ignore=(0.5, 0.2))
-    with pytest.raises(InputError, match="does not fit"): pseudo_labels(torch.rand(1, 2, 3, 3), torch.ones(1, 3, dtype=torch.bool))
+    with pytest.raises(InputError, match=r"bool \(1, 2\)"): pseudo_labels(torch.rand(1, 2, 3, 3), torch.ones(1, 3, dtype=torch.bool))
 
 
 # ---- bands ----------------------------------------------------------------------------------------------------------
@@ -298,3 +299,53 @@ def test_the_best_class_is_the_first_of_the_highest() -> None:
     from freqseg.cam import best_class
     scores = torch.randint(0, 3, (2, 6, 40, 30)).float()
     assert (best_class(scores).numpy() == scores.numpy().argmax(1)).all() and (best_class(scores[0], 0).numpy() == scores[0].numpy().argmax(0)).all()
+
+
+# ---- classes that are there, refinement, labels ----------------------------------------------------------------------
+
+def test_classes_of_a_picture_can_be_named_in_several_ways():
+    names, expected = ("cat", "dog", "cow"), torch.tensor([[True, False, True], [False, True, False]])
+    ways = [expected, expected.numpy(), [[0, 2], [1]], [["cat", "cow"], ["dog"]], [[True, False, True], [False, True, False]]]
+    assert all(torch.equal(as_present(way, (2, 3), names), expected) for way in ways)
+    assert torch.equal(as_present([2, 0], (2, 3)), expected[:1].expand(2, 3)) and as_present(None, (2, 3)).all()
+    for wrong in (torch.ones(2, 3), [5], [-1], torch.ones(3, 3, dtype=torch.bool), "cat", [["cat"], ["dog"]], 1.5, []):
+        with pytest.raises(InputError, match="give None for all classes, bool"): as_present(wrong, (2, 3))
+    with pytest.raises(InputError, match="Did you mean 'cow'"): as_present(["cowl"], (2, 3), names)
+
+def test_grad_cam_of_all_classes_and_of_one(clip, scene):
+    features, text, present, background = scene
+    everything = grad_cam(clip, features, text, torch.ones_like(present), background)
+    assert torch.equal(grad_cam(clip, features, text, background=background), everything)
+    assert torch.equal(grad_cam(clip, features, text[0]), grad_cam(clip, features, text[:1]))
+
+@pytest.mark.parametrize("box", [None, 0.4])
+@pytest.mark.parametrize("walk_steps", [1, 3])
+def test_refining_is_box_walk_and_scaling(box, walk_steps):
+    cam, affinity = torch.rand(2, 3, 4, 5), torch.rand(2, 20, 20)
+    expected = cam if box is None else cam * box_mask(cam, box)
+    for _ in range(walk_steps): expected = torch.einsum("bij,bkj->bki", affinity, expected.flatten(2)).view_as(cam)
+    low, high = expected.amin((2, 3), keepdim=True), expected.amax((2, 3), keepdim=True)
+    assert torch.allclose(refine_cam(affinity, cam, walk_steps, box), (expected - low) / (high - low), atol=1e-5)
+    assert torch.allclose(refine_cam(affinity[0], cam[0], walk_steps, box), refine_cam(affinity[:1], cam[:1], walk_steps, box))
+
+def test_labels_know_a_background_map_and_a_refinement():
+    cam, present = torch.rand(2, 4, 5, 6), torch.tensor([[True, False, True, False], [False, False, False, False]])
+    background = torch.rand(2, 1, 5, 6)
+    expected = torch.cat([background, cam * present[..., None, None]], 1).argmax(1)
+    assert torch.equal(pseudo_labels(cam, present, background=background), expected)
+    assert torch.equal(pseudo_labels(cam[0], [0, 2], background=background[:1]), expected[:1])
+    turned = pseudo_labels(cam, present, (10, 12), refine=lambda scores: scores.flip(-1))
+    assert torch.equal(turned, pseudo_labels(cam, present, (10, 12)).flip(-1))
+
+def test_a_value_path_with_the_blocks_own_attention_is_the_tower(clip):
+    full = clip.encode(normal(3, 3, 32, 48))
+    query, key, _ = last_qkv(clip, full)
+    assert torch.allclose(value_path(clip, full, residual=True, attention=attention_weights(query, key)), full.patch_embedding, atol=1e-5)
+
+def test_a_side_path_is_the_sum_of_its_branches(clip):
+    features = clip.encode(normal(2, 3, 32, 48), **similarity_request(clip, "intra", 2))
+    own = lambda features, block: attention_weights(features.queries[block], features.keys[block])
+    first = clip.depth - 2
+    expected = features.tokens[first - 1].flatten(2).mT
+    for block in (first, first + 1): expected = expected + merge_heads(clip.blocks[block], own(features, block) @ features.values[block])[:, 1:]
+    assert torch.allclose(side_path(clip, features, own, 2), clip.project(expected).mT.unflatten(2, features.grid), atol=1e-5)

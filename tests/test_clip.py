@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from freqseg import clip as room
-from freqseg.clip import (Backbone, WorldTokenizer, attention_weights, build_clip, build_world_clip, class_prompts, load_clip, merge_requests,
+from freqseg.clip import (Backbone, ClosedVocabulary, attention_weights, build_clip, build_closed_clip, class_prompts, load_clip, merge_requests,
                           nearest_multiple, pad_to_patch, read_weights, resize_position_embedding, save_clip)
 from freqseg.files import InputError, sha256
 
@@ -31,7 +31,7 @@ def little_config(**vision):
 
 @pytest.fixture(scope="module")
 def little():
-    return Backbone(build_world_clip(LITTLE), "little", WorldTokenizer(WORDS, 10))
+    return Backbone(build_closed_clip(LITTLE), "little", ClosedVocabulary(WORDS, 10))
 
 def pixels(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -194,7 +194,7 @@ def test_padding_reaches_whole_patches_and_crops_back(h, w, patch):
 
 def test_preprocess_accepts_pil_and_arrays_and_inverts(little):
     array = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    from_array, from_pil = little.preprocess(array), little.preprocess([Image.fromarray(array)])
+    from_array, from_pil = little.preprocess(array, 32), little.preprocess([Image.fromarray(array)], 32)
     assert torch.equal(from_array, from_pil) and from_array.shape == (1, 3, 32, 32)
     assert torch.allclose(little.denormalise(from_array)[0].permute(1, 2, 0) * 255, torch.from_numpy(array).float(), atol=1e-3)
 
@@ -218,7 +218,7 @@ def test_backbone_stays_in_eval_mode_inside_a_training_parent():
     assert torch.equal(clip.encode(images).cls_embedding, clip.encode(images).cls_embedding)
 
 def test_backbone_neither_moves_nor_receives_gradients():
-    clip = Backbone(build_world_clip(LITTLE), "little", WorldTokenizer(WORDS, 10))
+    clip = Backbone(build_closed_clip(LITTLE), "little", ClosedVocabulary(WORDS, 10))
     before = {k: v.clone() for k, v in clip.state_dict().items()}
     head = nn.Conv2d(24, 2, 1)
     optimiser = torch.optim.AdamW([*clip.parameters(), *head.parameters()], lr=1.0, weight_decay=0.5)
@@ -259,14 +259,14 @@ def test_ensemble_is_the_renormalised_mean_over_templates_and_aliases(little):
     assert torch.allclose(ours[0], F.normalize(rows.mean(0), dim=0), atol=1e-6)
 
 def test_text_is_computed_once_per_content(monkeypatch):
-    clip = Backbone(build_world_clip(LITTLE), "little", WorldTokenizer(WORDS, 10))
+    clip = Backbone(build_closed_clip(LITTLE), "little", ClosedVocabulary(WORDS, 10))
     first = clip.encode_text(["red", "blue", "red"], ["a {}"])
     monkeypatch.setattr(clip.model, "encode_text", lambda *_: pytest.fail("encoded again"))
     assert torch.equal(clip.encode_text(["blue"], ["a {}"])[0], first[1]) and torch.equal(first[0], first[2])
 
 def test_new_weights_empty_the_text_cache():
-    clip = Backbone(build_world_clip(LITTLE, seed=0), "little", WorldTokenizer(WORDS, 10))
-    other = Backbone(build_world_clip(LITTLE, seed=1), "other", WorldTokenizer(WORDS, 10))
+    clip = Backbone(build_closed_clip(LITTLE, seed=0), "little", ClosedVocabulary(WORDS, 10))
+    other = Backbone(build_closed_clip(LITTLE, seed=1), "other", ClosedVocabulary(WORDS, 10))
     before = clip.encode_text(["red"], ["{}"])
     clip.load_state_dict(other.state_dict())
     assert torch.equal(clip.encode_text(["red"], ["{}"]), other.encode_text(["red"], ["{}"]))
@@ -279,34 +279,34 @@ def test_text_mistakes_are_named(little):
     with pytest.raises(InputError, match="nearest: 'circle'"): little.encode_text(["cirkle"], ["a {}"])
 
 def test_unknown_word_lists_the_vocabulary():
-    with pytest.raises(InputError) as caught: WorldTokenizer(WORDS)("a photo of a zebra")
+    with pytest.raises(InputError) as caught: ClosedVocabulary(WORDS)("a photo of a zebra")
     assert "zebra" in str(caught.value) and all(word in str(caught.value) for word in WORDS)
 
 @given(st.lists(st.sampled_from(WORDS), max_size=8))
 def test_tokenizer_round_trips_words(words):
-    tokenizer = WorldTokenizer(WORDS, 10)
+    tokenizer = ClosedVocabulary(WORDS, 10)
     ids = tokenizer(" ".join(words).upper() + " !")[0].tolist()
     assert ids[0] == 1 and ids[len(words) + 1] == 2 and set(ids[len(words) + 2:]) <= {0}
     assert [WORDS[i - 3] for i in ids[1:len(words) + 1]] == words
 
 def test_tokenizer_refuses_long_texts_and_bad_vocabularies():
-    with pytest.raises(InputError, match="at most 2"): WorldTokenizer(WORDS, 4)("a red circle")
-    with pytest.raises(InputError, match="not one"): WorldTokenizer(("two words",))
-    with pytest.raises(InputError, match="twice"): WorldTokenizer(("a", "a"))
-    assert len(WorldTokenizer(WORDS)) == len(WORDS) + 3
+    with pytest.raises(InputError, match="at most 2"): ClosedVocabulary(WORDS, 4)("a red circle")
+    with pytest.raises(InputError, match="not one"): ClosedVocabulary(("two words",))
+    with pytest.raises(InputError, match="twice"): ClosedVocabulary(("a", "a"))
+    assert len(ClosedVocabulary(WORDS)) == len(WORDS) + 3
 
 
 # ---- loading --------------------------------------------------------------------------------------------------------
 
 def test_random_weights_are_seeded_and_leave_the_global_generator_alone():
     torch.manual_seed(7); expected = torch.rand(1); torch.manual_seed(7)
-    one, two, three = (build_world_clip(LITTLE, seed=s) for s in (0, 0, 1))
+    one, two, three = (build_closed_clip(LITTLE, seed=s) for s in (0, 0, 1))
     assert torch.equal(torch.rand(1), expected)
     assert torch.equal(one.visual.proj, two.visual.proj) and not torch.equal(one.visual.proj, three.visual.proj)
 
 def test_openai_tag_forces_quickgelu_and_plain_tags_do_not(monkeypatch, tmp_path):
     path = tmp_path/"published.safetensors"
-    save_clip(build_world_clip(LITTLE), path, LITTLE, WORDS)
+    save_clip(build_closed_clip(LITTLE), path, LITTLE, WORDS)
     monkeypatch.setattr(open_clip, "download_pretrained", lambda published: str(path))
     little = lambda config, *_: build_clip(LITTLE | {"quick_gelu": config["quick_gelu"]})
     monkeypatch.setattr(room, "build_clip", little)
@@ -318,11 +318,11 @@ def test_openai_tag_forces_quickgelu_and_plain_tags_do_not(monkeypatch, tmp_path
 @pytest.fixture
 def saved(tmp_path):
     path = tmp_path/"little.safetensors"
-    save_clip(build_world_clip(LITTLE, seed=5), path, LITTLE, WORDS, default_attention_source="kk", mean=[.1, .2, .3])
+    save_clip(build_closed_clip(LITTLE, seed=5), path, LITTLE, WORDS, default_attention_source="kk", mean=[.1, .2, .3])
     return path
 
 def test_saved_world_model_loads_back_identically(saved):
-    clip, model = load_clip(saved), build_world_clip(LITTLE, seed=5).eval()
+    clip, model = load_clip(saved), build_closed_clip(LITTLE, seed=5).eval()
     images = pixels(1, 3, 32, 32)
     assert torch.allclose(clip.encode(images).cls_embedding, model.encode_image(images), atol=1e-5)
     assert clip.metadata["default_attention_source"] == "kk" and clip.mean == (.1, .2, .3) and clip.name == "little"
@@ -339,7 +339,7 @@ def test_truncated_files_are_named(saved, tmp_path):
     saved.write_bytes(saved.read_bytes()[:-100])
     with pytest.raises(InputError, match="little.safetensors is truncated"): load_clip(saved)
     torch_file = tmp_path/"little.pt"
-    torch.save(build_world_clip(LITTLE).state_dict(), torch_file)
+    torch.save(build_closed_clip(LITTLE).state_dict(), torch_file)
     torch_file.write_bytes(torch_file.read_bytes()[:-2000])
     with pytest.raises(InputError, match="little.pt"): read_weights(torch_file)
     with pytest.raises(InputError, match="no weights file"): load_clip("ViT-B-16", pretrained=tmp_path/"absent.safetensors")
@@ -349,7 +349,7 @@ def test_other_architecture_names_file_and_mismatch(saved):
         load_clip("ViT-B-32", pretrained=saved)
 
 def test_checkpoint_wrappings_are_unwrapped(tmp_path):
-    path, state = tmp_path/"train.pt", build_world_clip(LITTLE, seed=2).state_dict()
+    path, state = tmp_path/"train.pt", build_closed_clip(LITTLE, seed=2).state_dict()
     torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in state.items()}}, path)
     assert all(torch.equal(value, state[key]) for key, value in read_weights(path).items())
 

@@ -16,11 +16,11 @@ from freqseg.systems.segmenter import SYSTEMS, known_systems, system_named
 from freqseg.faces.cli import main
 from freqseg.clip import Backbone, build_clip, load_clip, named_config
 from freqseg.work.cost import FORMULAS, FlopTally, conditions, cost_classes, cost_markdown, measure_cost, measure_costs, parts_markdown, peak_memory, wall_clock
-from freqseg.lists import COCO_CLASSES, VOC_CLASSES, VOC_ZERO_SHOT
+from freqseg.lists import COCO_CLASSES, VOC_CLASSES, VOC_ZERO_SHOT, Domain
 from freqseg.files import InputError
 from freqseg.systems.segmenter import Segmenter, System
 from freqseg.systems.weclip import WeCLIP
-from freqseg.world.scenes import WORLD_CLASSES
+from freqseg.world.scenes import WORLD_CLASSES, WORLD_DOMAIN
 
 CPU = torch.device("cpu")
 
@@ -220,7 +220,7 @@ def test_systems_come_from_the_registry(monkeypatch: pytest.MonkeyPatch) -> None
     assert SYSTEMS["newcomer"] is Newcomer and "newcomer" in known_systems()
     monkeypatch.setattr(room, "known_systems", lambda: ["newcomer"])
     cost, = measure_costs(model="world", device="cpu", size=64, repeats=1)
-    assert cost.system == "newcomer" and cost.model == "the world's CLIP" and cost.classes == len(WORLD_CLASSES) + 1
+    assert cost.system == "newcomer" and cost.model == "the CLIP of the embedded world" and cost.classes == len(WORLD_CLASSES) + 1
     with pytest.raises(InputError, match="Did you mean 'newcomer'"):
         measure_costs(["newcommer"], "no model is opened for a misspelt system")
 
@@ -234,7 +234,7 @@ def test_tables_have_a_row_for_each_and_say_what_differs(backbone) -> None:
     assert rows[2][6] == "–" and "two FLOP" in table and "random" not in table
     assert "head" in parts_markdown(costs) and "weclip" not in parts_markdown(costs, "step")
     other = measure_cost(systems[0], 96, repeats=1)
-    assert ("Figures per picture: the world's CLIP, 20 classes and background, fp32 on CPU" in (told := cost_markdown([costs[1], other]))
+    assert ("Figures per picture: the CLIP of the embedded world, 20 classes and background, fp32 on CPU" in (told := cost_markdown([costs[1], other]))
             and "; ffr: 1 picture of 64 x 64 at a time; weclip: 1 picture of 96 x 96 at a time; PyTorch" in told)
     assert "backward: gradients" in parts_markdown(costs, "step") and "backward" not in parts_markdown(costs)
     assert json.loads(json.dumps(costs[1].as_dict()))["step"]["milliseconds"].keys() == {"median", "low", "high"}
@@ -257,9 +257,10 @@ def test_tables_of_nothing_are_refused(system) -> None:
 
 
 def test_class_lists_have_names_and_others_are_spelt_out() -> None:
-    assert cost_classes(None, "ViT-B-16") == cost_classes("voc", "world") == VOC_CLASSES and cost_classes(None, "world") == WORLD_CLASSES
-    assert cost_classes("dog, grass", "ViT-B-16") == ("dog", "grass") and len(cost_classes("coco", "ViT-B-16")) == 80
-    assert len(cost_classes("cocostuff", "ViT-B-16")) == 171 and cost_classes(" VOC", "ViT-B-16") == VOC_CLASSES
+    assert cost_classes(None) == cost_classes(["voc"], WORLD_DOMAIN) == VOC_CLASSES and cost_classes(None, WORLD_DOMAIN) == WORLD_CLASSES
+    assert cost_classes(["dog", "grass"]) == ("dog", "grass") and len(cost_classes(["coco"])) == 80
+    assert len(cost_classes(["cocostuff"])) == 171 and cost_classes(["VOC"]) == VOC_CLASSES
+    with pytest.raises(InputError, match="give a list of names"): cost_classes("dog")
 
 
 def test_a_system_of_one_class_can_be_measured(backbone) -> None:
@@ -277,7 +278,7 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_last_class_is_unseen_where_no_split_is_published() -> None:
-    costs = measure_costs(["weclip", "zegclip", "sptseg", "weclip"], "world", "fish, tree, moon", "cpu", size=64, repeats=1)
+    costs = measure_costs(["weclip", "zegclip", "sptseg", "weclip"], "world", ["fish", "tree", "moon"], "cpu", size=64, repeats=1)
     assert [(cost.system, cost.classes, cost.background, cost.unseen) for cost in costs] == [
         ("weclip", 4, True, None), ("zegclip", 3, False, "moon"), ("sptseg", 3, False, "moon")]
     told = cost_markdown(costs)
@@ -288,13 +289,13 @@ def test_the_last_class_is_unseen_where_no_split_is_published() -> None:
 
 
 def test_coco_has_no_published_split_and_can_be_measured() -> None:
-    assert [room._class_without_masks(system_named("zegclip"), classes) for classes in (COCO_CLASSES, VOC_CLASSES)] == ["toothbrush", None]
+    assert [room._class_without_masks(system_named("zegclip"), classes, Domain()) for classes in (COCO_CLASSES, VOC_CLASSES)] == ["toothbrush", None]
 
 
 @pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize("options, message", [
-    (dict(classes="fish"), "needs two classes or more; 'fish' is one.*image labels: .*weclip"),
-    (dict(classes="fish,fihs"), "Did you mean 'fish'"), (dict(size=70), "Take 64 or 72"), (dict(repeats=0), "repeats=0")])
+    (dict(classes=["fish"]), "needs two classes or more; 'fish' is one.*image labels: .*weclip"),
+    (dict(classes=["fish", "fihs"]), "Did you mean 'fish'"), (dict(size=70), "Take 64 or 72"), (dict(repeats=0), "repeats=0")])
 def test_nothing_is_measured_where_one_of_the_systems_cannot_be(options: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         measure_costs(model="world", device="cpu", **options)
@@ -305,7 +306,7 @@ def test_no_system_is_measured_before_all_are_built(monkeypatch: pytest.MonkeyPa
     measure, build = room.measure_cost, System.build.__func__
     monkeypatch.setattr(System, "build", classmethod(lambda kind, *given, **options: done.append("build") or build(kind, *given, **options)))
     monkeypatch.setattr(room, "measure_cost", lambda *given, **options: done.append("measure") or measure(*given, **options))
-    measure_costs(["weclip", "zegclip"], "world", "fish, moon", "cpu", size=64, repeats=1)
+    measure_costs(["weclip", "zegclip"], "world", ["fish", "moon"], "cpu", size=64, repeats=1)
     assert done == ["build", "build", "measure", "measure"]
 
 

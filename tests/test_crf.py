@@ -542,7 +542,7 @@ with room._Child() as child: print(child.process.communicate()[0].decode())
 def test_a_process_uses_the_program_s_own_package_after_a_change_of_folder(tmp_path: Path) -> None:
     copy, room = tmp_path / "here" / "freqseg", Path(crf_room.__file__)
     copy.mkdir(parents=True)
-    for name in ("__init__.py", "files.py", "crf.py"):
+    for name in ("__init__.py", "files.py", "memory.py", "options.py", "crf.py"):
         (copy / name).write_bytes((room.parent / name).read_bytes())
     with (copy / "crf.py").open("a") as file:
         file.write("\nprint('the copy', flush=True)\n")

@@ -37,7 +37,7 @@ from freqseg.world.scenes import WORLD_CLASSES, World
 SMALL = 96   # longest side, pixels, where the size does not matter: 12 x 12 patches of the world's CLIP
 plain = pytest.mark.usefixtures("plain_figures")
 USUAL = View()
-VARIED = View(maps="transport", affinity="both", lambda_h=.3, epsilon=.05, band="stack", bands=3, scale="shared", opacity=.7, cmap="viridis")
+VARIED = View(maps="transport", affinity="both", lambda_h=.3, epsilon=.05, band="stack", bands=3, colour_scale="shared", opacity=.7, cmap="viridis")
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +124,8 @@ SAME = [
     (View(), "high", "high", dict(mu=.14)),
     (View(mu=.3, shape="disc"), "low", "low", dict(mu=.3, shape="disc")),
     (View(mu=.3, shape="disc"), "high", "high", dict(mu=.3, shape="disc")),
-    (View(affinity="both", lambda_h=1.), "over both affinities", "inverse", {}),
-    (View(affinity="both", lambda_l=.5, lambda_h=.5), "over both affinities", "inverse", {}),   # only their ratio counts
+    (View(affinity="both", lambda_h=1.), "over both affinities", "dual", {}),
+    (View(affinity="both", lambda_l=.5, lambda_h=.5), "over both affinities", "dual", {}),   # only their ratio counts
     (View(maps="patch_text", affinity="none"), "patch and text", "patch_text", {}),
     (View(maps="transport", affinity="both"), "transport", "transport", {}),
     (View(maps="transport", affinity="both", lambda_l=.4, lambda_h=.7, epsilon=.05, layers=3), "transport", "transport",
@@ -140,6 +140,19 @@ def test_columns_are_the_maps_of_frequency_cams(view: View, title: str, method: 
     settings = replace(CamSettings(mu=.14, layers=6), **changed)
     expected = frequency_cams(backbone, images, prompts.text, torch.ones(1, len(analysis.names), dtype=torch.bool), prompts.background, (method,), settings)
     torch.testing.assert_close(analysis.shown(view).columns[title], expected[method][0], atol=2e-5, rtol=1e-4)
+
+
+def test_registered_maps_are_choices_of_the_view(monkeypatch: pytest.MonkeyPatch, analysis: Analysis) -> None:
+    monkeypatch.setattr(cams_room.METHODS, "_entries", dict(cams_room.METHODS._entries))
+    assert list(room.MAPS) == ["gradcam", "patch_text", "intra_correlation", "transport", "sclip", "clearclip", "naclip", "clip_surgery", "trained"]
+    with pytest.raises(InputError, match="squared"): View(maps="squared")
+    cams_room.register_map("squared", "GradCAM evidence, squared", needs=("evidence",))(lambda parts: parts.evidence * parts.evidence.abs())
+    assert "squared" in room.MAPS and room.MAPS["squared"] == "GradCAM evidence, squared" and len(room.MAPS) == 10
+    shown = analysis.shown(View(maps="squared", affinity="none"))
+    torch.testing.assert_close(shown.final, normalise_cam(analysis.parts.evidence.relu().square())[0], atol=1e-5, rtol=1e-4)
+    for name in ("naclip", "clip_surgery"):
+        shown = analysis.shown(View(maps=name, affinity="none"))
+        torch.testing.assert_close(shown.columns[cams_room.METHODS[name].title], cams_room.cam_of(analysis.parts, name)[0], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("bands", [2, 4, 6])
@@ -162,7 +175,7 @@ def test_a_stack_is_cut_where_its_titles_say_and_sums_to_the_whole(bands: int, s
 
 
 def test_on_the_shared_scale_bands_add_up(analysis: Analysis) -> None:
-    shown = analysis.shown(View(scale="shared")).columns
+    shown = analysis.shown(View(colour_scale="shared")).columns
     top = analysis.parts.evidence.relu().amax((2, 3))[0][:, None, None]
     for title, band in zip(("low", "high"), analysis.parts.bands, strict=True):
         torch.testing.assert_close(shown[title], (band[0] / top).clamp(0, 1), atol=1e-6, rtol=1e-5)
@@ -239,7 +252,7 @@ def test_spectra_are_shares_of_the_energy_by_radius(analysis: Analysis) -> None:
 
 DROPPED = {"mu": (.3, {"bands"}), "shape": ("disc", {"bands"}), "layers": (2, {"relation", "smooth", "invert"}), "source": ("attention", {"relation", "smooth", "invert"}),
            "sharpness": (2., {"invert"}), "similarity": ("intra", {"similarity"}), "contrast": ("prompts", {"similarity"}),
-           "power": (1, set()), "box": (None, set()), "lambda_l": (.5, set()), "lambda_h": (.5, set()), "epsilon": (.2, set())}
+           "walk_steps": (1, set()), "box": (None, set()), "lambda_l": (.5, set()), "lambda_h": (.5, set()), "epsilon": (.2, set())}
 PARTS = ("evidence", "bands", "raw", "value_cosines", "intra_cosines", "relation", "smooth", "invert", "similarity")
 
 
@@ -257,7 +270,7 @@ def parts(backbone: Backbone) -> CamParts:
 
 def test_every_option_and_every_part_is_named_here() -> None:
     assert set(DROPPED) == {field.name for field in fields(CamSettings)}
-    assert set(PARTS) == {name for name, kind in vars(CamParts).items() if isinstance(kind, cams_room.cached_property)}
+    assert set(PARTS) == set(cams_room.PARTS)
 
 
 @pytest.mark.parametrize("option", DROPPED)
@@ -289,7 +302,7 @@ def test_the_tower_runs_once_however_many_views_there_are(encoded: list[int]) ->
 
 def test_moving_the_cut_off_makes_no_affinity_and_no_evidence_again(small: Analysis, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    for name in ("grad_cam_evidence", "mean_relation", "symmetrise", "patch_embeddings"):
+    for name in ("grad_cam_evidence", "mean_relation", "symmetrise", "inverse_of", "prompt_cosines"):
         function = getattr(cams_room, name)
         monkeypatch.setattr(cams_room, name, lambda *args, name=name, function=function, **options: calls.append(name) or function(*args, **options))
     small.shown(View(affinity="both")); small.shown(View(maps="transport", affinity="both"))
@@ -299,7 +312,7 @@ def test_moving_the_cut_off_makes_no_affinity_and_no_evidence_again(small: Analy
     assert calls == []
     small.related.clear()
     small.shown(View(affinity="both", layers=2))
-    assert calls == ["mean_relation", "symmetrise", "symmetrise"]
+    assert calls == ["mean_relation", "symmetrise", "inverse_of"]
     first = small.shown(View(affinity="both", layers=3))
     small.shown(View(affinity="both", layers=2))
     again = small.shown(View(affinity="both", layers=3))
@@ -639,7 +652,7 @@ def test_a_backbone_has_no_maps_of_its_own(small: Analysis) -> None:
 # ---- options --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("option, value", [
-    ("maps", "gradcm"), ("maps", ""), ("maps", None), ("maps", 3), ("maps", ["gradcam"]), ("shape", "round"), ("band", "mid"), ("affinity", "both affinities"), ("scale", None),
+    ("maps", "gradcm"), ("maps", ""), ("maps", None), ("maps", 3), ("maps", ["gradcam"]), ("shape", "round"), ("band", "mid"), ("affinity", "both affinities"), ("colour_scale", None),
     ("cmap", "jet"), ("layers", 0), ("layers", -1), ("layers", 2.5), ("layers", True), ("layers", "3"), ("layers", None), ("mu", -.01), ("mu", .51), ("mu", float("nan")), ("mu", ".2"),
     ("mu", None), ("mu", True), ("bands", 1), ("bands", 7), ("bands", 2.5), ("lambda_l", -.1), ("lambda_l", 2.1), ("lambda_h", float("inf")), ("boxes", "no"), ("boxes", None),
     ("epsilon", 0.), ("epsilon", 1.1), ("threshold", -.1), ("threshold", 1.1), ("opacity", 2.), ("opacity", None)])

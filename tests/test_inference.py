@@ -24,8 +24,8 @@ from freqseg.pictures import palette, read_mask, write_mask
 from freqseg.files import InputError
 from freqseg.metrics import boundary_iou, confusion_matrix, mean_iou, trimap_confusion, trimap_miou
 from freqseg.conditions import software
-from freqseg.work.evaluation import FIGURES, SystemReport, evaluate_system
-from freqseg.work.inference import (BIASES, INFERENCE, MOST_NAMES, Bands, Inference, Job, Scoring, View, class_scores,
+from freqseg.work.evaluation import BIASES, FIGURES, SystemReport, evaluate_system
+from freqseg.work.inference import (INFERENCE, MOST_NAMES, Bands, Inference, Job, Scoring, AugmentedView, class_scores,
                                     grouped, in_sequence, interpolation_matrix, label, merge_views, merged_labels,
                                     picture_indices, refined, scaled_pixels, segment, segment_picture, stream,
                                     window_boxes, write_masks)
@@ -156,7 +156,7 @@ def test_a_mirrored_picture_gives_the_mirrored_scores(inference, system, dataset
     image = dataset[3].image   # 21 x 30: no whole patches
     pictures = [room.Picture(0, "", np.array(one), scaled_pixels(one, inference.scales), None, None)
                 for one in (image, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))]
-    views = room.show(system.backbone, pictures, lambda images, _: system.predict(images), inference)
+    views = room.augmented_views(system.backbone, pictures, lambda images, _: system.predict(images), inference)
     straight, mirrored = (merge_views(one, (21, 30)) for one in views)
     if inference.window: straight, mirrored = straight[:, :, 9:-9], mirrored[:, :, 9:-9]   # windows are laid from the left
     torch.testing.assert_close(mirrored, straight.flip(-1), atol=1e-5, rtol=1e-4)
@@ -222,7 +222,7 @@ def test_rows_of_an_interpolation_add_up_to_one_inside_the_box_and_to_nothing_ou
 
 
 def test_labels_made_in_strips_are_the_labels_made_at_once(monkeypatch) -> None:
-    views = [View(torch.randn(5, 4, 6), (3.5, 6), (0, 1), (0, 1), (0, mirrored)) for mirrored in (False, True)]
+    views = [AugmentedView(torch.randn(5, 4, 6), (3.5, 6), (0, 1), (0, 1), (0, mirrored)) for mirrored in (False, True)]
     expected = merge_views(views, (37, 41)).argmax(0)
     monkeypatch.setattr(room, "LARGEST", 5 * 41 * 3)
     assert np.array_equal(merged_labels(views, (37, 41)), expected.numpy())
@@ -625,7 +625,7 @@ def test_photographs_of_many_sizes_are_evaluated(pydensecrf, real_data, tmp_path
     from freqseg.lists import VOC_CLASSES
     split = open_voc(real_data / "voc12_mini", "val", masks=True)
     report = evaluate_system(Toy(VOC_CLASSES).eval(), split, scales=(1.0, 0.75), side=96, crf="weclip", limit=6, save_masks=tmp_path, **QUIET)
-    assert report.dataset == "PASCAL VOC 2012" and report.images == 6 and len(list(tmp_path.iterdir())) == 6 and not report.world
+    assert report.dataset == "PASCAL VOC 2012" and report.images == 6 and len(list(tmp_path.iterdir())) == 6 and not report.caveat
 
 
 # ---- zero-shot figures ----------------------------------------------------------------------------------------------

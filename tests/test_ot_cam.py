@@ -6,8 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from freqseg.cam import background_score
 from freqseg.files import InputError
-from freqseg.ot_cam import class_marginal, neighbourhood_mean, score_matrix, similarity_matrix, transport_cam, transport_plan
+from freqseg.ot_cam import (class_marginal, map_similarity, neighbourhood_mean, score_matrix, similarity_matrix, transport_cam, transport_maps,
+                            transport_plan)
 from freqseg.sinkhorn import doubly_stochastic, transport
 
 H, W, K = 4, 5, 6
@@ -132,7 +134,7 @@ def test_the_printed_softmax_saturates_and_the_floor_keeps_everybody_in() -> Non
 @given(st.sampled_from([0.02, 0.1, 1.0]), st.sampled_from(["class", "literal"]), st.booleans())
 def test_marginals_to_tolerance(eps: float, score: str, with_high: bool) -> None:
     similarity, low, high = inputs(torch.float32)
-    plan = transport_plan(similarity, low, high if with_high else None, PRESENT, eps=eps, score=score, iterations=2000)
+    plan = transport_plan(similarity, low, high if with_high else None, PRESENT, epsilon=eps, score=score, iterations=2000)
     torch.testing.assert_close(plan.sum(-1), torch.full((2, N), 1 / N), atol=0, rtol=1e-5)
     torch.testing.assert_close(plan.sum(-2), class_marginal(similarity, present=PRESENT), atol=1e-9, rtol=1.1e-4)
 
@@ -158,7 +160,7 @@ def test_a_patch_that_is_paid_more_by_everybody_changes_nothing() -> None:
 
 def test_large_eps_spreads_every_class_evenly() -> None:
     similarity, low, high = inputs()
-    plan = transport_plan(similarity, low, high, PRESENT, eps=1e8)
+    plan = transport_plan(similarity, low, high, PRESENT, epsilon=1e8)
     torch.testing.assert_close(plan, class_marginal(similarity, present=PRESENT)[:, None].expand_as(plan) / N, atol=1e-10, rtol=1e-6)
 
 
@@ -174,7 +176,7 @@ def test_given_shares_replace_the_estimated_ones() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("eps", [0.01, 0.1, 10.0])
 def test_present_maps_peak_at_one_and_absent_ones_are_zero(dtype: torch.dtype, eps: float) -> None:
-    cam = transport_cam(*inputs(dtype), (H, W), PRESENT, eps=eps)
+    cam = transport_cam(*inputs(dtype), (H, W), PRESENT, epsilon=eps)
     assert cam.shape == (2, K, H, W) and cam.dtype == dtype
     assert torch.equal(cam.amax((-2, -1)), PRESENT.to(dtype))
     assert (cam >= 0).all() and cam.isfinite().all()
@@ -232,13 +234,39 @@ def test_gradients_reach_similarity_and_affinities(gradient: str) -> None:
 @pytest.mark.parametrize("call", [
     lambda s, a: transport_cam(s, a, None, (3, 5)), lambda s, a: transport_cam(s, a[:, 1:], None, (H, W)),
     lambda s, a: transport_cam(s, a, a[:1], (H, W)), lambda s, a: transport_cam(s, a, a, (H, W), PRESENT[:, 1:]),
-    lambda s, a: score_matrix(s, a, a, score="printed"), lambda s, a: transport_cam(s, a, a, (H, W), eps=0.0),
+    lambda s, a: score_matrix(s, a, a, score="printed"), lambda s, a: transport_cam(s, a, a, (H, W), epsilon=0.0),
     lambda s, a: class_marginal(s, temperature=0.0), lambda s, a: class_marginal(s, floor=0.0),
 ])
 def test_what_a_user_can_get_wrong_is_named(call) -> None:
     similarity, low, _ = inputs()
     with pytest.raises(InputError, match=r"\w+"):
         call(similarity, low)
+
+
+def test_without_affinities_every_patch_keeps_its_own_score() -> None:
+    similarity, *_ = inputs()
+    eye = torch.eye(N, dtype=torch.float64).expand(2, N, N)
+    for score in ("class", "literal"): torch.testing.assert_close(score_matrix(similarity, score=score), similarity)
+    torch.testing.assert_close(transport_cam(similarity, None, None, (H, W)), transport_cam(similarity, eye, None, (H, W)))
+
+
+def test_one_picture_is_a_batch_of_one_and_classes_may_be_indices() -> None:
+    similarity, smoothed, inverse = inputs()
+    expected = transport_cam(similarity[:1], smoothed[:1], inverse[:1], (H, W), PRESENT[:1], **EXACT)
+    for present in (PRESENT[0], [0, 1, 3, 4], PRESENT[0].numpy()):
+        torch.testing.assert_close(transport_cam(similarity[0], smoothed[0], inverse[0], (H, W), present, **EXACT), expected)
+    with pytest.raises(InputError, match=r"similarity \(6,\): give \(B, N, K\)"): score_matrix(similarity[0, 0])
+
+
+def test_the_background_competes_in_every_picture() -> None:
+    cam, present = torch.rand(2, K, H, W, dtype=torch.float64), PRESENT
+    similarity = map_similarity(cam * present[..., None, None])
+    torch.testing.assert_close(similarity[..., -1], background_score(cam * present[..., None, None]).flatten(1))
+    _, smoothed, inverse = inputs()
+    maps = transport_maps(similarity, smoothed, inverse, (H, W), present, epsilon=0.05)
+    everybody = torch.cat([present, torch.ones(2, 1, dtype=torch.bool)], 1)
+    torch.testing.assert_close(maps, transport_cam(similarity, smoothed, inverse, (H, W), everybody, epsilon=0.05))
+    assert (maps[:, -1].amax((-2, -1)) == 1).all() and not maps[:, :-1][~present].any()
 
 
 @pytest.mark.cuda

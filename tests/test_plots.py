@@ -166,7 +166,7 @@ def test_the_picture_can_be_left_out_of_a_panel():
     ({}, None, "no panels"),
     ({"a": maps(2), "b": maps(3)}, None, "different numbers"),
     ({"a": maps(2)}, ["one"], "1 class names for 2"),
-    ({"a": maps(2)[None]}, None, "shape"),
+    ({"a": np.stack([maps(2)] * 2)}, None, "shape"),
 ])
 def test_panels_that_do_not_match_are_refused(panels, names, reason):
     with pytest.raises(InputError, match=reason): cam_panel(photo(), panels, names)

@@ -28,6 +28,7 @@ from freqseg.files import InputError
 from freqseg.metrics import Interval
 from freqseg.faces.report import (confusion_svg, evaluate_run, gallery_sheet, html, markdown, percent, provenance, save_report, to_json,
                             trimap_sheet, trimap_svg)
+from freqseg.world.scenes import WORLD_DOMAIN
 from freqseg.work.evaluation import SystemReport, evaluate_system
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -83,7 +84,7 @@ def test_the_three_forms_hold_the_same_figures(report: SystemReport) -> None:
 
 
 def test_the_data_are_named_and_the_world_is_no_photograph(report: SystemReport) -> None:
-    world = replace(report, world=True, dataset="the embedded world, folder w")
+    world = replace(report, caveat=WORLD_DOMAIN.caveat, dataset="the embedded world, folder w")
     assert "say nothing about photographs" in provenance(world) and 'class="data world"' in html(world)
     assert provenance(report) == "measured on folder data, split val, 7 pictures" and 'class="data world"' not in html(report)
 

@@ -212,8 +212,8 @@ def test_evaluate_corrupt_writes_the_table_beside_the_report(run, tmp_path, caps
     assert "mean of 6" in said and "robustness.png" in said
     assert {"report.html", "report.md", "report.json", "robustness.md", "robustness.json", "robustness.png"} == {path.name for path in tmp_path.iterdir()}
     report, told = (json.loads((tmp_path / name).read_text()) for name in ("report.json", "robustness.json"))
-    assert told["clean"] == report["figures"]["seg"]["miou"] and len(told["rows"]) == 6 and told["command"].startswith("freqseg evaluate") and told["world"]
-    assert "corrupt" not in report["settings"] and told["weights"] == "the world's CLIP"
+    assert told["clean"] == report["figures"]["seg"]["miou"] and len(told["rows"]) == 6 and told["command"].startswith("freqseg evaluate") and told["caveat"]
+    assert "corrupt" not in report["settings"] and told["weights"] == "the CLIP of the embedded world"
     system_rows = {(row["kind"], row["strength"]) for row in told["rows"]}
     assert system_rows == {(kind, strength) for kind in ("blur", "noise") for strength in (1, 2, 3)}
 

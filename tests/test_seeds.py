@@ -15,15 +15,16 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix as sklearn_confusion
 from torchmetrics.functional.classification import multiclass_jaccard_index
 
+from freqseg.cam import value_path
 from freqseg.clip import Backbone, build_clip, load_clip
 from freqseg.data import Sample, SegmentationFolder, open_folder, open_voc
 from freqseg.lists import write_labels
 from freqseg.pictures import fitted_size, write_mask
-from freqseg.work.inference import SeedMaps, enlarge
-from freqseg.work.seeds import SeedTable, evaluate_seeds, in_order, paired_gain
+from freqseg.work.inference import SeedMaps
+from freqseg.work.seeds import SeedTable, evaluate_seeds, paired_gain
 from freqseg.work.thresholds import THRESHOLDS, add_sweep, seed_labels
 from freqseg.files import InputError
-from freqseg.maps import METHODS, CamSettings, frequency_cams
+from freqseg.maps import METHODS, CamSettings, frequency_cams, register_map
 from freqseg.metrics import ConfusionMeter, bootstrap_interval, boundary_iou, confusion_matrix, mean_iou, sweep_background
 from freqseg.prompts import embed_wording, usual_wording
 from freqseg.world.scenes import WORLD_CLASSES, write_world
@@ -190,8 +191,9 @@ def test_a_short_tower_type_barely_moves_the_figures(dataset: SegmentationFolder
 def test_enlarging_a_covered_part_equals_enlarging_all_and_cropping(h: int, w: int, height: int, width: int, random) -> None:
     maps = torch.rand(2, 3, h, w)
     rows, columns = random.randint(1, height), random.randint(1, width)
-    whole = enlarge(maps, (h, w), (height, width))
-    part = enlarge(maps, (h * rows / height, w * columns / width), (rows, columns))
+    enlarged = lambda covered, size: SeedMaps(0, torch.arange(3), torch.ones(3, dtype=torch.bool), maps, covered).enlarged(size)
+    whole, part = enlarged((h, w), (height, width)), enlarged((h * rows / height, w * columns / width), (rows, columns))
+    torch.testing.assert_close(whole, F.interpolate(maps, (height, width), mode="bilinear"), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(part, whole[..., :rows, :columns], atol=1e-4, rtol=1e-4)
 
 
@@ -230,15 +232,6 @@ def test_a_picture_without_classes_is_background() -> None:
     mask = torch.zeros(8, 8, dtype=torch.uint8)
     add_sweep(totals, maps, mask, (0.1, 0.5))
     assert not seed_labels(maps, (8, 8), (0.1,)).any() and (totals[:, :, 0, 0] == 64).all() and totals.sum() == 128
-
-
-@limits(max_examples=12)
-@given(st.permutations(range(5)))
-def test_putting_pictures_in_order_undoes_any_order(order: list) -> None:
-    counts = torch.arange(5 * 2 * 9).view(5, 2, 3, 3)
-    meter = ConfusionMeter(3, (2,))
-    meter.add(counts[order])
-    assert torch.equal(in_order(meter, order, chunk=2).sparse().to_dense().T.view(5, 2, 3, 3), counts.double())
 
 
 def test_the_paired_gain_is_the_difference_and_flips_its_sign() -> None:
@@ -311,6 +304,17 @@ def test_a_picture_without_a_mask_is_named(world: Path, backbone: Backbone) -> N
 
 def test_an_unknown_row_is_named(table: SeedTable) -> None:
     with pytest.raises(InputError, match="no row 'transport'"): table["transport"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_readings_and_maps_of_ones_own_are_scored_like_any_other(precision: str, monkeypatch: pytest.MonkeyPatch, dataset: SegmentationFolder, backbone: Backbone) -> None:
+    monkeypatch.setattr(METHODS, "_entries", dict(METHODS._entries))
+    register_map("own", "patch and text again", tower={"last_input": True}, kind="cosine")(lambda parts: parts.cosines(value_path(parts.backbone, parts.features)))
+    methods = ("patch_text", "own", "sclip", "clearclip", "naclip", "clip_surgery")
+    table = evaluate_seeds(dataset, backbone, methods, batch=4, limit=4, precision=precision, **QUICK)
+    assert [row.method for row in table.rows] == list(methods) and all(0 < row.miou.value < 1 and row.seconds > 0 for row in table.rows)
+    assert table["own"].miou.value == pytest.approx(table["patch_text"].miou.value, abs=1e-6 if precision == "fp32" else 5e-3)
+    with pytest.warns(FutureWarning, match="'dual'"): assert evaluate_seeds(dataset, backbone, ("inverse",), limit=1, **QUICK).rows[0].method == "dual"
 
 
 # ---- photographs ----------------------------------------------------------------------------------------------------

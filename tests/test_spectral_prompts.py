@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from freqseg.clip import Backbone, WorldTokenizer, build_world_clip, load_clip
+from freqseg.clip import Backbone, ClosedVocabulary, build_closed_clip, load_clip
 from freqseg.files import InputError
 from freqseg.spectra import SpectralFilter, radial_frequency, resize_response
 from freqseg.spectral_prompts import (
@@ -29,7 +29,7 @@ LITTLE = {"embed_dim": 24, "vision_cfg": {"image_size": 32, "layers": 3, "width"
 
 
 def little(**vision) -> Backbone:
-    return Backbone(build_world_clip(LITTLE | {"vision_cfg": LITTLE["vision_cfg"] | vision}), "little", WorldTokenizer(WORDS, 10))
+    return Backbone(build_closed_clip(LITTLE | {"vision_cfg": LITTLE["vision_cfg"] | vision}), "little", ClosedVocabulary(WORDS, 10))
 
 
 @pytest.fixture

@@ -27,8 +27,8 @@ from freqseg.work.sweep_design import (Design, checked_grid, checked_seeds, exte
 from freqseg.work.sweep_processes import environments
 from freqseg.work.sweep_statistics import comparison_markdown, estimate, in_percent, paired_difference, read_sweep
 from freqseg.work.sweeps import sweep
+from freqseg.files import locked
 from freqseg.systems.segmenter import known_systems
-from freqseg.work.train import locked
 
 ROOT = Path(__file__).resolve().parent.parent
 DFA = ROOT / "nbs" / "train" / "dfa.ipynb"
@@ -201,7 +201,7 @@ def test_jobs_is_a_number_of_processes(toy: Path, tmp_path: Path, jobs: object) 
     ({"lambda_hi": [0.1]}, {}, "no parameter 'lambda_hi'. Did you mean 'lambda_h'"),
     ({"lr": [1e-3, -1.0]}, {}, "lr=-1.0: give"),
     ({"iterations": [2, 100]}, {}, "warmup=2 leaves nothing of iterations=2"),
-    ({"maps": ["transport", "transprot"]}, {}, "maps='transprot': use one of"),
+    ({"maps": ["transport", "transprot"]}, {}, "maps='transprot': did you mean 'transport'"),
     ({"mu": [0.2]}, {"preset": "voc"}, "preset voc needs the data"),
     ({"mu": [0.2]}, {"preset": "wrold"}, "wrold.*world"),
 ])
@@ -380,7 +380,7 @@ def test_the_table_shows_means_intervals_differences_and_what_is_missing(tmp_pat
     low, high = scipy.stats.t.interval(0.95, 1, 2.5, scipy.stats.sem([2, 3]))
     assert "| 0.1 | 3 | 44.0 [34.1, 53.9] |" in text
     assert text.count(f"| +2.5 [{low:+.1f}, {high:+.1f}] |") == 1 and "| 0.3 | 1 | 50.0 | 50.0 | 50.0 | 25.0 | +6.0 |" in text
-    for told in ("Measured on the embedded world, folder world, split test, 1,200 pictures.", "**Figures about the embedded world**", "say nothing about photographs",
+    for told in ("Measured on the embedded world, folder world, split test, 1,200 pictures.", "**The pictures are drawn by a program", "say nothing about photographs",
                  "seeds: 0, 1, 2", "`freqseg sweep dfa`", "preset=world", "3 of 9 runs", "- mu=0.2,seed=1: not run yet"):
         assert told in text
     assert result.rows[1].gain.values == pytest.approx({0: 0.02, 2: 0.03}) and result.failed == {}
@@ -517,14 +517,14 @@ def test_an_interrupted_sweep_leaves_nobody_behind_and_goes_on(toy: Path, tmp_pa
 def test_two_trainings_share_the_world_and_one_table(tmp_path: Path) -> None:
     notebook, out = ROOT / "nbs" / "train" / "weclip.ipynb", tmp_path / "out"
     result = sweep(notebook, out, {"lr": [1e-3, 1e-4]}, 1, {"iterations": 4}, jobs=2, progress=False)
-    assert result.failed == {} and result.world and result.design.system == "weclip"
+    assert result.failed == {} and "drawn by a program" in result.caveat and result.design.system == "weclip"
     assert result.data == ("the embedded world, folder world, split test, 8 pictures",)
     assert set(result.measures) >= {"seg", "mask", "seed", "boundary"}
     assert [path.name for path in out.rglob("ImageSets")] == ["ImageSets"]
     metrics = json.loads((out / "lr=0.0001,seed=0" / "metrics.json").read_text())
     assert metrics["settings"]["lr"] == 1e-4 and metrics["settings"]["seed"] == 0
     assert result.rows[1].measures["seg"].value == metrics["report"]["figures"]["seg"]["miou"]["value"]
-    assert "Figures about the embedded world" in result.markdown() and "fixed: preset=smoke, iterations=4" in result.markdown()
+    assert "The pictures are drawn by a program" in result.markdown() and "fixed: preset=smoke, iterations=4" in result.markdown()
     # Killed after its training: the next call goes on from the checkpoint, which was the last step, and only evaluates.
     (out / "lr=0.0001,seed=0" / "parameters.json").unlink()
     last = (out / "lr=0.0001,seed=0" / "last.safetensors")

@@ -16,7 +16,8 @@ from freqseg.lists import COCO_CLASSES, VOC_CLASSES
 from freqseg.files import InputError
 from freqseg.systems.dfa import DFA
 from freqseg.systems.ffr import FFR
-from freqseg.systems.segmenter import Segmenter, assign_labels, known_systems, pack_present, read_options, system_named
+from freqseg.cam import pack_present
+from freqseg.systems.segmenter import Segmenter, assign_labels, known_systems, system_named
 from freqseg.systems.weclip import WeCLIP, WeCLIPOptions
 from freqseg.systems.wtclip import WTCLIP, edge_map
 from freqseg.world.scenes import WORLD_CLASSES, World
@@ -173,8 +174,8 @@ def test_the_decoder_selects_maps_only_after_the_switch(world: Backbone, batch: 
 
 @pytest.mark.parametrize("options", [dict(maps="propagate", align=False, inverse=False), dict(maps="propagate", align=False, relate=False),
                                      dict(maps="propagate", inverse=False), dict(maps="propagate"), {}, dict(similarity="intra"),
-                                     dict(similarity="gradcam"), dict(contrast="prompts"), dict(nothing="prompts"), dict(score="literal"), dict(per_head=True),
-                                     dict(inversion="gaussian"), dict(combine="product", maps="propagate"), dict(window=None)])
+                                     dict(similarity="gradcam"), dict(contrast="prompts"), dict(background_from="prompts"), dict(score="literal"), dict(per_head=True),
+                                     dict(inversion="gaussian"), dict(combine="product", maps="propagate"), dict(vote_window=None)])
 def test_dfa_runs_with_every_switch(options: dict, world: Backbone, batch: Batch) -> None:
     system = build("dfa", world, **options)
     losses = system.train().training_step(batch, 0.0)
@@ -188,7 +189,7 @@ def test_dfa_runs_with_every_switch(options: dict, world: Backbone, batch: Batch
 
 def test_the_background_of_the_transport_competes_in_what_is_taught_and_in_what_is_shown(world: Backbone, batch: Batch) -> None:
     images = world.normalise(batch.images)
-    plain, own = (build("dfa", world, nothing=nothing).eval() for nothing in ("max", "prompts"))
+    plain, own = (build("dfa", world, background_from=background).eval() for background in ("max", "prompts"))
     (cam, labels), (same, others) = (system.explain(images, batch.labels) for system in (plain, own))
     assert torch.equal(cam, same) and not torch.equal(labels, others)
     maps = own.activation_maps(own.forward_pass(images, batch.labels), 1.)
@@ -206,7 +207,7 @@ def test_new_parts_of_ffr_learn_at_their_own_rate_frozen_or_not(world: Backbone)
 def test_the_weights_of_the_losses_are_the_papers(world: Backbone) -> None:
     dfa, ffr, weclip = (build(name, world).options for name in ("dfa", "ffr", "weclip"))
     assert (dfa.lambda_align, dfa.lambda_relation, dfa.lambda_l, dfa.lambda_h) == (.1, .2, 1, .1)
-    assert (ffr.mu, ffr.lambda_h, ffr.lambda_1, ffr.lambda_seg) == (.4, 2, 1, .1) and weclip.affinity_weight == .1
+    assert (ffr.mu, ffr.lambda_head, ffr.lambda_1, ffr.lambda_seg) == (.4, 2, 1, .1) and weclip.affinity_weight == .1
 
 
 def test_weights_scale_their_losses(world: Backbone, batch: Batch) -> None:
@@ -221,7 +222,7 @@ def test_smoothed_maps_of_ffr_are_weclips_before_its_decoder_selects(world: Back
         assert torch.equal(ffr.cam(images, batch.labels), weclip.cam(images, batch.labels))
 
 
-@pytest.mark.parametrize("options", [dict(maps="classifier"), dict(maps="smoothed"), dict(start="random"), dict(order="scores"), dict(background_power=2.), dict(pool="mean"), dict(lambda_energy=.05), dict(shape="disc", mu=.2)])
+@pytest.mark.parametrize("options", [dict(maps="classifier"), dict(maps="smoothed"), dict(start="random"), dict(order="scores"), dict(background_power=2.), dict(lambda_energy=.05), dict(shape="disc", mu=.2)])
 def test_ffr_runs_with_every_switch(options: dict, world: Backbone, batch: Batch) -> None:
     losses = build("ffr", world, **options).train().training_step(batch, 0.0)
     assert sum(losses.values()).isfinite() and ("energy" in losses) == ("lambda_energy" in options)
@@ -249,14 +250,14 @@ def test_parts_of_one_system_go_into_another(name: str, options: dict, world: Ba
 
 def test_wrong_options_name_the_nearest_or_the_choices(world: Backbone) -> None:
     with pytest.raises(InputError, match="'lambda_hh'.*Did you mean 'lambda_h'"): build("dfa", world, lambda_hh=1)
-    with pytest.raises(InputError, match="decoder='cnn'.*'wavelet'"): build("weclip", world, decoder="cnn")
+    with pytest.raises(InputError, match="decoder='cnn': give one of transformer, wavelet"): build("weclip", world, decoder="cnn")
     with pytest.raises(InputError, match="edge='canny'"): build("wtclip", world, edge="canny")
     with pytest.raises(InputError, match="maps='cam'"): build("dfa", world, maps="cam")
-    with pytest.raises(InputError, match="needs maps='transport'"): build("dfa", world, nothing="prompts", maps="propagate")
+    with pytest.raises(InputError, match="needs maps='transport'"): build("dfa", world, background_from="prompts", maps="propagate")
     with pytest.raises(InputError, match="needs decoder='wavelet' and learn_filters"): build("wtclip", world, reconstruction=1.0)
     with pytest.raises(InputError, match="FFR always rectifies"): build("ffr", world, rectify=.4)
     with pytest.raises(InputError, match="needs tokens that learn"): build("ffr", world, rectified="tokens")
-    assert read_options(WeCLIPOptions, dict(background=["sky"])).background == ("sky",)
+    assert WeCLIPOptions.read(dict(background=["sky"])).background == ("sky",)
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------

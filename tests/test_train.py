@@ -31,8 +31,8 @@ from toy_training import Toy
 from freqseg.work import train as room
 from freqseg.data import open_folder
 from freqseg.transforms import TrainTransform
+from freqseg.files import InputError, locked
 from freqseg.work.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
-from freqseg.files import InputError
 from freqseg.metrics import ConfusionMeter, iou_scores
 from freqseg.work.train import (
     DataPlan,
@@ -42,7 +42,6 @@ from freqseg.work.train import (
     describe_run,
     fit,
     learning_rate,
-    locked,
     mixed_seed,
     read_log,
     require_same_run,
@@ -128,14 +127,14 @@ def test_weclips_schedule_warms_up_for_50_steps_and_falls_in_a_straight_line() -
 
 
 def test_ffrs_schedule_reaches_6e_5_after_2000_steps_and_falls_with_power_nine_tenths() -> None:
-    its = TrainSettings(iterations=20_000, lr=6e-5, warmup=2000, power=0.9)
+    its = TrainSettings(iterations=20_000, lr=6e-5, warmup=2000, lr_power=0.9)
     assert learning_rate(1000, its) == pytest.approx(3e-5, rel=1e-5)
     assert learning_rate(10_000, its) == pytest.approx(6e-5 * 0.5**0.9)
 
 
 @given(warmup=st.integers(0, 40), extra=st.integers(1, 60), power=st.floats(0.2, 3), start=st.floats(0, 1))
 def test_the_rate_rises_to_the_peak_falls_and_stays_positive(warmup: int, extra: int, power: float, start: float) -> None:
-    its = TrainSettings(iterations=warmup + extra, warmup=warmup, power=power, warmup_start=start, lr=1.0)
+    its = TrainSettings(iterations=warmup + extra, warmup=warmup, lr_power=power, warmup_start=start, lr=1.0)
     rates = [learning_rate(step, its) for step in range(its.iterations)]
     assert rates[:warmup] == sorted(rates[:warmup]) and rates[warmup:] == sorted(rates[warmup:], reverse=True)
     assert max(rates) <= 1 and rates[-1] > 0
@@ -693,7 +692,7 @@ def test_a_second_run_on_a_folder_is_refused_and_told_who_holds_it(pictures: obj
     with locked(tmp_path / "run"): pass
 
 
-HOLD = "import sys, time; from freqseg.work.train import locked\nwith locked(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+HOLD = "import sys, time; from freqseg.files import locked\nwith locked(sys.argv[1]): print('held', flush=True); time.sleep(60)"
 
 
 @pytest.mark.slow

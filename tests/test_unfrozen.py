@@ -7,7 +7,7 @@ import torch
 
 from freqseg import clip as clip_room
 from freqseg.cam import grad_cam
-from freqseg.clip import Backbone, WorldTokenizer, build_world_clip
+from freqseg.clip import Backbone, ClosedVocabulary, build_closed_clip
 from freqseg.files import InputError
 from freqseg.unfrozen import TrainableBackbone, positions_are_weights, resolve_blocks, unfreeze
 
@@ -18,7 +18,7 @@ CHOICES = ("all", (-1,), (0, 2), (1,))
 
 def little(**vision):
     config = LITTLE | {"vision_cfg": LITTLE["vision_cfg"] | vision}
-    return Backbone(build_world_clip(config), "little", WorldTokenizer(WORDS, 10))
+    return Backbone(build_closed_clip(config), "little", ClosedVocabulary(WORDS, 10))
 
 @pytest.fixture
 def frozen():

@@ -25,7 +25,7 @@ import freqseg.faces.explorer
 import freqseg.faces.widgets as room
 from freqseg.systems.segmenter import system_named
 from freqseg.work.checkpoints import save_system
-from freqseg.clip import Backbone, build_world_clip, load_clip, read_metadata, save_clip
+from freqseg.clip import Backbone, build_closed_clip, load_clip, read_metadata, save_clip
 from freqseg.lists import write_labels
 from freqseg.pictures import write_mask
 from freqseg.faces.explorer import AFFINITIES, Analysis, View, explore, patch_cells, spectrum_svg, view_cells
@@ -143,7 +143,7 @@ def test_at_the_start_the_scene_is_shown_as_the_explorer_without_widgets_shows_i
 EFFECT: dict[str, tuple[dict, object]] = {   # option -> other options with which it is in use, and a value that shows
     "maps": ({}, "patch_text"), "layers": ({}, 2), "skip": ({}, 4), "mu": ({}, .3), "shape": ({"mu": .3}, "disc"), "band": ({}, "low"), "bands": ({"band": "stack"}, 6), "affinity": ({}, "none"),
     "lambda_l": ({"affinity": "both", "lambda_h": 2.}, .2), "lambda_h": ({"affinity": "both"}, 2.), "boxes": ({}, False), "epsilon": ({"maps": "transport"}, .5),
-    "threshold": ({}, .1), "scale": ({}, "shared"), "opacity": ({}, .9), "cmap": ({}, "gray")}
+    "threshold": ({}, .1), "colour_scale": ({}, "shared"), "opacity": ({}, .9), "cmap": ({}, "gray")}
 
 
 def put(explorer: FrequencyExplorer, values: dict) -> None:
@@ -171,7 +171,7 @@ def test_every_option_has_a_control() -> None:
                                                   ("gradcam", "none", "stack"), ("gradcam", "both", "low"), ("transport", "both", "stack")])
 def test_a_control_is_disabled_exactly_when_it_changes_nothing(maps: str, affinity: str, band: str, explorer: FrequencyExplorer) -> None:
     context = {"maps": maps, "affinity": affinity, "band": band, "mu": .3, "bands": 3, "lambda_h": .5}
-    changes = {"layers": 1, "skip": 3, "mu": .1, "shape": "disc", "bands": 5, "lambda_l": .1, "lambda_h": 2., "boxes": False, "epsilon": .5, "threshold": .97, "opacity": .9, "cmap": "gray", "scale": "shared"}
+    changes = {"layers": 1, "skip": 3, "mu": .1, "shape": "disc", "bands": 5, "lambda_l": .1, "lambda_h": 2., "boxes": False, "epsilon": .5, "threshold": .97, "opacity": .9, "cmap": "gray", "colour_scale": "shared"}
     put(explorer, context)
     before = drawn(explorer)
     for name, value in changes.items():
@@ -408,7 +408,7 @@ def test_a_start_that_fails_can_be_mended() -> None:
 def test_towers_deeper_than_twelve_blocks_can_be_looked_through(explorer: FrequencyExplorer, tmp_path: Path) -> None:
     about = read_metadata(shipped("world_clip.safetensors"))
     config = {**about["config"], "vision_cfg": {**about["config"]["vision_cfg"], "layers": 14}}
-    save_clip(build_world_clip(config), tmp_path / "deep.safetensors", config, about["vocabulary"])
+    save_clip(build_closed_clip(config), tmp_path / "deep.safetensors", config, about["vocabulary"])
     explorer.model.value = str(tmp_path / "deep.safetensors")
     assert explorer.analysis.depth == 14 and explorer.options["layers"].max == 14
     for layers in (14, 3, 13):

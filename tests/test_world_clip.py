@@ -11,13 +11,14 @@ from freqseg.clip import load_clip
 from freqseg.files import InputError, sha256, shipped
 from freqseg.metrics import mean_average_precision
 from freqseg.world.scenes import WORLD_CLASSES, World
-from freqseg.world.clip import (STAGES, VOCABULARY, WorldTokenizer, caption_loss, content_words, keep_patches, key_imbalance,
+from freqseg.clip import ClosedVocabulary
+from freqseg.world.clip import (STAGES, VOCABULARY, caption_loss, content_words, keep_patches, key_imbalance,
                                 learning_rate, new_world_clip, phrases, scene_cache, ship_world_clip, train_forward, train_world_clip, true_of,
                                 view, world_config)
 
 
 def test_every_caption_can_be_read():
-    tokenizer = WorldTokenizer(VOCABULARY, 24)
+    tokenizer = ClosedVocabulary(VOCABULARY, 24)
     captions = [World(seed, split, 64, difficulty)[index].caption for seed in (0, 5) for split in ("train", "test")
                 for difficulty in ("easy", "hard") for index in range(40)]
     assert tokenizer(captions).shape == (len(captions), 24)

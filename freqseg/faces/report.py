@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['ZERO_SHOT', 'LINES', 'STYLE', 'percent', 'provenance', 'caption', 'bias_note', 'markdown', 'to_json', 'Drawing',
            'svg_picture', 'svg_text', 'svg_line', 'trimap_svg', 'bias_svg', 'confusion_svg', 'data_uri',
-           'example_pictures', 'gallery_sheet', 'bias_sheet', 'trimap_sheet', 'html', 'save_report', 'require_writable',
-           'as_scored', 'evaluate_run']
+           'example_pictures', 'gallery_sheet', 'bias_sheet', 'trimap_sheet', 'html', 'save_report', 'as_scored',
+           'evaluate_run']
 
 # %% ../../nbs/faces/74_report.ipynb #ee475626
-import base64, io, json, math, tempfile
+import base64, io, json, math
 from dataclasses import replace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
@@ -22,11 +22,11 @@ from PIL import Image
 from ..data import SegmentationFolder, open_dataset, zero_shot_view
 from ..lists import IGNORE
 from ..pictures import palette
-from ..files import InputError, atomic_write
+from ..files import InputError, atomic_write, require_writable
 from ..metrics import Interval
 from .plots import Sheet, curve, gallery, overlay, paint_mask
 from ..work.evaluation import Example, FigureScores, SystemReport, ZeroShotScores, evaluate_system
-from ..work.inference import Inference, Segmenter, named_inference, write_masks
+from ..work.inference import Inference, Predictor, named_inference, write_masks
 
 # %% ../../nbs/faces/74_report.ipynb #01cc9219
 def percent(
@@ -48,7 +48,7 @@ def percent(
 def provenance(report: SystemReport) -> str:
     "What the figures were measured on, in a few words."
     where = f"{report.dataset}, split {report.split}, {report.images:,} pictures"
-    return f"measured on {where}" + (": drawn by a program, so the figures compare systems and say nothing about photographs" if report.world else "")
+    return f"measured on {where}" + (f": {report.caveat}" if report.caveat else "")
 
 # %% ../../nbs/faces/74_report.ipynb #727fe105
 def caption(report: SystemReport) -> list[str]:
@@ -392,7 +392,7 @@ def html(report: SystemReport) -> str:
         f"Pictures of {main.name}": "".join(_gallery(report)) or "<p>None.</p>",
         "Conditions": _conditions_list(report)}
     body = "".join(f"<section><h2>{escape(name)}</h2>{content}</section>" for name, content in sections.items())
-    data = f'<span class="data{" world" * report.world}">{escape(provenance(report))}</span>'
+    data = f'<span class="data{" world" * bool(report.caveat)}">{escape(provenance(report))}</span>'
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
             f'<title>{escape(title)}</title><style>{STYLE}</style></head><body><header><h1>{escape(title)}</h1>{data}</header>{body}</body></html>\n')
 
@@ -405,17 +405,8 @@ def save_report(report: SystemReport, folder: str | Path) -> tuple[Path, ...]:
         written.append(Path(folder)/name)
     return tuple(written)
 
-def require_writable(folder: str | Path) -> None:
-    "Raise `InputError` for a folder that cannot be made or written, or is a file, before hours are spent."
-    if Path(folder).is_file(): raise InputError(f"cannot write into {folder}: it is a file. Name a folder.")
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder): pass
-    except OSError as error:
-        raise InputError(f"cannot write into {folder}: {error.strerror or error}. Get write access, or choose another folder.") from error
-
 # %% ../../nbs/faces/74_report.ipynb #742aad1f
-def as_scored(system: Segmenter, data: SegmentationFolder) -> SegmentationFolder:
+def as_scored(system: Predictor, data: SegmentationFolder) -> SegmentationFolder:
     "The data as a system is scored on it: for a zero-shot system without background, classes told apart into seen and unseen if there are both."
     split = getattr(system, "split", None)
     if split is None or data.listing.zero_shot is not None: return data
@@ -423,7 +414,7 @@ def as_scored(system: Segmenter, data: SegmentationFolder) -> SegmentationFolder
     return SegmentationFolder(view if split.seen and split.unseen else replace(view, zero_shot=None))
 
 def evaluate_run(
-    system: Segmenter,
+    system: Predictor,
     data: str | Path | SegmentationFolder,
     out: str | Path,                             # folder for the report, made when missing
     *,

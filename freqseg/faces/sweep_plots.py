@@ -29,7 +29,7 @@ def _heading(sweep: Sweep) -> str:
     "What is shown, measured on what, over how many seeds."
     counts = sorted({len(row.seeds) for row in sweep.rows if row.seeds})
     seeds = "1 seed" if counts == [1] else f"mean and {LEVEL:.0%} interval over {'–'.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} seeds"
-    return f"{sweep.design.system}, {seeds}; {'; '.join(sweep.data) or 'unnamed data'}" + " (world figures)" * sweep.world
+    return f"{sweep.design.system}, {seeds}; {'; '.join(sweep.data) or 'unnamed data'}"
 
 def _short(name: str) -> str: return TITLES[name].replace(" mIoU", "")
 

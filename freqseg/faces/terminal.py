@@ -182,7 +182,7 @@ def require_file(
     example : str
         of a file's name
     """
-    from freqseg.faces.report import require_writable
+    from freqseg.files import require_writable
     if Path(path).is_dir(): raise InputError(f"cannot write {path or Path(path)}: it is a folder. Name a file in it, for example {Path(path)/example}.")
     if Path(path).exists() and not Path(path).is_file():
         raise InputError(f"cannot write {path}: it is no ordinary file. Name another, for example {example}.")
@@ -450,10 +450,12 @@ def trained_names() -> str:
     return f"trained systems that ship: {', '.join(SHIPPED)}"
 
 def map_names() -> str:
-    "The kinds of maps, and the affinities over which they travel."
+    "The kinds of maps, their options, and the relations that affinities are made of."
     from freqseg.affinity import SOURCES
-    from freqseg.maps import METHODS
-    return f"{listed('maps', METHODS)}\n\naffinities: {', '.join(SOURCES)}"
+    from freqseg.maps import METHODS, CamSettings
+    registries = {"maps": METHODS, "relations between patches, for -p source=NAME": SOURCES}
+    lists = [listed(title, {name: entry.help for name, entry in registry.items()}) for title, registry in registries.items()]
+    return "\n\n".join([*lists, listed("options of maps, for -p NAME=VALUE", CamSettings.explain())])
 
 def protocol_names() -> str:
     "The papers whose inference can be had by name."

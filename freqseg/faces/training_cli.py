@@ -58,7 +58,7 @@ def _check(args: argparse.Namespace, parameters: dict[str, Any]) -> None:
     "Raise `InputError` for what a training would find out late, or in every process: what is missing, and a folder that cannot be written or is in use."
     from freqseg.work.experiments import experiment
     from freqseg.work.runs import launch_command
-    from freqseg.work.train import locked
+    from freqseg.files import locked
     devices, nodes = _processes(parameters)
     launch_command((), devices, **_meeting(args, nodes))
     begun = experiment(args.system, {**parameters, "out": args.out})
@@ -169,10 +169,11 @@ def _require_apart(args: argparse.Namespace, pictures: Any) -> None:
 def _figures_of(args: argparse.Namespace, system: Any) -> dict[str, Any]:
     "Options of the evaluation. Raises `InputError` for what cannot be."
     from freqseg.crf import CRF_PRESETS
+    from freqseg.work.inference import usual_inference
     if args.crf and args.crf not in CRF_PRESETS: raise unknown_name(args.crf, CRF_PRESETS, "CRF")
     options = {name: getattr(args, name) for name in ("crf", "bands", "limit", "workers", "skip_bad", "threshold_split")}
     if system.supervision == "masks": options |= dict(figures=("seg",), threshold_split=None)
-    return options | dict(inference=shown_as(args, system))
+    return options | dict(inference=shown_as(args, usual_inference(system)))
 
 # %% ../../nbs/faces/82_training_cli.ipynb #125ec303
 def evaluate_command(args: argparse.Namespace) -> int:

@@ -29,13 +29,11 @@ from IPython import get_ipython
 from ..data import dataset_splits, list_dataset
 import freqseg
 from ..work.checkpoints import SHIPPED
-from ..clip import WorldTokenizer
 from .explorer import (COLOUR_MAPS, MAPS, RANDOM, WAVELETS, Cell, Analysis, RunHistory, Subject, View, compare_cells, dataset_picture, explore, history_svg, jpeg, learned_taps,
                               mask_cells, open_history, open_model, patch_cells, prompt_cells, prompt_tower, save_view, scene, snapshot_cells, spectrum_svg, uploaded, view_cells,
                               wavelet_cells)
 from ..files import InputError
 from ..systems.segmenter import System
-from ..world.scenes import WORLD_CLASSES
 
 # %% ../../nbs/faces/78_widgets.ipynb #22673ac4
 GRID_SCRIPT = """
@@ -472,8 +470,8 @@ def offer_maps(control: w.Dropdown, analysis: Analysis) -> None:
 
 def photo_note(subject: Subject, analysis: Analysis) -> list[str]:
     "A hint where a photograph is shown to a tower that has seen drawings alone."
-    drawn = isinstance(analysis.backbone.tokenizer, WorldTokenizer) and subject.known != WORLD_CLASSES
-    return ["This model has seen drawn scenes alone: for photographs set model to ViT-B-16."] if drawn else []
+    domain = analysis.backbone.domain
+    return [f"This model has seen {domain.title} alone: for photographs set model to ViT-B-16."] if domain.title and subject.known != domain.classes else []
 
 def score_note(analysis: Analysis) -> list[str]:
     "Why there is no IoU, where a mask would allow one."
@@ -484,7 +482,7 @@ def some_names(model: Any) -> tuple[str, ...]:
     "A name that the model knows, for analyses of what no name has a part in."
     if isinstance(model, System) and model.supervision == "labels": return model.classes[:1]
     backbone = model.backbone if isinstance(model, System) else model
-    return WORLD_CLASSES[:1] if isinstance(backbone.tokenizer, WorldTokenizer) else ("thing",)
+    return backbone.domain.classes[:1] or ("thing",)
 
 def class_names(text: str, subject: Subject) -> list[str]:
     "Names as they were typed. Raises `InputError` for none."

@@ -13,15 +13,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..affinity import box_mask, last_blocks, propagate
-from ..cam import cosine_map, normalise_cam, patch_embeddings, similarity_request
+from ..affinity import combine_affinities, last_blocks
+from ..cam import prompt_cosines, refine_cam, similarity_request, with_background
 from ..clip import Backbone, merge_requests
 from ..data import Batch
-from ..dual_affinity import DualAffinity, DualAffinitySettings, combine_affinities
+from ..dual_affinity import DualAffinity, DualAffinitySettings
 from ..files import InputError
 from ..losses import balanced_cross_entropy, nearest_labels
 from ..options import option, same_option
-from ..ot_cam import similarity_matrix, transport_cam
+from ..ot_cam import map_similarity, similarity_matrix, transport_maps
 from .segmenter import ForwardPass, Segmenter, SegmenterOptions, enlarged, require_labels
 
 # %% ../../nbs/systems/43_dfa.ipynb #4ccfa123
@@ -142,30 +142,22 @@ class DFA(Segmenter):
 
     def similarity(self, forward: ForwardPass) -> Tensor:
         "S (B, N, K + 1) in [0, 1]: how well a patch fits each class, the background last; absent classes are 0."
-        if self.options.similarity == "gradcam":
-            cam = self.grad_cam(forward)
-            return torch.cat([cam, 1 - cam.amax(1, keepdim=True)], 1).flatten(2).mT
-        prompts = self.text if self.background is None else torch.cat([self.text, self.background])
-        cosines = cosine_map(patch_embeddings(self.backbone, forward.features, self.options.similarity), prompts)
-        return similarity_matrix(cosines.float(), forward.present, self.backbone.logit_scale, self.options.contrast)
+        if self.options.similarity == "gradcam": return map_similarity(self.grad_cam(forward))
+        cosines = prompt_cosines(self.backbone, forward.features, self.options.similarity, self.text, self.background)
+        return similarity_matrix(cosines, forward.present, self.backbone.logit_scale, self.options.contrast)
 
-    def maps(self, forward: ForwardPass, smoothed: Tensor, inverse: Tensor|None) -> Tensor:
+    def maps(self, forward: ForwardPass, smoothed: Tensor, inverse: Tensor | None) -> Tensor:
         "Maps (B, K + 1, h, w) in [0, 1] from both affinities, the background last."
-        o, grid = self.options, forward.features.grid
+        o = self.options
         if o.maps == "propagate":
-            cam = self.grad_cam(forward)
-            box = None if o.box is None else box_mask(cam, o.box)
-            cam = normalise_cam(propagate(combine_affinities(smoothed, inverse, o.combine, o.lambda_l, 1.), cam, o.walk_steps, box))
-            return torch.cat([cam, 1 - cam.amax(1, keepdim=True)], 1)
-        present = torch.cat([forward.present, torch.ones_like(forward.present[:, :1])], 1)
-        return transport_cam(self.similarity(forward), smoothed, inverse, grid, present, lambda_l=o.lambda_l, lambda_h=o.lambda_h, score=o.score,
-                             eps=o.epsilon, temperature=o.temperature).float()
+            return with_background(refine_cam(combine_affinities(smoothed, inverse, o.combine, o.lambda_l, 1.), self.grad_cam(forward), o.walk_steps, o.box))
+        return transport_maps(self.similarity(forward), smoothed, inverse, forward.features.grid, forward.present, lambda_l=o.lambda_l, lambda_h=o.lambda_h,
+                              score=o.score, epsilon=o.epsilon, temperature=o.temperature).float()
 
     @torch.no_grad()
     def activation_maps(self, forward: ForwardPass, progress: float) -> Tensor:
         "Maps of the classes, (B, K, h, w) in [0, 1]; the background's own after them where pseudo-labels are to compete with it."
-        smoothed, inverse = self.dual.paths(forward.features)
-        return self.competing(self.maps(forward, smoothed.affinity, None if inverse is None else inverse.affinity))
+        return self.competing(self.maps(forward, *(None if path is None else path.affinity for path in self.dual.paths(forward.features))))
 
     def competing(self, maps: Tensor) -> Tensor:
         "The maps that decide a pseudo-label: all of them, or the classes' alone, whose background is 1 - max."

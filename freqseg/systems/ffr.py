@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..affinity import box_mask, propagate, smoothed_affinity
-from ..cam import normalise_cam
+from ..affinity import smoothed_affinity
+from ..cam import refine_cam
 from ..clip import Backbone, Features, merge_requests
 from ..data import Batch
 from ..decoders import Decoded, DualHead
@@ -142,7 +142,7 @@ class FFR(Segmenter):
         cam = self.grad_cam(forward)
         if o.maps == "gradcam": return cam
         affinity = smoothed_affinity(forward.features, self.source, self.relation_blocks(), normalise="weclip")
-        return normalise_cam(propagate(affinity, cam, 1, None if o.box is None else box_mask(cam, o.box)))
+        return refine_cam(affinity, cam, 1, o.box)
 
     def rectify(self, forward: ForwardPass, cam: Tensor) -> Tensor:
         "The rectification loss on the tower's last tokens, or on the decoder's features."

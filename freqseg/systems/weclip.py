@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..affinity import box_mask, propagate, smoothed_affinity
-from ..cam import normalise_cam
+from ..affinity import smoothed_affinity
+from ..cam import refine_cam
 from ..data import Batch
 from ..decoders import token_affinity
 from ..losses import affinity_loss, balanced_cross_entropy, pair_labels
@@ -78,9 +78,7 @@ class WeCLIP(Segmenter):
     @torch.no_grad()
     def activation_maps(self, forward: ForwardPass, progress: float) -> Tensor:
         "GradCAM after a walk over the affinity, (B, K, h, w) in [0, 1]."
-        cam = self.grad_cam(forward)
-        box = None if self.options.box is None else box_mask(cam, self.options.box)
-        return normalise_cam(propagate(self.affinity(forward, progress), cam, self.options.walk_steps, box))
+        return refine_cam(self.affinity(forward, progress), self.grad_cam(forward), self.options.walk_steps, self.options.box)
 
     def training_step(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         "Weighted losses of one batch; `progress` is the share of the training that is done. Raises `InputError` without image labels."

@@ -35,12 +35,14 @@ class Finding:
 
     Attributes
     ----------
+    id : str
+        of the picture
     kind : str
         one of ERRORS or WARNINGS
     detail : str
         the file, the value, the count
     """
-    id: str
+    id: str         # of the picture
     kind: str       # one of ERRORS or WARNINGS
     detail: str     # the file, the value, the count
 
@@ -56,6 +58,8 @@ class Report:
 
     Attributes
     ----------
+    root : Path
+        the folder
     dataset : str
         "voc", "coco", "cocostuff" or "folder"
     splits : dict[str, tuple[str, ...]]
@@ -64,13 +68,15 @@ class Report:
         different pictures checked
     masks : int
         how many of them have a mask file
+    findings : tuple[Finding, ...]
+        what is wrong, picture by picture
     """
-    root: Path
+    root: Path                            # the folder
     dataset: str                          # "voc", "coco", "cocostuff" or "folder"
     splits: dict[str, tuple[str, ...]]    # ids of every split that was checked
     pictures: int                         # different pictures checked
     masks: int                            # how many of them have a mask file
-    findings: tuple[Finding, ...] = field(default=())
+    findings: tuple[Finding, ...] = field(default=())  # what is wrong, picture by picture
 
     @property
     def ok(self) -> bool:
@@ -216,7 +222,7 @@ def _repeats(listing: Listing) -> list[Finding]:
             for name, count in Counter(listing.ids).items() if count > 1]
 
 def check_folder(
-    path: str | Path,
+    path: str | Path,                  # folder of the data set
     split: str | None = None,          # None: every split of the folder
     dataset: str = "auto",             # "voc", "coco", "cocostuff", "folder", or "auto": by the shape of the folder
     masks: bool | None = None,         # True: every picture needs one; False: not looked at; None: all of a split or none
@@ -230,6 +236,8 @@ def check_folder(
 
     Parameters
     ----------
+    path : str | Path
+        folder of the data set
     split : str | None
         None: every split of the folder
     dataset : str

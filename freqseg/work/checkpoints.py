@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..clip import Backbone, load_clip
+from ..clip import SHIPPED_CLIPS, Backbone, load_clip
 from ..files import InputError, atomic_write, shipped, unknown_name
 from ..plugins import load_plugin
 from ..systems.segmenter import SYSTEMS, System, known_systems, plugin_record
@@ -179,7 +179,7 @@ def _require_same_file(path: Path, record: Mapping[str, str], loaded: Mapping[st
 def weights_title(system: System) -> str:
     "Which CLIP a system stands on, in words; random weights are said to be random."
     name, tag = str(system.backbone.recipe.get("name", "?")), system.backbone.recipe.get("pretrained")
-    if name == "world": return "the world's CLIP"
+    if name in SHIPPED_CLIPS: return f"the CLIP of {system.backbone.domain.title}"
     return Path(name).name if name.endswith(".safetensors") else f"{name}, {'random weights' if tag is None else tag}"
 
 def training_title(path: str|Path) -> str:

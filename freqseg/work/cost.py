@@ -25,14 +25,12 @@ from tqdm import tqdm
 from .checkpoints import weights_title
 from ..clip import load_clip, usable_device
 from ..data import Batch
-from ..lists import COCO_CLASSES, COCOSTUFF_CLASSES, VOC_CLASSES
+from ..lists import COCO_CLASSES, COCOSTUFF_CLASSES, VOC_CLASSES, Domain, seen_and_unseen
 from ..conditions import Stopwatch, device_name
 from ..files import InputError
 from ..memory import keep_memory
 from .inference import evaluating
 from ..systems.segmenter import Segmenter, System, known_systems, system_named
-from ..systems.zegclip import PUBLISHED_SPLITS
-from ..faces.terminal import class_list
 from .train import seeded
 from ..world.scenes import WORLD_CLASSES
 
@@ -46,9 +44,9 @@ def _attention(products: int, query: Sequence[int], key: Sequence[int]) -> int:
     "So many matrix products between queries (..., n, d) and keys (..., m, d), or of their size."
     return 2*products*math.prod(query)*key[-2]
 
-def _convolution_gradient(grad: Sequence[int], x: Sequence[int], weight: Sequence[int], *told: Any, **_: Any) -> int:
+def _convolution_gradient(grad: Sequence[int], x: Sequence[int], weight: Sequence[int], *rest: Any, **_: Any) -> int:
     "As much as the convolution itself, for each of the two gradients that is asked for."
-    transposed, mask = told[4], told[7]
+    transposed, mask = rest[4], rest[7]
     return 2*math.prod(weight)*grad[0]*math.prod((x if transposed else grad)[2:])*(mask[0] + mask[1])
 
 _aten = torch.ops.aten
@@ -100,9 +98,9 @@ class FlopTally:
     @property
     def kinds(self) -> Counter[str]:
         "Operations by kind of operator."
-        found = Counter()
-        for operator, count in self.counter.get_flop_counts().get("Global", {}).items(): found[_kind(str(operator))] += count
-        return found
+        kinds = Counter()
+        for operator, count in self.counter.get_flop_counts().get("Global", {}).items(): kinds[_kind(str(operator))] += count
+        return kinds
 
 _KINDS = {"attention": "fused attention", "conv": "convolutions", "fft": "Fourier transforms"}   # by what is in an operator's name
 
@@ -224,10 +222,10 @@ class Cost:
 
     def as_dict(self) -> dict[str, Any]:
         "Plain values for JSON."
-        told = asdict(self)
-        for effort in (told["predict"], told["step"]):
+        values = asdict(self)
+        for effort in (values["predict"], values["step"]):
             if effort: effort["milliseconds"] = effort["milliseconds"]._asdict()
-        return told
+        return values
 
 def _effort(system: Segmenter, work: Callable[[FlopTally], Any], pictures: int, repeats: int) -> Effort:
     "Operations, then memory, then time; the first pass warms up."
@@ -343,14 +341,18 @@ def _device(device: torch.device) -> str:
 # %% ../../nbs/work/68_cost.ipynb #7ba01e12
 CLASS_LISTS: dict[str, tuple[str, ...]] = {"voc": VOC_CLASSES, "coco": COCO_CLASSES, "cocostuff": COCOSTUFF_CLASSES, "world": WORLD_CLASSES}
 
-def cost_classes(text: str|None, model: str) -> tuple[str, ...]:
-    "Class names: those of a list that ships (voc, coco, cocostuff, world), or comma-separated ones; by default the world model's own, else VOC's."
-    if text is None: text = "world" if model == "world" else "voc"
-    return CLASS_LISTS.get(text.strip().lower()) or tuple(class_list(text))
+def cost_classes(names: Sequence[str] | None, domain: Domain = Domain()) -> tuple[str, ...]:
+    "Class names, or those of the one list of CLASS_LISTS that is named; by default those of the CLIP's domain, else VOC's. Raises `InputError` for a bare text."
+    if isinstance(names, str): raise InputError(f"classes={names!r}: give a list of names, or of one name in {', '.join(CLASS_LISTS)}.")
+    if names is None: return domain.classes or VOC_CLASSES
+    return CLASS_LISTS.get(names[0].lower(), tuple(names)) if len(names) == 1 else tuple(names)
 
-def _class_without_masks(kind: type[System], classes: tuple[str, ...]) -> str|None:
+def _class_without_masks(kind: type[System], classes: tuple[str, ...], domain: Domain) -> str | None:
     "The last class, for a system that learns from masks of some classes, where no split of these is published. Raises `InputError` for one class alone."
-    if kind.supervision != "masks" or any(split.classes == classes for split in PUBLISHED_SPLITS): return None
+    if kind.supervision != "masks": return None
+    try: seen_and_unseen(classes, domain=domain)
+    except InputError: pass
+    else: return None
     if len(classes) > 1: return classes[-1]
     others = ", ".join(name for name in known_systems() if system_named(name).supervision != "masks")
     raise InputError(f"{kind.name} learns from masks of some classes and none of others, so it needs two classes or more; {classes[0]!r} is one. "
@@ -359,7 +361,7 @@ def _class_without_masks(kind: type[System], classes: tuple[str, ...]) -> str|No
 def measure_costs(
     names: Sequence[str] = (),     # of systems, or FILE.py:CLASS, each measured once; none = all
     model: str = "ViT-B-16",       # an open_clip ViT, which gets random weights, world, or a saved model
-    classes: str|None = None,      # see `cost_classes`
+    classes: Sequence[str] | None = None,   # see `cost_classes`
     device: str = "auto",          # "cpu" or "cuda"; auto is CUDA where there is one
     size: int = 512,               # side of a picture, pixels; whole patches
     **options: Any,                # of `measure_cost`
@@ -375,7 +377,7 @@ def measure_costs(
         of systems, or FILE.py:CLASS, each measured once; none = all
     model : str
         an open_clip ViT, which gets random weights, world, or a saved model
-    classes : str|None
+    classes : Sequence[str] | None
         see `cost_classes`
     device : str
         "cpu" or "cuda"; auto is CUDA where there is one
@@ -384,10 +386,11 @@ def measure_costs(
     **options : Any
         of `measure_cost`
     """
-    kinds, known = [system_named(name) for name in dict.fromkeys(names or known_systems())], cost_classes(classes, model)
-    unseen = [_class_without_masks(kind, known) for kind in kinds]
+    kinds = [system_named(name) for name in dict.fromkeys(names or known_systems())]
     _check(size, **options)
     backbone = load_clip(model, None, device=usable_device(device))
+    known = cost_classes(classes, backbone.domain)
+    unseen = [_class_without_masks(kind, known, backbone.domain) for kind in kinds]
     _require_whole_patches(size, backbone.patch_size)
     systems = [kind.build(backbone, known, **({"unseen": (name,)} if name else {})).to(backbone.device) for kind, name in zip(kinds, unseen)]
     bar = tqdm(systems, desc="measuring", unit="system", delay=2, leave=False, disable=None)   # shown in a terminal only
@@ -416,16 +419,16 @@ def _aspects(cost: Cost) -> tuple[str, ...]:
 
 def _by_system(texts: Sequence[tuple[str, str]]) -> list[str]:
     "Texts of systems (system, text), systems with the same text together and those without one left out."
-    told: dict[str, list[str]] = {}
-    for system, text in texts: told.setdefault(text, []).append(system)
-    return [f"{', '.join(names)}: {text}" for text, names in told.items() if text]
+    systems_of: dict[str, list[str]] = {}
+    for system, text in texts: systems_of.setdefault(text, []).append(system)
+    return [f"{', '.join(names)}: {text}" for text, names in systems_of.items() if text]
 
 def conditions(costs: Sequence[Cost]) -> str:
-    "What was measured, in sentences; what differs between systems is told of each. Raises `InputError` for no costs."
+    "What was measured, in sentences; what differs between systems is aspects_of of each. Raises `InputError` for no costs."
     if not costs: raise InputError("no costs to show: measure at least one system.")
-    told = [(cost.system, _aspects(cost)) for cost in costs]
-    shared = [aspect for aspect in told[0][1] if all(aspect in aspects for _, aspects in told)]
-    own = _by_system([(system, ", ".join(aspect for aspect in aspects if aspect not in shared)) for system, aspects in told])
+    aspects_of = [(cost.system, _aspects(cost)) for cost in costs]
+    shared = [aspect for aspect in aspects_of[0][1] if all(aspect in aspects for _, aspects in aspects_of)]
+    own = _by_system([(system, ", ".join(aspect for aspect in aspects if aspect not in shared)) for system, aspects in aspects_of])
     lines = [f"Figures per picture: {'; '.join([*([', '.join(shared)] if shared else []), *own])}; PyTorch {torch.__version__}.",
              "One multiply-add is two FLOP, a Fourier transform 5 n log2 n (half for real values); elementwise operations are not counted.",
              "ms: median and quartiles. MB: peak of PyTorch's allocator beyond the weights. Parameters: both towers of CLIP and everything on top."]
@@ -436,11 +439,11 @@ def conditions(costs: Sequence[Cost]) -> str:
 
 def cost_markdown(costs: Sequence[Cost]) -> str:
     "A table of costs in Markdown, the conditions above it. Raises `InputError` for none."
-    told, steps = conditions(costs), any(cost.step for cost in costs)
+    above, steps = conditions(costs), any(cost.step for cost in costs)
     head = ["system", "parameters M", "trainable M", "GFLOP", "ms", "MB", *(["step GFLOP", "step ms", "step MB"] if steps else [])]
     rows = [[cost.system, f"{cost.parameters/1e6:.1f}", f"{cost.trainable/1e6:.3f}", *_cells(cost.predict),
              *((_cells(cost.step) if cost.step else ["–"]*3) if steps else [])] for cost in costs]
-    return f"{told}\n\n{_rows(head, rows)}\n"
+    return f"{above}\n\n{_rows(head, rows)}\n"
 
 _PARTS = {"tower": "CLIP on the picture", "rest": "what no module does (transforms, losses)", "backward": "gradients of all parts"}
 

@@ -26,16 +26,15 @@ from ..conditions import device_name, software
 from ..crf import CRF_PRESETS, require_densecrf
 from ..data import Sample, SegmentationFolder, dataset_splits, list_dataset, thinned, zero_shot_view
 from ..files import InputError, atomic_write, unknown_name
-from ..lists import IGNORE, UNLABELLED, ZeroShotSplit, read_ids
+from ..lists import IGNORE, UNLABELLED, ZeroShotSplit, read_ids, seen_and_unseen
 from ..options import Options, declared, described, kinds, option, parsed, same_option
 from ..transforms import TrainTransform
 from .evaluation import SystemReport, evaluate_system
 from .inference import Inference
 from .runs import launched
 from ..systems.segmenter import System, system_named
-from ..systems.zegclip import seen_and_unseen
 from .train import TrainResult, TrainSettings, fit, require_own_folder
-from ..world.scenes import SPLITS, write_world
+from ..world.scenes import SPLITS, write_domain, write_world
 
 # %% ../../nbs/work/60_experiments.ipynb #5161bf43
 @dataclass(frozen=True)
@@ -376,6 +375,7 @@ def draw_scenes(
     if folder.exists():
         there = {split: len(read_ids(path)) if (path := folder/"ImageSets"/"Segmentation"/f"{split}.txt").exists() else 0 for split in SPLITS}
         if there != counts: raise InputError(f"{folder} holds {there}, not {counts}, scenes: choose another out, or the same scenes.")
+        if not (folder/"domain.json").exists(): write_domain(folder)   # drawn by an earlier version
         return folder
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -449,8 +449,8 @@ class Experiment:
     def zero_shot(self) -> ZeroShotSplit|None:
         "Which classes have masks in training; None where no class has any."
         if system_named(self.plan.system).supervision == "labels": return None
-        return seen_and_unseen(list_dataset(self.folder, self._split_name(self.plan.chosen.test_split)).classes,
-                               *(self.plan.options.get(name) for name in ("unseen", "seen")))
+        listing = list_dataset(self.folder, self._split_name(self.plan.chosen.test_split))
+        return seen_and_unseen(listing.classes, *(self.plan.options.get(name) for name in ("unseen", "seen")), listing.domain)
 
     def _split_name(self, name: str) -> str:
         "The split itself; train_aug gives way to train where there is none."
@@ -520,7 +520,8 @@ class Experiment:
         "The system, with weights that depend on the seed alone."
         with torch.random.fork_rng():
             torch.manual_seed(self.plan.chosen.settings.seed)
-            return system_named(self.plan.system).build(self.backbone, self.train.classes, **self.plan.options)
+            own = dict(unseen=self.zero_shot.unseen) if self.zero_shot and self.train.listing.domain.unseen and not self.backbone.domain.unseen else {}
+            return system_named(self.plan.system).build(self.backbone, self.train.classes, **own | self.plan.options)
 
     @property
     def identity(self) -> dict[str, Any]:

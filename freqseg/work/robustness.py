@@ -22,7 +22,8 @@ from ..data import SegmentationFolder
 from ..files import InputError, atomic_write, finite
 from ..metrics import ConfusionMeter, Interval, bootstrap_interval, mean_iou
 from .evaluation import FIGURES, FigureScores, SystemReport, evaluate_system, main_figure
-from .inference import Segmenter
+from .inference import Predictor
+from ..world.scenes import recorded_caveat
 
 # %% ../../nbs/work/66_robustness.ipynb #7c4098d6
 def _dense(triples: Tensor, start: int, stop: int, classes: int) -> Tensor:
@@ -60,7 +61,7 @@ def side_by_side(
     return whole
 
 # %% ../../nbs/work/66_robustness.ipynb #a4581bd6
-_CONDITIONS = ("system", "dataset", "split", "world", "images", "settings", "device", "software", "weights", "command", "level")
+_CONDITIONS = ("system", "dataset", "split", "caveat", "images", "settings", "device", "software", "weights", "command", "level")
 
 @dataclass(frozen=True, eq=False)
 class RobustnessRow:
@@ -68,6 +69,8 @@ class RobustnessRow:
 
     Attributes
     ----------
+    corruption : Corruption
+        kind and strength
     miou : Interval
         with its bootstrap interval over pictures
     boundary : Interval
@@ -77,7 +80,7 @@ class RobustnessRow:
     hiou : Interval|None
         of seen and unseen classes, where there are such
     """
-    corruption: Corruption
+    corruption: Corruption  # kind and strength
     miou: Interval       # with its bootstrap interval over pictures
     boundary: Interval   # boundary IoU (Cheng et al.)
     drop: Interval       # mIoU of clean pictures above this one, paired
@@ -98,14 +101,30 @@ class Robustness:
         by kind, strengths rising
     clean : Interval
         mIoU of the pictures as they are
+    clean_boundary : Interval
+        boundary IoU of the same
     mean : Interval
         mIoU, mean over all rows
+    mean_drop : Interval
+        mIoU of clean pictures above that mean, paired
     figure : str
         which one: a key of FIGURES
-    world : bool
-        pictures of the embedded world?
+    system : str
+        its name
+    dataset : str
+        its name
+    split : str
+        which list was scored
+    caveat : str
+        what the pictures are, and figures on them do not say
+    images : int
+        pictures scored
     settings : dict[str, Any]
         inference, CRF and so on
+    device : str
+        what it ran on
+    software : dict[str, str]
+        versions by package
     weights : str
         where the weights come from, in words
     command : str
@@ -117,18 +136,18 @@ class Robustness:
     """
     rows: tuple[RobustnessRow, ...]   # by kind, strengths rising
     clean: Interval                   # mIoU of the pictures as they are
-    clean_boundary: Interval
+    clean_boundary: Interval          # boundary IoU of the same
     mean: Interval                    # mIoU, mean over all rows
-    mean_drop: Interval
+    mean_drop: Interval               # mIoU of clean pictures above that mean, paired
     figure: str                       # which one: a key of FIGURES
-    system: str
-    dataset: str
-    split: str
-    world: bool                       # pictures of the embedded world?
-    images: int
+    system: str                       # its name
+    dataset: str                      # its name
+    split: str                        # which list was scored
+    caveat: str                       # what the pictures are, and figures on them do not say
+    images: int                       # pictures scored
     settings: dict[str, Any]          # inference, CRF and so on
-    device: str
-    software: dict[str, str]
+    device: str                       # what it ran on
+    software: dict[str, str]          # versions by package
     weights: str = ""                 # where the weights come from, in words
     command: str = ""                 # how to make it again
     level: float = .95                # of the intervals
@@ -174,16 +193,16 @@ def _checked(kinds: Sequence[str], strengths: Sequence[int]) -> list[Corruption]
     return [Corruption(kind, strength) for kind in kinds for strength in sorted(strengths)]
 
 def robustness(
-    system: Segmenter,
-    dataset: SegmentationFolder,
-    kinds: Sequence[str] = tuple(CORRUPTIONS),
-    strengths: Sequence[int] = (1, 2, 3),
+    system: Predictor,                     # a trained system
+    dataset: SegmentationFolder,           # with masks
+    kinds: Sequence[str] = tuple(CORRUPTIONS),  # of corruption: blur, noise, jpeg, contrast
+    strengths: Sequence[int] = (1, 2, 3),  # 1 is weak, 3 strong
     *,
     figures: Sequence[str] = ("seg",),     # what is evaluated; the table is about that which says most
     clean: SystemReport|None = None,       # of the pictures as they are, evaluated with the same options; None = evaluate them, too
     samples: int = 1000,                   # of the bootstrap
     seed: int = 0,                         # of the bootstrap
-    progress: bool = True,
+    progress: bool = True,                 # show a bar
     **options: Any,                        # of `evaluate_system`
 ) -> Robustness:
     """A figure of a system under every kind and strength of corruption, and its drop against clean pictures (after Hendrycks and Dietterich, 2019).
@@ -192,6 +211,14 @@ def robustness(
 
     Parameters
     ----------
+    system : Predictor
+        a trained system
+    dataset : SegmentationFolder
+        with masks
+    kinds : Sequence[str]
+        of corruption: blur, noise, jpeg, contrast
+    strengths : Sequence[int]
+        1 is weak, 3 strong
     figures : Sequence[str]
         what is evaluated; the table is about that which says most
     clean : SystemReport|None
@@ -200,6 +227,8 @@ def robustness(
         of the bootstrap
     seed : int
         of the bootstrap
+    progress : bool
+        show a bar
     **options : Any
         of `evaluate_system`
     """
@@ -247,23 +276,23 @@ def _lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     "A Markdown table, all columns but the first to the right."
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] + ["---:"]*(len(head) - 1), *rows])
 
-def _caption(found: Robustness) -> str:
+def _caption(table: Robustness) -> str:
     "What was measured, in sentences."
-    lines = [f"{found.system} on {found.dataset}, split {found.split}, {found.images:,} pictures: {FIGURES[found.figure]} ({found.figure}).",
+    lines = [f"{table.system} on {table.dataset}, split {table.split}, {table.images:,} pictures: {FIGURES[table.figure]} ({table.figure}).",
              "Strengths 1, 2 and 3 are severities 1, 3 and 5 of ImageNet-C (Hendrycks and Dietterich, 2019), with the blur's width relative to the picture.",
-             f"Brackets: {found.level:.0%} bootstrap interval over pictures; drop: clean above corrupted, paired by picture."]
-    if found.world: lines.append("The embedded world is drawn by a program: these figures compare systems on it and say nothing about photographs.")
-    if found.weights: lines.append(f"Weights: {found.weights}.")
-    return " ".join(lines + [f"Made by `{found.command}`."]*bool(found.command))
+             f"Brackets: {table.level:.0%} bootstrap interval over pictures; drop: clean above corrupted, paired by picture."]
+    if table.caveat: lines.append(f"The pictures are {table.caveat}.")
+    if table.weights: lines.append(f"Weights: {table.weights}.")
+    return " ".join(lines + [f"Made by `{table.command}`."]*bool(table.command))
 
-def _markdown(found: Robustness) -> str:
+def _markdown(table: Robustness) -> str:
     "A table that renders on a code host, its caption above it."
-    harmonic = lambda value: [] if found.clean_hiou is None else ["" if value is None else _percent(value)]
-    rows = [["clean", "", _percent(found.clean), "", _percent(found.clean_boundary), *harmonic(found.clean_hiou)],
-            *([_name(row.corruption), row.corruption.words, _percent(row.miou), _percent(row.drop), _percent(row.boundary), *harmonic(row.hiou)] for row in found.rows),
-            [f"mean of {len(found.rows)}", "", _percent(found.mean), _percent(found.mean_drop), "", *harmonic(None)]]
-    head = ["corruption", "setting", "mIoU %", "drop", "boundary IoU %"] + ["hIoU %"]*(found.clean_hiou is not None)
-    return f"{_caption(found)}\n\n{_lines(head, rows)}\n"
+    harmonic = lambda value: [] if table.clean_hiou is None else ["" if value is None else _percent(value)]
+    rows = [["clean", "", _percent(table.clean), "", _percent(table.clean_boundary), *harmonic(table.clean_hiou)],
+            *([_name(row.corruption), row.corruption.words, _percent(row.miou), _percent(row.drop), _percent(row.boundary), *harmonic(row.hiou)] for row in table.rows),
+            [f"mean of {len(table.rows)}", "", _percent(table.mean), _percent(table.mean_drop), "", *harmonic(None)]]
+    head = ["corruption", "setting", "mIoU %", "drop", "boundary IoU %"] + ["hIoU %"]*(table.clean_hiou is not None)
+    return f"{_caption(table)}\n\n{_lines(head, rows)}\n"
 
 # %% ../../nbs/work/66_robustness.ipynb #0fcc17e9
 _COLOURS = dict(zip(CORRUPTIONS, ("#0072B2", "#E69F00", "#009E73", "#CC79A7")))   # Okabe and Ito's, for the colour-blind
@@ -276,15 +305,15 @@ def _require_comparable(systems: Mapping[str, Robustness]) -> None:
     for name in others:
         if seen[name] != seen[first]: raise InputError(f"{first} and {name} differ in pictures, figure or corruptions: evaluate them alike.")
 
-def _draw_curves(axes: Any, found: Robustness) -> None:
+def _draw_curves(axes: Any, table: Robustness) -> None:
     "Lines with bands of one system."
-    for kind in found.kinds:
-        rows = [row for row in found.rows if row.corruption.kind == kind]
+    for kind in table.kinds:
+        rows = [row for row in table.rows if row.corruption.kind == kind]
         x = [0, *(row.corruption.strength for row in rows)]
-        value, low, high = zip(*([100*end for end in one] for one in (found.clean, *(row.miou for row in rows))))
+        value, low, high = zip(*([100*end for end in one] for one in (table.clean, *(row.miou for row in rows))))
         axes.plot(x, value, "o-", color=_COLOURS[kind], markersize=3.5, linewidth=1.6, label=kind)
         axes.fill_between(x, low, high, color=_COLOURS[kind], alpha=.13, linewidth=0)
-    axes.set_xticks(range(max(row.corruption.strength for row in found.rows) + 1))
+    axes.set_xticks(range(max(row.corruption.strength for row in table.rows) + 1))
     axes.grid(color=".9")
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -340,23 +369,23 @@ def robustness_markdown(
              "in brackets the change against clean pictures.")
     return f"{where}\n\n{_lines(['corruption', *systems], rows)}\n"
 
-def _save(found: Robustness, folder: Path) -> tuple[Path, ...]:
+def _save(table: Robustness, folder: Path) -> tuple[Path, ...]:
     "The three files."
     paths = folder/"robustness.md", folder/"robustness.json", folder/"robustness.png"
-    for path, text in zip(paths, (found.markdown(), json.dumps(found.as_dict(), indent=1, ensure_ascii=False, default=str) + "\n")):
+    for path, text in zip(paths, (table.markdown(), json.dumps(table.as_dict(), indent=1, ensure_ascii=False, default=str) + "\n")):
         with atomic_write(path) as partial: partial.write_text(text, encoding="utf-8")
-    with atomic_write(paths[2]) as partial: found.plot().savefig(partial, format="png", dpi=150, metadata={"Software": None})
+    with atomic_write(paths[2]) as partial: table.plot().savefig(partial, format="png", dpi=150, metadata={"Software": None})
     return paths
 
-def _interval(told: Any) -> Interval|None:
+def _interval(record: Any) -> Interval|None:
     "An interval as JSON has it."
-    return None if told is None else Interval(*(math.nan if told[name] is None else told[name] for name in Interval._fields))
+    return None if record is None else Interval(*(math.nan if record[name] is None else record[name] for name in Interval._fields))
 
-def _parsed(told: Mapping[str, Any]) -> Robustness:
+def _parsed(record: Mapping[str, Any]) -> Robustness:
     "What `Robustness.as_dict` tells. Raises `KeyError`, `TypeError` or `InputError` for anything else."
     row = lambda one: RobustnessRow(Corruption(one["kind"], one["strength"]), *(_interval(one[name]) for name in ("miou", "boundary", "drop")), _interval(one.get("hiou")))
-    intervals = (_interval(told[name]) for name in ("clean", "clean_boundary", "mean", "mean_drop"))
-    return Robustness(tuple(map(row, told["rows"])), *intervals, told["figure"], **{name: told[name] for name in _CONDITIONS}, clean_hiou=_interval(told.get("clean_hiou")))
+    intervals = (_interval(record[name]) for name in ("clean", "clean_boundary", "mean", "mean_drop"))
+    return Robustness(tuple(map(row, record["rows"])), *intervals, record["figure"], **{name: record[name] for name in _CONDITIONS if name != "caveat"}, caveat=recorded_caveat(record), clean_hiou=_interval(record.get("clean_hiou")))
 
 def read_robustness(
     path: str|Path,   # robustness.json, or its folder

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..files import InputError
+from ..options import parsed
 
 # %% ../../nbs/work/58_runs.ipynb #c9b87a88
 @dataclass(frozen=True)
@@ -22,12 +23,14 @@ class Parameter:
 
     Attributes
     ----------
+    name : str
+        of the variable
     default : Any
         its type is the parameter's type; None takes anything
     help : str
         the comment behind it
     """
-    name: str
+    name: str          # of the variable
     default: Any       # its type is the parameter's type; None takes anything
     help: str = ""     # the comment behind it
 
@@ -76,11 +79,19 @@ def _assignments(source: str) -> dict[str, ast.expr]:
         }
     return pairs
 
-def notebook_parameters(notebook: str|Path) -> dict[str, Parameter]:
+def notebook_parameters(
+    notebook: str|Path,  # path of an .ipynb
+) -> dict[str, Parameter]:
     """Name -> `Parameter` of a notebook, in the order of its `parameters` cell.
 
     A default that is no literal (a call, say) is shown as None and takes any value. Raises `InputError` for a missing or
-    broken notebook, and for one without exactly one cell tagged `parameters`."""
+    broken notebook, and for one without exactly one cell tagged `parameters`.
+
+    Parameters
+    ----------
+    notebook : str|Path
+        path of an .ipynb
+    """
     comments, parameters = {}, {}
     source = _parameters_source(notebook)
     try:
@@ -138,29 +149,54 @@ def _unknown_parameter(name: str, known: Mapping[str, Parameter]) -> InputError:
     )
 
 # %% ../../nbs/work/58_runs.ipynb #523bca50
-_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+def parse_parameter(
+    parameter: Parameter,  # of `notebook_parameters`
+    text: str,             # as it was typed
+) -> Any:
+    """The value that `text` means for this parameter. Raises `InputError` when it means none.
 
-def parse_parameter(parameter: Parameter, text: str) -> Any:
-    "The value that `text` means for this parameter. Raises `InputError` when it means none."
+    Parameters
+    ----------
+    parameter : Parameter
+        of `notebook_parameters`
+    text : str
+        as it was typed
+    """
     default = parameter.default
     if isinstance(default, str): return text
     try:
-        if isinstance(default, bool): return _TRUTH[text.lower()]
-        value = float(text) if isinstance(default, float) else ast.literal_eval(text)
+        if isinstance(default, (bool, int, float)): return parsed(parameter.name, text, type(default), {})
+        value = ast.literal_eval(text)
         if _fits(value, default): return value
-    except (ValueError, KeyError, SyntaxError):
+    except InputError: pass   # said below, with the default
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         if default is None: return text
     raise InputError(f"parameter {parameter.name} is {parameter.kind} (default {default!r}), which {text!r} is not.")
 
 # %% ../../nbs/work/58_runs.ipynb #cd096f3f
 class RunFailed(RuntimeError):
-    "A cell of a run failed; the message says which, with what, and where the record is."
+    """A cell of a run failed; the message says which, with what, and where the record is.
 
-    def __init__(self, record: Path, cell: int|None, error: str, traceback: Path|None):
-        self.record = record         # the executed notebook, up to the failure
-        self.cell = cell             # the number n in In [n] of the executed notebook; None when the kernel itself died
-        self.error = error           # "ValueError: ..."
-        self.traceback = traceback   # text file
+    Parameters
+    ----------
+    record : Path
+        the executed notebook, up to the failure
+    cell : int|None
+        the number n in In [n] of the executed notebook; None when the kernel itself died
+    error : str
+        "ValueError: ..."
+    traceback : Path|None
+        text file
+    """
+
+    def __init__(
+        self,
+        record: Path,          # the executed notebook, up to the failure
+        cell: int|None,        # the number n in In [n] of the executed notebook; None when the kernel itself died
+        error: str,            # "ValueError: ..."
+        traceback: Path|None,  # text file
+    ):
+        self.record, self.cell, self.error, self.traceback = record, cell, error, traceback
         where = "the kernel died" if cell is None else f"cell In [{cell}] failed"
         super().__init__(
             f"{where}: {error.rstrip('.')}. The notebook so far: {record}"
@@ -313,8 +349,22 @@ def launch_command(
         *words,
     ]
 
-def launch(words: Sequence[str], devices: int, **where: Any) -> int:
-    "Run `freqseg WORDS` in `devices` processes; gives their exit status. `where`: nodes, node_rank, rendezvous. Raises `InputError` as `launch_command` does."
+def launch(
+    words: Sequence[str],  # arguments of the command `freqseg`
+    devices: int,          # processes on this node
+    **where: Any,          # nodes, node_rank, rendezvous
+) -> int:
+    """Run `freqseg WORDS` in `devices` processes; gives their exit status. `where`: nodes, node_rank, rendezvous. Raises `InputError` as `launch_command` does.
+
+    Parameters
+    ----------
+    words : Sequence[str]
+        arguments of the command `freqseg`
+    devices : int
+        processes on this node
+    **where : Any
+        nodes, node_rank, rendezvous
+    """
     threads = str(max(1, (os.cpu_count() or 1) // devices))
     return subprocess.run(
         launch_command(words, devices, **where), env={"OMP_NUM_THREADS": threads, **os.environ}

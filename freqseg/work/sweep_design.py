@@ -77,14 +77,14 @@ def checked_grid(
             if name in NOT_SWEPT: raise InputError(f"{name} cannot be a parameter of the grid: {NOT_SWEPT[name]}.")
         if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
             raise InputError(f"grid {axis}: give a list of values, not {values!r}.")
-    found = {axis: _distinct(f"grid {axis}", values) for axis, values in grid.items()}
-    names = [name for axis in found for name in parameters_of(axis)]
+    axes = {axis: _distinct(f"grid {axis}", values) for axis, values in grid.items()}
+    names = [name for axis in axes for name in parameters_of(axis)]
     if twice := [name for name in names if names.count(name) > 1]: raise InputError(f"the grid names {twice[0]} twice: give all its values at once.")
-    for axis, values in found.items():
+    for axis, values in axes.items():
         if (many := len(parameters_of(axis))) == 1: continue
         for value in values:
             if not isinstance(value, list) or len(value) != many: raise InputError(f"grid {axis}: give {many} values for these {many} parameters, not {value!r}.")
-    return found
+    return axes
 
 def checked_seeds(
     seeds: int | Iterable[int],   # how many, counted from 0, or which
@@ -110,9 +110,9 @@ def _literal(text: str) -> bool:
     except (ValueError, SyntaxError): return False
     return True
 
-def _shortened(text: str, most: int, *told: Any) -> str:
-    "The beginning of a text, and eight digits that stand for everything told."
-    return f"{text[:most]}-{sha256(json.dumps(told).encode()).hexdigest()[:8]}"
+def _shortened(text: str, most: int, *parts: Any) -> str:
+    "The beginning of a text, and eight digits that stand for all its parts."
+    return f"{text[:most]}-{sha256(json.dumps(parts).encode()).hexdigest()[:8]}"
 
 def _part(name: str, value: Any) -> str:
     "One parameter as a part of a file name."
@@ -241,16 +241,16 @@ def read_design(out: str | Path) -> Design:
     "The design of the sweep in a folder. Raises `InputError` when there is none."
     path = Path(out)/"sweep.json"
     if not path.exists(): raise InputError(f"{out} holds no sweep: there is no {path.name}.")
-    try: return Design(**{**(told := read_json(path)["design"]), "commands": tuple(told["commands"])})
+    try: return Design(**{**(record := read_json(path)["design"]), "commands": tuple(record["commands"])})
     except (TypeError, KeyError) as error:
         raise InputError(f"{path} is damaged. Remove it and make the call of the sweep again: runs that are done stay done.") from error
 
 def _differences(there: Design, now: Design) -> list[str]:
     "What keeps two designs from being the same sweep."
-    found = [f"system: {there.system} there, {now.system} now"] if there.system != now.system else []
-    if set(there.grid) != set(now.grid): found.append(f"grid: {', '.join(there.grid) or 'nothing'} there, {', '.join(now.grid) or 'nothing'} now")
-    told = lambda fixed, name: repr(fixed[name]) if name in fixed else "not given"
-    return found + [f"{name}: {told(there.fixed, name)} there, {told(now.fixed, name)} now" for name in {**there.fixed, **now.fixed}
+    differences = [f"system: {there.system} there, {now.system} now"] if there.system != now.system else []
+    if set(there.grid) != set(now.grid): differences.append(f"grid: {', '.join(there.grid) or 'nothing'} there, {', '.join(now.grid) or 'nothing'} now")
+    shown = lambda fixed, name: repr(fixed[name]) if name in fixed else "not given"
+    return differences + [f"{name}: {shown(there.fixed, name)} there, {shown(now.fixed, name)} now" for name in {**there.fixed, **now.fixed}
                     if value_key(there.fixed.get(name)) != value_key(now.fixed.get(name))]
 
 def _joined(old: Sequence[Any], new: Sequence[Any]) -> list[Any]:

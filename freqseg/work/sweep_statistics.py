@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import InputError, atomic_write, write_json
+from ..world.scenes import recorded_caveat
 from .sweep_design import Design, Run, finished, is_number, read_design, run_figures
 
 # %% ../../nbs/work/64_sweep_statistics.ipynb #22a77119
@@ -72,11 +73,11 @@ def main_measure(names: Sequence[str]) -> str:
 
 def _measured(metrics: Mapping[str, Any]) -> dict[str, float]:
     "The measures that a run has, as fractions."
-    found, homes = {}, {}
+    measures, homes = {}, {}
     with suppress(KeyError, TypeError): homes = {**run_figures(metrics), "zero_shot": metrics["report"].get("zero_shot")}
     for name, (figure, kind) in MEASURES.items():
-        with suppress(KeyError, TypeError): found[name] = homes[figure][kind]["value"]
-    return {name: float(value) for name, value in found.items() if is_number(value) and math.isfinite(value)}
+        with suppress(KeyError, TypeError): measures[name] = homes[figure][kind]["value"]
+    return {name: float(value) for name, value in measures.items() if is_number(value) and math.isfinite(value)}
 
 @dataclass(frozen=True)
 class Row:
@@ -102,13 +103,13 @@ class Row:
         return ", ".join(f"{name}={value}" for name, value in self.point.items()) or "as given"
 
 # %% ../../nbs/work/64_sweep_statistics.ipynb #ee52c44a
-def _told(metrics: Mapping[str, Any]) -> tuple[str, bool]:
-    "What a run was measured on, in words, and whether that is the embedded world."
+def _origin(metrics: Mapping[str, Any]) -> tuple[str, str]:
+    "What a run was measured on, in words, and what figures on that do not say."
     report = metrics["report"]
-    if "dataset" not in report: return "", bool(report.get("world"))
+    if "dataset" not in report: return "", recorded_caveat(report)
     count = report.get("images")
     return (f"{report['dataset']}, split {report.get('split', '?')}" + (f", {count:,} picture{'s' * (count != 1)}" if is_number(count) else ""),
-            bool(report.get("world")))
+            recorded_caveat(report))
 
 @dataclass(frozen=True)
 class Sweep:
@@ -122,8 +123,8 @@ class Sweep:
         run -> why it has no figures
     data : tuple[str, ...]
         what was measured on: one, unless something went wrong
-    world : bool
-        pictures of the embedded world?
+    caveat : str
+        what the pictures are, and figures on them do not say
     executed : tuple[str, ...]
         runs of the call that gave this
     """
@@ -132,7 +133,7 @@ class Sweep:
     rows: tuple[Row, ...]            # by point, the first one first
     missing: dict[str, str]          # run -> why it has no figures
     data: tuple[str, ...]            # what was measured on: one, unless something went wrong
-    world: bool                      # pictures of the embedded world?
+    caveat: str                      # what the pictures are, and figures on them do not say
     executed: tuple[str, ...] = ()   # runs of the call that gave this
 
     @property
@@ -149,7 +150,7 @@ class Sweep:
         "Plain values: figures are fractions, NaN is None."
         rows = [dict(point=row.point, seeds=list(row.seeds), measures={name: _as_json(one) for name, one in row.measures.items()},
                      gain=row.gain and _as_json(row.gain)) for row in self.rows]
-        return dict(design=asdict(self.design), data=list(self.data), world=self.world, level=LEVEL, rows=rows, missing=self.missing)
+        return dict(design=asdict(self.design), data=list(self.data), caveat=self.caveat, level=LEVEL, rows=rows, missing=self.missing)
 
     def markdown(self) -> str:
         "The table with everything that a reader needs to judge it."
@@ -178,39 +179,39 @@ def _why(folder: Path) -> str:
 
 def _row(design: Design, point: dict[str, Any], measured: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> Row:
     "One row, from the measures of all finished runs by name."
-    own = lambda where, name: {seed: found[name] for seed in design.seeds if name in (found := measured.get(Run(where, seed).name, {}))}
+    own = lambda where, name: {seed: measures[name] for seed in design.seeds if name in (measures := measured.get(Run(where, seed).name, {}))}
     seeds = tuple(seed for seed in design.seeds if Run(point, seed).name in measured)
     main = main_measure(names)
     gain = paired_difference(own(point, main), own(design.points[0], main)) if point != design.points[0] else None
     return Row(point, seeds, {name: estimate(own(point, name)) for name in names}, gain)
 
-def _estimate(told: Mapping[str, Any] | None) -> Estimate | None:
+def _estimate(record: Mapping[str, Any] | None) -> Estimate | None:
     "An estimate from its plain values."
-    if told is None: return None
-    ends = [math.nan if told[name] is None else told[name] for name in ("value", "low", "high")]
-    return Estimate(*ends, {int(seed): value for seed, value in told["values"].items()})
+    if record is None: return None
+    ends = [math.nan if record[name] is None else record[name] for name in ("value", "low", "high")]
+    return Estimate(*ends, {int(seed): value for seed, value in record["values"].items()})
 
 def _recorded(path: Path) -> Sweep:
     "The sweep that a sweep.json tells of, without its runs."
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        design = Design(**{**told["design"], "commands": tuple(told["design"]["commands"])})
-        rows = tuple(Row(row["point"], tuple(row["seeds"]), {name: _estimate(one) for name, one in row["measures"].items()}, _estimate(row["gain"])) for row in told["rows"])
-        return Sweep(path.parent, design, rows, told["missing"], tuple(told["data"]), told["world"])
+        record = json.loads(path.read_text(encoding="utf-8"))
+        design = Design(**{**record["design"], "commands": tuple(record["design"]["commands"])})
+        rows = tuple(Row(row["point"], tuple(row["seeds"]), {name: _estimate(one) for name, one in row["measures"].items()}, _estimate(row["gain"])) for row in record["rows"])
+        return Sweep(path.parent, design, rows, record["missing"], tuple(record["data"]), recorded_caveat(record))
     except (OSError, ValueError, KeyError, TypeError) as error: raise InputError(f"{path} is no record of a sweep: {type(error).__name__}: {error}.") from error
 
 def read_sweep(out: str | Path) -> Sweep:
-    "What the sweep in a folder has found so far, or what a sweep.json tells of one; nothing is run. Raises `InputError` where there is none."
+    "What the sweep in a folder has measured so far, or what a sweep.json tells of one; nothing is run. Raises `InputError` where there is none."
     out = Path(out)
     if out.suffix == ".json": return _recorded(out)
     design = read_design(out)
-    found = {run.name: finished(out/run.name, design.parameters(run)) for run in design.runs}
-    done = {name: metrics for name, metrics in found.items() if metrics}
+    metrics_of = {run.name: finished(out/run.name, design.parameters(run)) for run in design.runs}
+    done = {name: metrics for name, metrics in metrics_of.items() if metrics}
     measured = {name: _measured(metrics) for name, metrics in done.items()}
-    names, told = [name for name in MEASURES if any(name in its for its in measured.values())], dict.fromkeys(map(_told, done.values()))
+    names, origins = [name for name in MEASURES if any(name in its for its in measured.values())], dict.fromkeys(map(_origin, done.values()))
     return Sweep(out, design, tuple(_row(design, point, measured, names) for point in design.points),
-                 {name: _why(out/name) for name in found if name not in done}, tuple(dict.fromkeys(text for text, _ in told if text)),
-                 any(world for _, world in told))
+                 {name: _why(out/name) for name in metrics_of if name not in done}, tuple(dict.fromkeys(text for text, _ in origins if text)),
+                 next((caveat for _, caveat in origins if caveat), ""))
 
 # %% ../../nbs/work/64_sweep_statistics.ipynb #1380a291
 def _percent(one: Estimate, done: int, sign: str = "") -> str:
@@ -228,43 +229,43 @@ def _table(sweep: Sweep) -> str:
     main = main_measure(sweep.measures)
     first, compared = sweep.rows[0], len(sweep.rows) > 1 and main in sweep.measures
     names = list(first.point) or ["parameters"]
-    told = [name for name in sweep.measures if name not in NOT_IN_TABLES]
-    head = [*names, "seeds", *(f"{TITLES[name]} %" for name in told)]
+    measures = [name for name in sweep.measures if name not in NOT_IN_TABLES]
+    head = [*names, "seeds", *(f"{TITLES[name]} %" for name in measures)]
     if compared: head.append(f"{TITLES[main]} above {_cell(first.title)}")
     lines = [head, ["---"] * len(names) + ["---:"] * (len(head) - len(names))]
     for row in sweep.rows:
         cells = [*(map(_cell, row.point.values()) if row.point else ["as given"]), str(len(row.seeds))]
-        cells += [_percent(row.measures[name], len(row.seeds)) for name in told]
+        cells += [_percent(row.measures[name], len(row.seeds)) for name in measures]
         lines.append(cells + ([_percent(row.gain, len(row.seeds), "+") if row.gain else ""] if compared else []))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 def _caption(sweep: Sweep) -> str:
     "What the numbers mean."
     several = any(len(row.seeds) > 1 for row in sweep.rows)
-    told = [f"Means over seeds; brackets: {LEVEL:.0%} intervals (Student's t) over seeds. All runs see the same test pictures, so the "
+    sentences = [f"Means over seeds; brackets: {LEVEL:.0%} intervals (Student's t) over seeds. All runs see the same test pictures, so the "
             "intervals say how much training varies, not how much pictures do."]
-    if not several: told = ["One seed each: there are no intervals, and another seed may order them otherwise."]
+    if not several: sentences = ["One seed each: there are no intervals, and another seed may order them otherwise."]
     if len(sweep.rows) > 1 and main_measure(sweep.measures) in sweep.measures:
-        told.append("Last column: differences to the first row, seed by seed, over the seeds that both have." +
+        sentences.append("Last column: differences to the first row, seed by seed, over the seeds that both have." +
                     " Each interval stands for itself: of many rows a few leave out 0 by chance." * (several and len(sweep.rows) > 2))
-    return " ".join(told)
+    return " ".join(sentences)
 
 def provenance(sweep: Sweep) -> str:
     "What the figures were measured on, in a sentence."
     if not any(row.seeds for row in sweep.rows): return "No run has finished yet."
     where = "; and ".join(sweep.data) or "data that the runs do not name"
     text = f"Measured on {where}." + " **The runs do not agree on the data: these rows are no comparison.**" * (len(sweep.data) > 1)
-    return text + " **Figures about the embedded world**, which is drawn by a program: they compare runs and say nothing about photographs." * sweep.world
+    return text + (f" **The pictures are {sweep.caveat}.**" if sweep.caveat else "")
 
 def sweep_markdown(sweep: Sweep) -> str:
     "A sweep as Markdown: data, table, what the numbers mean, how to make them again, and what is missing."
     design = sweep.design
     fixed = ", ".join(f"{name}={value}" for name, value in design.fixed.items()) or "the notebook's defaults"
     grid = "; ".join(f"{name} = {', '.join(map(str, values))}" for name, values in design.grid.items()) or "nothing"
-    told = [f"- system: {design.system}; fixed: {_cell(fixed)}", f"- compared: {_cell(grid)}", f"- seeds: {', '.join(map(str, design.seeds))}",
+    conditions = [f"- system: {design.system}; fixed: {_cell(fixed)}", f"- compared: {_cell(grid)}", f"- seeds: {', '.join(map(str, design.seeds))}",
             *(f"- command: `{command}`" for command in design.commands)]
     title = f"# Sweep of {design.system} over {', '.join(design.points[0]) or 'seeds'}"
-    parts = [title, provenance(sweep), _table(sweep), _caption(sweep), "## Conditions", "\n".join(told)]
+    parts = [title, provenance(sweep), _table(sweep), _caption(sweep), "## Conditions", "\n".join(conditions)]
     if sweep.missing:
         parts += [f"## Without figures: {len(sweep.missing)} of {len(design.runs)} runs",
                   "\n".join(f"- {name}: {' '.join(why.split())}" for name, why in sweep.missing.items())]
@@ -300,6 +301,6 @@ def comparison_markdown(
         of figures that no sweep has made
     """
     lines = [f"| {' | '.join(map(_cell, cells))} |" for cells in (head, ["---", *["---:"]*(len(head) - 1)], *rows)]
-    told = [f"- {'; '.join(one.data)}; seeds {', '.join(map(str, one.design.seeds))}; `{one.design.commands[-1]}`" for one in sweeps]
+    origins = [f"- {'; '.join(one.data)}; seeds {', '.join(map(str, one.design.seeds))}; `{one.design.commands[-1]}`" for one in sweeps]
     means = f"Brackets: {LEVEL:.0%} intervals (Student's t) over seeds, none where seeds agree; all runs are judged on the same pictures."
-    return "\n".join([*lines, "", "Figures about the embedded world. "*any(one.world for one in sweeps) + means, "", *told, *(f"- `{one}`" for one in commands)])
+    return "\n".join([*lines, "", "".join(f"The pictures are {caveat}. " for caveat in dict.fromkeys(one.caveat for one in sweeps) if caveat) + means, "", *origins, *(f"- `{one}`" for one in commands)])

@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import InputError, read_json, write_json
+from ..files import InputError, locked, read_json, write_json
 from .sweep_design import Design, Run, extended, finished, forget, new_design, read_design, run_plans, settle, value_key
 from .sweep_processes import RunProcess, environments, run_side_by_side
 from .sweep_statistics import Sweep, read_sweep
@@ -84,7 +84,6 @@ def sweep(
     progress : bool
         a bar over runs, on stderr
     """
-    from freqseg.work.train import locked
     if not isinstance(jobs, int) or isinstance(jobs, bool) or jobs < 1: raise InputError(f"jobs={jobs!r}: give a whole number of 1 or more.")
     out, now = Path(out), new_design(notebook, grid, seeds, parameters, command)
     plans = run_plans(now)
@@ -107,8 +106,8 @@ def _carry_out(design: Design, asked: Sequence[Run], notebook: str | Path, out: 
             folder = (out/run.name).resolve()
             folder.mkdir(exist_ok=True)
             forget(folder)
-            told = {**design.parameters(run), **shared, "out": str(folder)}
-            return RunProcess(run, dict(notebook=str(notebook), out=str(folder), parameters=told), places[place])
+            parameters = {**design.parameters(run), **shared, "out": str(folder)}
+            return RunProcess(run, dict(notebook=str(notebook), out=str(folder), parameters=parameters), places[place])
         def ended(child: RunProcess) -> None:
             complaint = settle(out/child.run.name, design.parameters(child.run), child.verdict())
             if complaint and progress: bar.write(f"{child.run.name}: {complaint}", file=sys.stderr)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Trainable', 'Pictures', 'TrainSettings', 'learning_rate', 'mixed_seed', 'seeded', 'epoch_order', 'DataPlan',
-           'describe_run', 'require_same_run', 'locked', 'read_log', 'TrainingDiverged', 'OutOfMemory', 'open_fabric',
+           'describe_run', 'require_same_run', 'read_log', 'TrainingDiverged', 'OutOfMemory', 'open_fabric',
            'segmentation_scores', 'require_own_folder', 'TrainResult', 'fit']
 
 # %% ../../nbs/work/56_train.ipynb #7f424d0f
@@ -25,7 +25,7 @@ from ..cam import best_class
 from ..clip import nearest_multiple
 from ..data import Batch, Sample, collate
 from ..transforms import to_tensors
-from ..files import InputError, atomic_write
+from ..files import InputError, atomic_write, cannot_write, locked
 from ..memory import keep_memory, leave_with_parent
 from ..metrics import confusion_matrix, iou_scores
 from ..options import Options, declared, option
@@ -367,48 +367,6 @@ def require_same_run(
     raise InputError("\n  ".join([f"{folder} holds another run:", *unlike[:12], *more]) +
                      "\nChoose another out folder, or give what this run was begun with (see run.json).")
 
-# %% ../../nbs/work/56_train.ipynb #73822494
-_held: set[Any] = set()  # open lock files of this process
-
-@functools.cache
-def _no_locks_for_children() -> None:
-    def let_go() -> None:
-        for file in _held: file.close()
-        _held.clear()
-    os.register_at_fork(after_in_child=let_go)
-
-@contextlib.contextmanager
-def locked(folder: str | Path) -> Iterator[None]:
-    """Hold `folder`, made when missing, for this process. Raises `InputError` when another holds it, named by pid and host, or
-    when the folder cannot be written."""
-    import fcntl
-    folder = Path(folder)
-    _no_locks_for_children()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder/".lock", "a+b", buffering=0)
-    except OSError as error: raise _cannot_use(folder, error) from error
-    with file:
-        try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise InputError(f"{folder} is in use by {file.read().decode().strip() or 'another run'}. Wait for it, stop it, or choose another "
-                             "out folder.") from error
-        except OSError as error: warnings.warn(f"{folder} cannot be locked ({error.strerror}): do not start a second run there.")
-        try: _sign(file)
-        except OSError as error: raise _cannot_use(folder, error) from error
-        _held.add(file)
-        try: yield
-        finally: _held.discard(file)
-
-def _sign(file: Any) -> None:
-    "Leave name and address in the lock file."
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-
-def _cannot_use(folder: Path, error: OSError) -> InputError:
-    return InputError(f"cannot write into {folder}: {error.strerror}. Free some space, get write access, or choose another out folder.")
-
 # %% ../../nbs/work/56_train.ipynb #f90596ab
 def read_log(path: str | Path) -> list[dict[str, Any]]:
     "The lines of a metrics.jsonl as dictionaries; a torn last line is left out. Empty when there is no file."
@@ -430,7 +388,7 @@ def _sync(path: Path) -> None:
 def _append(path: Path, row: Mapping[str, Any]) -> None:
     try:
         with open(path, "a", encoding="utf-8") as file: file.write(json.dumps(row) + "\n")
-    except OSError as error: raise _cannot_use(path.parent, error) from error
+    except OSError as error: raise cannot_write(path, error) from error
 
 def _finite(values: Mapping[str, Any]) -> dict[str, float | None]:
     "Numbers as JSON knows them: NaN becomes null."

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..affinity import box_mask, mean_relation, propagate, relations, symmetrise
-from ..cam import grad_cam, normalise_cam
+from ..affinity import mean_relation, relations, symmetrise
+from ..cam import grad_cam, refine_cam
 from ..clip import Backbone, Features
 from ..files import atomic_write, sha256, shipped
 from ..maps import CamSettings
@@ -54,12 +54,37 @@ class Scenes(NamedTuple):
     present: Tensor             # (B, 20) bool
     masks: Tensor               # (B, H, W)
 
-def used_affinities(features: Features) -> dict[str, Tensor]:
-    "A_s of every source as `CamSettings` has it, (B, N, N)."
+def used_affinities(
+    features: Features,  # of `Backbone.encode`
+) -> dict[str, Tensor]:
+    """A_s of every source as `CamSettings` has it, (B, N, N).
+
+    Parameters
+    ----------
+    features : Features
+        of `Backbone.encode`
+    """
     return {source: symmetrise(mean_relation(features, source, CamSettings().layers)) for source in SOURCES}
 
-def scene_batches(world: World, count: int, backbone: Backbone, batch: int) -> Iterator[Scenes]:
-    "The first `count` scenes, each encoded once, with a bar."
+def scene_batches(
+    world: World,        # of scenes
+    count: int,          # how many
+    backbone: Backbone,  # the frozen CLIP that is measured
+    batch: int,          # scenes at a time
+) -> Iterator[Scenes]:
+    """The first `count` scenes, each encoded once, with a bar.
+
+    Parameters
+    ----------
+    world : World
+        of scenes
+    count : int
+        how many
+    backbone : Backbone
+        the frozen CLIP that is measured
+    batch : int
+        scenes at a time
+    """
     from tqdm import tqdm
     everything = tuple(range(backbone.depth))
     for start in tqdm(range(0, count, batch), desc=f"scenes of {world.split}", unit=f"x{batch} scenes", delay=2):
@@ -79,20 +104,56 @@ def scene_batches(world: World, count: int, backbone: Backbone, batch: int) -> I
         )
 
 # %% ../../nbs/world/49_report.ipynb #b4731f78
-def image_scores(features: Features, text: Tensor) -> dict[str, Tensor]:
-    "Cosines (B, 20) of the picture's two embeddings with the class names: the mean of its patches, and CLS."
+def image_scores(
+    features: Features,  # of `Backbone.encode`
+    text: Tensor,        # (20, E) unit-norm class names
+) -> dict[str, Tensor]:
+    """Cosines (B, 20) of the picture's two embeddings with the class names: the mean of its patches, and CLS.
+
+    Parameters
+    ----------
+    features : Features
+        of `Backbone.encode`
+    text : Tensor
+        (20, E) unit-norm class names
+    """
     pooled = dict(patches=features.patch_embedding.mean((2, 3)), cls=features.cls_embedding)
     return {name: F.normalize(z.float(), dim=-1) @ text.T for name, z in pooled.items()}
 
-def pooled_ceiling(masks: Tensor, grid: tuple[int, int], classes: int = 21) -> Tensor:
-    "Labels (B, H, W) after averaging the true masks over the token grid and enlarging them again: the best any CAM can do."
+def pooled_ceiling(
+    masks: Tensor,          # (B, H, W)
+    grid: tuple[int, int],  # tokens (h, w)
+    classes: int = 21,      # with background
+) -> Tensor:
+    """Labels (B, H, W) after averaging the true masks over the token grid and enlarging them again: the best any CAM can do.
+
+    Parameters
+    ----------
+    masks : Tensor
+        (B, H, W)
+    grid : tuple[int, int]
+        tokens (h, w)
+    classes : int
+        with background
+    """
     known = masks.where(masks != 255, 0)
     one_hot = F.one_hot(known, classes).permute(0, 3, 1, 2).float()*(masks != 255)[:, None]
     coarse = F.adaptive_avg_pool2d(one_hot, grid)
     return F.interpolate(coarse, masks.shape[-2:], mode="bilinear", align_corners=False).argmax(1)
 
-def mixing_shares(features: Features, cutoff: float = .25) -> Tensor:
-    "Share of the energy above `cutoff` cycles per token in the values before, and after, each block's attention: (blocks, 2)."
+def mixing_shares(
+    features: Features,   # of `Backbone.encode`
+    cutoff: float = .25,  # cycles per token
+) -> Tensor:
+    """Share of the energy above `cutoff` cycles per token in the values before, and after, each block's attention: (blocks, 2).
+
+    Parameters
+    ----------
+    features : Features
+        of `Backbone.encode`
+    cutoff : float
+        cycles per token
+    """
     rows = []
     for block, value in features.values.items():
         mixed = features.attention[block][:, None].to(value.dtype) @ value
@@ -100,8 +161,16 @@ def mixing_shares(features: Features, cutoff: float = .25) -> Tensor:
         rows.append(torch.stack([high_frequency_share(x, cutoff).mean() for x in maps]))
     return torch.stack(rows)
 
-def source_relations(scenes: Scenes) -> dict[str, Tensor]:
-    "Relations (B, N, N) of every source: each block alone; 'late', the last half made doubly stochastic; and 'used', the affinity in use."
+def source_relations(
+    scenes: Scenes,  # encoded
+) -> dict[str, Tensor]:
+    """Relations (B, N, N) of every source: each block alone; 'late', the last half made doubly stochastic; and 'used', the affinity in use.
+
+    Parameters
+    ----------
+    scenes : Scenes
+        encoded
+    """
     found, depth = {}, scenes.features.depth
     for source in SOURCES:
         blocks = relations(scenes.features, source, range(depth)).unbind(1)
@@ -113,31 +182,87 @@ def source_relations(scenes: Scenes) -> dict[str, Tensor]:
     return found
 
 # %% ../../nbs/world/49_report.ipynb #a1d849ab
-def sampled_auc(related: Tensor, labels: Tensor, count: int = 200, seed: int = 0) -> Tensor:
-    "Same-class AUC (B,) over `count` random patches of each picture, symmetrised; NaN where only one class is there."
+def sampled_auc(
+    related: Tensor,   # (B, N, N)
+    labels: Tensor,    # (B, N)
+    count: int = 200,  # patches of each picture
+    seed: int = 0,     # of their choice
+) -> Tensor:
+    """Same-class AUC (B,) over `count` random patches of each picture, symmetrised; NaN where only one class is there.
+
+    Parameters
+    ----------
+    related : Tensor
+        (B, N, N)
+    labels : Tensor
+        (B, N)
+    count : int
+        patches of each picture
+    seed : int
+        of their choice
+    """
     chosen = torch.randperm(labels.shape[1], generator=torch.Generator().manual_seed(seed))[:count].to(labels.device)
     part = related[:, chosen][:, :, chosen]
     return affinity_auc(part + part.transpose(1, 2), labels[:, chosen])
 
-def mean_interval(values: Tensor, samples: int = 1000, seed: int = 0) -> list[float]:
-    "Mean and 95% bootstrap interval of one figure per picture, NaN left out."
+def mean_interval(
+    values: Tensor,       # (n,), one a picture
+    samples: int = 1000,  # of the bootstrap
+    seed: int = 0,        # of the bootstrap
+) -> list[float]:
+    """Mean and 95% bootstrap interval of one figure per picture, NaN left out.
+
+    Parameters
+    ----------
+    values : Tensor
+        (n,), one a picture
+    samples : int
+        of the bootstrap
+    seed : int
+        of the bootstrap
+    """
     values = values[values.isfinite()].double().cpu()
     drawn = torch.randint(len(values), (samples, len(values)), generator=torch.Generator().manual_seed(seed))
     low, high = values[drawn].mean(1).quantile(torch.tensor([.025, .975], dtype=torch.float64)).tolist()
     return [float(values.mean()), low, high]
 
 # %% ../../nbs/world/49_report.ipynb #bc07014a
-def refined_cams(backbone: Backbone, scenes: Scenes, prompts: Prompts) -> dict[str, Tensor]:
-    "The raw GradCAM and its refinement by the affinity of every source, as `CamSettings` has it: maps (B, 20, h, w)."
+def refined_cams(
+    backbone: Backbone,  # the frozen CLIP that is measured
+    scenes: Scenes,      # encoded
+    prompts: Prompts,    # of classes and background
+) -> dict[str, Tensor]:
+    """The raw GradCAM and its refinement by the affinity of every source, as `CamSettings` has it: maps (B, 20, h, w).
+
+    Parameters
+    ----------
+    backbone : Backbone
+        the frozen CLIP that is measured
+    scenes : Scenes
+        encoded
+    prompts : Prompts
+        of classes and background
+    """
     raw, settings = grad_cam(backbone, scenes.features, prompts.text, scenes.present, prompts.background), CamSettings()
-    box = box_mask(raw, settings.box)
     return dict(raw=raw) | {
-        source: normalise_cam(propagate(affinity, raw, settings.power, box)) for source, affinity in scenes.used.items()
+        source: refine_cam(affinity, raw, settings.walk_steps, settings.box) for source, affinity in scenes.used.items()
     }
 
 class SeedCounts:
-    "Confusions of the raw and the refined CAMs at every threshold."
-    def __init__(self, backbone: Backbone, prompts: Prompts):
+    """Confusions of the raw and the refined CAMs at every threshold.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        the frozen CLIP that is measured
+    prompts : Prompts
+        of classes and background
+    """
+    def __init__(
+        self,
+        backbone: Backbone,  # the frozen CLIP that is measured
+        prompts: Prompts,    # of classes and background
+    ):
         self.backbone, self.prompts = backbone, prompts
         self.parts: dict[str, list[Tensor]] = {}
 
@@ -152,8 +277,19 @@ class SeedCounts:
         return {name: torch.cat(parts) for name, parts in self.parts.items()}
 
 # %% ../../nbs/world/49_report.ipynb #b420fb3b
-def seed_figures(tuning: dict[str, Tensor], test: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
-    "mIoU of every CAM on the test scenes at the threshold chosen on the tuning scenes, and its gain over the raw CAM."
+def seed_figures(
+    tuning: dict[str, Tensor],  # counts that choose the threshold, by map
+    test: dict[str, Tensor],    # counts that are reported, by map
+) -> dict[str, dict[str, Any]]:
+    """mIoU of every CAM on the test scenes at the threshold chosen on the tuning scenes, and its gain over the raw CAM.
+
+    Parameters
+    ----------
+    tuning : dict[str, Tensor]
+        counts that choose the threshold, by map
+    test : dict[str, Tensor]
+        counts that are reported, by map
+    """
     picked = {
         name: THRESHOLDS.index(best_threshold(found.long().sum(0), THRESHOLDS).threshold)
         for name, found in tuning.items()
@@ -176,8 +312,6 @@ class TokenCounts:
 
     Parameters
     ----------
-    self
-        (20, E)
     text : Tensor
         (20, E)
     """
@@ -213,12 +347,12 @@ class TokenCounts:
 
 # %% ../../nbs/world/49_report.ipynb #3a96b4c2
 def measure_world(
-    backbone: Backbone,
+    backbone: Backbone,        # the frozen CLIP that is measured
     scenes: int = 500,         # of the test split
     tuning_scenes: int = 200,  # of the val split, for thresholds alone
-    seed: int = 0,
-    size: int = 224,
-    batch: int = 10,
+    seed: int = 0,             # of the world
+    size: int = 224,           # side of a scene, pixels
+    batch: int = 10,           # scenes at a time
 ) -> dict[str, Any]:
     """Measure every property of the world that comparisons rest on. All figures but thresholds are percentages with 95% bootstrap
     intervals over test scenes (value, low, high); AUCs are shares.
@@ -227,10 +361,18 @@ def measure_world(
 
     Parameters
     ----------
+    backbone : Backbone
+        the frozen CLIP that is measured
     scenes : int
         of the test split
     tuning_scenes : int
         of the val split, for thresholds alone
+    seed : int
+        of the world
+    size : int
+        side of a scene, pixels
+    batch : int
+        scenes at a time
     """
     prompts = embed_wording(backbone, usual_wording(backbone, WORLD_CLASSES))
     tokens, seeds, tuning = TokenCounts(prompts.text), SeedCounts(backbone, prompts), SeedCounts(backbone, prompts)
@@ -249,8 +391,19 @@ def measure_world(
     )
     return report | tokens.figures() | dict(seeds=seed_figures(tuning.confusions(), seeds.confusions()))
 
-def save_report(report: dict[str, Any], path: str|Path) -> None:
-    "Write the report as JSON, whole or not at all."
+def save_report(
+    report: dict[str, Any],  # of `measure_world`
+    path: str|Path,          # a .json file
+) -> None:
+    """Write the report as JSON, whole or not at all.
+
+    Parameters
+    ----------
+    report : dict[str, Any]
+        of `measure_world`
+    path : str|Path
+        a .json file
+    """
     with atomic_write(path) as partial: partial.write_text(json.dumps(report, indent=1) + "\n")
 
 # %% ../../nbs/world/49_report.ipynb #c2e779fb
@@ -258,8 +411,16 @@ def _figure(values: list[float], digits: int = 1) -> str:
     value, low, high = (f"{x:.{digits}f}" for x in values)
     return f"{value} [{low}, {high}]"
 
-def report_table(report: dict[str, Any]) -> str:
-    "The report as a Markdown table, with what each row must reach for comparisons to mean something."
+def report_table(
+    report: dict[str, Any],  # of `measure_world`
+) -> str:
+    """The report as a Markdown table, with what each row must reach for comparisons to mean something.
+
+    Parameters
+    ----------
+    report : dict[str, Any]
+        of `measure_world`
+    """
     seeds, auc = report["seeds"], report["same_class_auc"]
     rows = [("zero-shot mAP, mean of patches", _figure(report["zero_shot_map"]["patches"]), "> 85"),
             ("zero-shot mAP, CLS", _figure(report["zero_shot_map"]["cls"]), ""),

@@ -4,21 +4,22 @@
 
 # %% auto #0
 __all__ = ['Array', 'Distance', 'HUES', 'KINDS', 'WORLD_CLASSES', 'TEXTURES', 'COATS', 'BANK', 'BANK_SIZE', 'GROUNDS',
-           'WORLD_BACKGROUNDS', 'DIFFICULTIES', 'SPLITS', 'rotate', 'disc', 'box', 'ellipse', 'segment', 'spike',
-           'wave', 'union', 'minus', 'around', 'repeat', 'ring', 'star', 'wheel', 'ladder', 'key', 'fish', 'tree',
-           'mushroom', 'umbrella', 'arrow', 'moon', 'flower', 'snake', 'spider', 'mug', 'house', 'hammer', 'gear',
-           'butterfly', 'comb', 'Kind', 'paint', 'noise_bank', 'noise', 'Ground', 'Difficulty', 'Scene', 'plural',
-           'compose', 'World', 'write_world']
+           'WORLD_BACKGROUNDS', 'WORLD_DOMAIN', 'DIFFICULTIES', 'SPLITS', 'rotate', 'disc', 'box', 'ellipse', 'segment',
+           'spike', 'wave', 'union', 'minus', 'around', 'repeat', 'ring', 'star', 'wheel', 'ladder', 'key', 'fish',
+           'tree', 'mushroom', 'umbrella', 'arrow', 'moon', 'flower', 'snake', 'spider', 'mug', 'house', 'hammer',
+           'gear', 'butterfly', 'comb', 'Kind', 'paint', 'noise_bank', 'noise', 'Ground', 'Difficulty', 'Scene',
+           'plural', 'compose', 'World', 'write_world', 'write_domain', 'recorded_caveat']
 
 # %% ../../nbs/world/47_scenes.ipynb #683e75d2
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 
 import numpy as np
 
-from ..files import InputError, atomic_write
+from ..files import InputError, atomic_write, write_json
+from ..lists import Domain
 from ..memory import leave_with_parent
 
 # %% ../../nbs/world/47_scenes.ipynb #a8f29905
@@ -30,31 +31,142 @@ def _sincos(turns: float) -> tuple[float, float]:
     "Sine and cosine of an angle in turns, rounded so that every platform's library agrees."
     return round(math.sin(2*math.pi*turns), 9), round(math.cos(2*math.pi*turns), 9)
 
-def rotate(x: Array, y: Array, turns: float) -> tuple[Array, Array]:
-    "Coordinates (h, w) seen from a frame turned by `turns`."
+def rotate(
+    x: Array,      # columns (h, w), rising to the right
+    y: Array,      # rows (h, w), rising downwards
+    turns: float,  # share of a full turn
+) -> tuple[Array, Array]:
+    """Coordinates (h, w) seen from a frame turned by `turns`.
+
+    Parameters
+    ----------
+    x : Array
+        columns (h, w), rising to the right
+    y : Array
+        rows (h, w), rising downwards
+    turns : float
+        share of a full turn
+    """
     s, c = _sincos(turns)
     s, c = np.float32(s), np.float32(c)
     return c*x + s*y, c*y - s*x
 
-def disc(x: Array, y: Array, radius: float) -> Array:
+def disc(
+    x: Array,       # columns (h, w), rising to the right
+    y: Array,       # rows (h, w), rising downwards
+    radius: float,  # in local units
+) -> Array:  # signed distance (h, w), negative inside
+    """Parameters
+    ----------
+    x : Array
+        columns (h, w), rising to the right
+    y : Array
+        rows (h, w), rising downwards
+    radius : float
+        in local units
+
+    Returns
+    -------
+    Array
+        signed distance (h, w), negative inside
+    """
     return np.sqrt(x*x + y*y) - np.float32(radius)
 
-def box(x: Array, y: Array, half_width: float, half_height: float) -> Array:
-    "Rectangle around the origin; the distance is exact inside and along its sides."
+def box(
+    x: Array,            # columns (h, w), rising to the right
+    y: Array,            # rows (h, w), rising downwards
+    half_width: float,   # in local units
+    half_height: float,  # in local units
+) -> Array:
+    """Rectangle around the origin; the distance is exact inside and along its sides.
+
+    Parameters
+    ----------
+    x : Array
+        columns (h, w), rising to the right
+    y : Array
+        rows (h, w), rising downwards
+    half_width : float
+        in local units
+    half_height : float
+        in local units
+    """
     return np.maximum(np.abs(x) - np.float32(half_width), np.abs(y) - np.float32(half_height))
 
-def ellipse(x: Array, y: Array, a: float, b: float) -> Array:
+def ellipse(
+    x: Array,  # columns (h, w), rising to the right
+    y: Array,  # rows (h, w), rising downwards
+    a: float,  # half the width
+    b: float,  # half the height
+) -> Array:
+    """Parameters
+    ----------
+    x : Array
+        columns (h, w), rising to the right
+    y : Array
+        rows (h, w), rising downwards
+    a : float
+        half the width
+    b : float
+        half the height
+    """
     return (np.sqrt(x*x*np.float32(1/(a*a)) + y*y*np.float32(1/(b*b))) - np.float32(1))*np.float32(min(a, b))
 
-def segment(x: Array, y: Array, ax: float, ay: float, bx: float, by: float, radius: float) -> Array:
-    "Capsule of `radius` from (ax, ay) to (bx, by)."
+def segment(
+    x: Array,       # columns (h, w), rising to the right
+    y: Array,       # rows (h, w), rising downwards
+    ax: float,      # column of one end
+    ay: float,      # its row
+    bx: float,      # column of the other end
+    by: float,      # its row
+    radius: float,  # half the width
+) -> Array:
+    """Capsule of `radius` from (ax, ay) to (bx, by).
+
+    Parameters
+    ----------
+    x : Array
+        columns (h, w), rising to the right
+    y : Array
+        rows (h, w), rising downwards
+    ax : float
+        column of one end
+    ay : float
+        its row
+    bx : float
+        column of the other end
+    by : float
+        its row
+    radius : float
+        half the width
+    """
     dx, dy = np.float32(bx - ax), np.float32(by - ay)
     px, py = x - np.float32(ax), y - np.float32(ay)
     t = np.clip((px*dx + py*dy)/(dx*dx + dy*dy), np.float32(0), np.float32(1))
     return disc(px - t*dx, py - t*dy, radius)
 
-def spike(x: Array, y: Array, base: float, half_width: float, tip: float) -> Array:
-    "Isosceles triangle standing on the line y = -base with its tip at y = -tip (up is negative y, as in pictures)."
+def spike(
+    x: Array,           # columns (h, w), rising to the right
+    y: Array,           # rows (h, w), rising downwards
+    base: float,        # row of the base, upwards
+    half_width: float,  # of the base
+    tip: float,         # row of the tip, upwards
+) -> Array:
+    """Isosceles triangle standing on the line y = -base with its tip at y = -tip (up is negative y, as in pictures).
+
+    Parameters
+    ----------
+    x : Array
+        columns (h, w), rising to the right
+    y : Array
+        rows (h, w), rising downwards
+    base : float
+        row of the base, upwards
+    half_width : float
+        of the base
+    tip : float
+        row of the tip, upwards
+    """
     slope = half_width/abs(tip - base)
     normal = math.sqrt(1 + slope*slope)
     sign = np.float32(1 if tip > base else -1)
@@ -62,25 +174,82 @@ def spike(x: Array, y: Array, base: float, half_width: float, tip: float) -> Arr
     sides = (np.abs(x) - np.float32(slope)*(np.float32(sign*tip) - height))*np.float32(1/normal)
     return np.maximum(sides, np.float32(sign*base) - height)
 
-def wave(t: Array) -> Array:
-    "A smooth wave of period 1 and range [-1, 1] out of parabolas: a sine without a transcendental function."
+def wave(
+    t: Array,  # phases, in periods
+) -> Array:
+    """A smooth wave of period 1 and range [-1, 1] out of parabolas: a sine without a transcendental function.
+
+    Parameters
+    ----------
+    t : Array
+        phases, in periods
+    """
     u = t - np.floor(t)
     v = np.float32(2)*u - np.float32(1)
     return np.float32(4)*v*(np.float32(1) - np.abs(v))
 
-def union(*distances: Array) -> Array:
+def union(
+    *distances: Array,  # signed distances (h, w)
+) -> Array:
+    """Parameters
+    ----------
+    *distances : Array
+        signed distances (h, w)
+    """
     out = distances[0]
     for d in distances[1:]: out = np.minimum(out, d)
     return out
 
-def minus(a: Array, b: Array) -> Array: return np.maximum(a, -b)
+def minus(
+    a: Array,  # signed distance (h, w)
+    b: Array,  # of what is cut out
+) -> Array:
+    """Parameters
+    ----------
+    a : Array
+        signed distance (h, w)
+    b : Array
+        of what is cut out
+    """
+    return np.maximum(a, -b)
 
-def around(x: Array, y: Array, n: int, shape: Distance) -> Array:
-    "Union of `n` copies of `shape` turned about the origin."
+def around(
+    x: Array,         # columns (h, w), rising to the right
+    y: Array,         # rows (h, w), rising downwards
+    n: int,           # copies
+    shape: Distance,  # signed distance of one
+) -> Array:
+    """Union of `n` copies of `shape` turned about the origin.
+
+    Parameters
+    ----------
+    x : Array
+        columns (h, w), rising to the right
+    y : Array
+        rows (h, w), rising downwards
+    n : int
+        copies
+    shape : Distance
+        signed distance of one
+    """
     return union(*(shape(*rotate(x, y, k/n)) for k in range(n)))
 
-def repeat(t: Array, step: float, count: int) -> Array:
-    "Fold the axis `t` into `2*count + 1` cells of width `step` centred on 0."
+def repeat(
+    t: Array,     # coordinates
+    step: float,  # width of a cell
+    count: int,   # cells on each side
+) -> Array:
+    """Fold the axis `t` into `2*count + 1` cells of width `step` centred on 0.
+
+    Parameters
+    ----------
+    t : Array
+        coordinates
+    step : float
+        width of a cell
+    count : int
+        cells on each side
+    """
     cell = np.clip(np.rint(t*np.float32(1/step)), -count, count)
     return t - cell*np.float32(step)
 
@@ -183,18 +352,24 @@ class Kind:
 
     Attributes
     ----------
+    name : str
+        in captions
+    distance : Distance
+        signed distance of the silhouette
     texture : str
         one of TEXTURES
     hue : str
         one of HUES
+    cut : tuple[float, float, float]
+        (a, b, c)
     habitat : str|None
         background that it mostly appears on
     """
-    name: str
-    distance: Distance
+    name: str     # in captions
+    distance: Distance  # signed distance of the silhouette
     texture: str  # one of TEXTURES
     hue: str      # one of HUES
-    cut: tuple[float, float, float]
+    cut: tuple[float, float, float]  # (a, b, c)
     habitat: str|None = None  # background that it mostly appears on
 
 HUES = dict(red=(.86, .16, .18), orange=(.95, .55, .12), yellow=(.93, .86, .2), green=(.2, .66, .25),
@@ -235,8 +410,28 @@ TEXTURES = dict(plain=_plain, striped=_stripes, checked=_checks, spotted=_spots,
 # shared by all classes
 COATS = (("plain", (.62, .6, .56)), ("plain", (.35, .28, .24)), ("striped", (.7, .68, .5)), ("checked", (.5, .55, .6)))
 
-def paint(texture: str, colour: tuple[float, float, float], u: Array, v: Array, frequency: float) -> Array:
-    "Colour planes (3, h, w) in [0, 1]: `colour` modulated by `texture` with `frequency` cycles per local unit."
+def paint(
+    texture: str,                        # one of TEXTURES
+    colour: tuple[float, float, float],  # RGB, 0 to 1
+    u: Array,                            # columns (h, w), rising to the right
+    v: Array,                            # rows (h, w), rising downwards
+    frequency: float,                    # cycles per local unit
+) -> Array:
+    """Colour planes (3, h, w) in [0, 1]: `colour` modulated by `texture` with `frequency` cycles per local unit.
+
+    Parameters
+    ----------
+    texture : str
+        one of TEXTURES
+    colour : tuple[float, float, float]
+        RGB, 0 to 1
+    u : Array
+        columns (h, w), rising to the right
+    v : Array
+        rows (h, w), rising downwards
+    frequency : float
+        cycles per local unit
+    """
     pattern = TEXTURES[texture](u*np.float32(frequency), v*np.float32(frequency))
     tone = np.float32(.38) + np.float32(.62)*pattern
     return np.asarray(colour, np.float32)[:, None, None]*tone
@@ -260,8 +455,22 @@ def noise_bank() -> Array:
     planes = [sum(_octave(rng, 2**k)*np.float32(round(.64**(k - 2), 9)) for k in range(2, 9)) for _ in range(BANK)]
     return np.clip(np.stack(planes)*np.float32(.8), -1, 1)
 
-def noise(rng: np.random.Generator, size: int, coarse: float = 1.) -> Array:
-    "A random `size` x `size` window of the bank; `coarse` > 1 leaves out fine detail by enlarging a smaller window."
+def noise(
+    rng: np.random.Generator,  # that chooses the window
+    size: int,                 # side in pixels
+    coarse: float = 1.,        # factor by which a smaller window is enlarged
+) -> Array:
+    """A random `size` x `size` window of the bank; `coarse` > 1 leaves out fine detail by enlarging a smaller window.
+
+    Parameters
+    ----------
+    rng : np.random.Generator
+        that chooses the window
+    size : int
+        side in pixels
+    coarse : float
+        factor by which a smaller window is enlarged
+    """
     side = max(8, int(size/coarse))
     oy, ox = int(rng.random()*BANK_SIZE), int(rng.random()*BANK_SIZE)
     step = np.arange(size)*side//size
@@ -271,11 +480,23 @@ def noise(rng: np.random.Generator, size: int, coarse: float = 1.) -> Array:
 # %% ../../nbs/world/47_scenes.ipynb #8734c4ab
 @dataclass(frozen=True)
 class Ground:
-    "A nameable background: two colours mixed by a pattern over (noise, x, y), all (h, w) with x, y in [0, 1]."
-    name: str
-    dark: tuple[float, float, float]
-    light: tuple[float, float, float]
-    pattern: Callable[[Array, Array, Array], Array]
+    """A nameable background: two colours mixed by a pattern over (noise, x, y), all (h, w) with x, y in [0, 1].
+
+    Attributes
+    ----------
+    name : str
+        in captions
+    dark : tuple[float, float, float]
+        RGB, 0 to 1
+    light : tuple[float, float, float]
+        RGB, 0 to 1
+    pattern : Callable[[Array, Array, Array], Array]
+        (noise, x, y) -> share of the light colour
+    """
+    name: str  # in captions
+    dark: tuple[float, float, float]  # RGB, 0 to 1
+    light: tuple[float, float, float]  # RGB, 0 to 1
+    pattern: Callable[[Array, Array, Array], Array]  # (noise, x, y) -> share of the light colour
 
 def _soft(n, x, y): return np.float32(.5) + np.float32(.5)*n
 def _ripples(n, x, y):
@@ -315,6 +536,9 @@ GROUNDS = (
     Ground("rain", (.25, .3, .36), (.68, .74, .8), _streaks), Ground("tiles", (.3, .38, .4), (.85, .9, .88), _tiles),
     Ground("forest", (.05, .14, .07), (.3, .45, .18), _canopy), Ground("fog", (.6, .6, .62), (.88, .88, .9), _layers))
 WORLD_BACKGROUNDS = tuple(ground.name for ground in GROUNDS)
+
+WORLD_DOMAIN = Domain("the embedded world", "drawn by a program, so these figures compare methods and say nothing about photographs", WORLD_CLASSES,
+                      unseen=WORLD_CLASSES[3::4], background=WORLD_BACKGROUNDS, side=224, mu=.12)   # every fourth kind has no masks in zero-shot training
 
 # %% ../../nbs/world/47_scenes.ipynb #bc54d0e0
 @dataclass(frozen=True)
@@ -371,6 +595,8 @@ class Scene:
         (H, W, 3) uint8
     mask : Array
         (H, W) uint8: 0 background, 1..20 = WORLD_CLASSES, 255 void along borders
+    caption : str
+        what is on it, in words
     classes : tuple[str, ...]
         visible classes, in the order of WORLD_CLASSES
     background : str|None
@@ -378,7 +604,7 @@ class Scene:
     """
     image: Array              # (H, W, 3) uint8
     mask: Array               # (H, W) uint8: 0 background, 1..20 = WORLD_CLASSES, 255 void along borders
-    caption: str
+    caption: str              # what is on it, in words
     classes: tuple[str, ...]  # visible classes, in the order of WORLD_CLASSES
     background: str|None      # the background's name, when it has one
 
@@ -546,8 +772,16 @@ def _distract(rng: np.random.Generator, canvas: Array, knobs: Difficulty) -> Non
 _OPENINGS = ("a picture of", "a photo of", "", "a drawing of", "we see")
 _PLURALS = dict(fish="fish", key="keys", butterfly="butterflies", mug="mugs")
 
-def plural(name: str) -> str:
-    "The plural of a class name, as captions write it."
+def plural(
+    name: str,  # of a class
+) -> str:
+    """The plural of a class name, as captions write it.
+
+    Parameters
+    ----------
+    name : str
+        of a class
+    """
     if name in _PLURALS: return _PLURALS[name]
     return name + ("es" if name.endswith(("s", "sh", "ch")) else "s")
 
@@ -574,8 +808,25 @@ def _ground(rng: np.random.Generator, chosen: list[int], knobs: Difficulty) -> G
     if habitat and _coin(rng, knobs.habitat): return next(g for g in GROUNDS if g.name == habitat)
     return _pick(rng, GROUNDS) if _coin(rng, knobs.named) else None
 
-def compose(rng: np.random.Generator, size: int, knobs: Difficulty, first: int|None = None) -> Scene:
-    "Make one scene of `size` x `size` pixels from a stream of random numbers; `first` forces the main class."
+def compose(
+    rng: np.random.Generator,  # stream of random numbers
+    size: int,                 # side in pixels
+    knobs: Difficulty,         # how hard scenes are
+    first: int|None = None,    # index of the main class; None = any
+) -> Scene:
+    """Make one scene of `size` x `size` pixels from a stream of random numbers; `first` forces the main class.
+
+    Parameters
+    ----------
+    rng : np.random.Generator
+        stream of random numbers
+    size : int
+        side in pixels
+    knobs : Difficulty
+        how hard scenes are
+    first : int|None
+        index of the main class; None = any
+    """
     chosen = _choose(rng, knobs)
     if first is not None: chosen = [first] + [c for c in chosen[1:] if c != first]
     ground = _ground(rng, chosen, knobs)
@@ -601,8 +852,26 @@ class World:
     """Scenes of one seed and split, by index: `World(0, "test")[3]` is the same scene on every machine.
 
     `size` is the side of the pictures in pixels, `difficulty` one of DIFFICULTIES or an instance of `Difficulty`. Raises `InputError`
-    for an unknown split or difficulty, a side outside 32..1024, and an index below 0."""
-    def __init__(self, seed: int = 0, split: str = "train", size: int = 224, difficulty: str|Difficulty = "medium"):
+    for an unknown split or difficulty, a side outside 32..1024, and an index below 0.
+
+    Parameters
+    ----------
+    seed : int
+        other numbers give other scenes
+    split : str
+        "train", "val" or "test"
+    size : int
+        side of a scene, pixels
+    difficulty : str|Difficulty
+        "easy", "medium", "hard", or your own
+    """
+    def __init__(
+        self,
+        seed: int = 0,                          # other numbers give other scenes
+        split: str = "train",                   # "train", "val" or "test"
+        size: int = 224,                        # side of a scene, pixels
+        difficulty: str|Difficulty = "medium",  # "easy", "medium", "hard", or your own
+    ):
         if split not in SPLITS: raise InputError(f"split {split!r} is unknown: choose one of {', '.join(SPLITS)}")
         if isinstance(difficulty, str) and difficulty not in DIFFICULTIES:
             raise InputError(f"difficulty {difficulty!r} is unknown: choose one of {', '.join(DIFFICULTIES)}")
@@ -632,13 +901,13 @@ def _write_scene(job: tuple[World, int, str, str]) -> tuple[str, tuple[str, ...]
 def write_world(
     folder: str,                   # made when missing; must be empty otherwise
     train: int = 2000, val: int = 500, test: int = 500,  # scenes per split
-    seed: int = 0,
+    seed: int = 0,                                       # other numbers give other scenes
     size: int = 224,               # side of the pictures in pixels
-    difficulty: str = "medium",
+    difficulty: str = "medium",                          # "easy", "medium" or "hard"
     workers: int|None = None,      # processes; None = one per core
 ) -> None:
     """Write a world to disk in VOC layout: pictures as PNG (no JPEG blocks, whose frequencies would be measured with the picture's),
-    palette masks, `classes.txt`, `labels.txt`, `captions.txt` and an id list for each split that has scenes.
+    palette masks, `classes.txt`, `labels.txt`, `captions.txt`, `domain.json` and an id list for each split that has scenes.
 
     Raises `InputError` for a folder that is not empty, or cannot be written. Lists are written last: a folder without them is incomplete.
 
@@ -652,8 +921,12 @@ def write_world(
         scenes per split
     test : int
         scenes per split
+    seed : int
+        other numbers give other scenes
     size : int
         side of the pictures in pixels
+    difficulty : str
+        "easy", "medium" or "hard"
     workers : int|None
         processes; None = one per core
     """
@@ -681,11 +954,20 @@ def _written(jobs: list, workers: int|None) -> list[tuple[str, tuple[str, ...], 
     try: return list(tqdm(pool.map(_write_scene, jobs, chunksize=16), **bar))
     finally: pool.shutdown(cancel_futures=True)
 
+def write_domain(folder: "Path") -> None:
+    "Write what is to be known of the world's scenes, besides their classes, into a folder of them."
+    write_json(folder/"domain.json", {name: value for name, value in asdict(WORLD_DOMAIN).items() if value and name != "classes"})
+
+def recorded_caveat(record: dict) -> str:
+    "What a report says of its pictures. Those of earlier versions say only whether they are scenes of this world."
+    return record.get("caveat", WORLD_DOMAIN.caveat if record.get("world") else "")
+
 def _write_lists(folder: "Path", rows: list[tuple[str, tuple[str, ...], str]]) -> None:
     "Class names, image labels, captions and id lists of a world on disk."
     from freqseg.lists import write_labels
     present = np.array([[name in classes for name in WORLD_CLASSES] for _, classes, _ in rows])
     write_labels(folder/"labels.txt", [name for name, *_ in rows], present, WORLD_CLASSES)
+    write_domain(folder)
     texts = {"classes.txt": WORLD_CLASSES, "captions.txt": [f"{name}\t{caption}" for name, _, caption in rows]}
     for split in SPLITS:
         ids = [name for name, *_ in rows if name.startswith(split)]
