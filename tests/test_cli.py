@@ -1,6 +1,9 @@
 """The command line end to end: what each command makes, and that it says so."""
 
+import argparse
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import freqseg
-from freqseg.faces.cli import cam_prompts, fitted_size, main, output_names, picture_files
+from freqseg.faces.cli import build_parser, cam_prompts, fitted_size, main, output_names, picture_files
 from freqseg.clip import Backbone, load_clip
 from freqseg.pictures import read_mask
 from freqseg.maps import METHODS
@@ -72,6 +75,83 @@ def test_every_command_explains_itself_with_defaults(command: str, capsys: pytes
     assert f"usage: freqseg {command}" in text and len(text.splitlines()) > 6
 
 
+# ---- one word for one thing -----------------------------------------------------------------------------------------
+
+def parse(words: list[str]) -> argparse.Namespace:
+    "What the parser makes of a command."
+    return build_parser().parse_args(words)
+
+
+def test_an_option_of_several_commands_is_the_same_on_each() -> None:
+    commands = next(iter(parse(["check", "x"]) and build_parser()._subparsers._group_actions)).choices
+    meanings: dict[str, set] = {}
+    for command in commands.values():
+        for name, action in command.options.items(): meanings.setdefault(name, set()).add((action.dest, action.type, action.metavar, str(action.choices)))
+    assert len(commands) == 13 and {"--model", "--methods", "--data", "--classes", "--out", "--side"} <= meanings.keys()
+    assert {name for name, kinds in meanings.items() if len(kinds) > 1} == {"--out"}   # a folder, or PATH for what may be a file
+
+
+OLD_SPELLINGS = [
+    (["segment", "a.png", "--checkpoint", "dfa"], "--model", "dfa"), (["cam", "a.png", "--classes", "a", "--size", "64"], "--side", 64),
+    (["seeds", "world", "--size", "64"], "--side", 64), (["seeds", "world", "--tune-split", "val"], "--threshold-split", "val"),
+    (["cost", "--json", "c.json"], "--out", "c.json")]
+
+
+@pytest.mark.parametrize(("words", "today", "value"), OLD_SPELLINGS, ids=lambda value: " ".join(value[-2:]) if isinstance(value, list) else "")
+def test_an_old_spelling_works_and_says_what_it_is_called_now(words: list[str], today: str, value: object, capsys: pytest.CaptureFixture[str]) -> None:
+    args = parse(words)
+    assert getattr(args, today[2:].replace("-", "_")) == value
+    assert capsys.readouterr().err == f"freqseg: {words[-2]} is now called {today}.\n"
+    assert vars(parse([*words[:-2], today, words[-1]])) == vars(args) and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["seeds", "world"], ["cam", "a.png", "--classes", "a"]])
+def test_method_and_methods_are_one_option(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse([*words, "--method", "low"]) == parse([*words, "--methods", "low"]) and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["seeds", "scenes"], ["check", "scenes"], ["evaluate", "dfa"]])
+def test_what_stands_alone_may_have_its_option(words: list[str]) -> None:
+    option = "--model" if words[0] == "evaluate" else "--data"
+    assert parse(words) == parse([words[0], option, words[1]])
+
+
+@pytest.mark.parametrize(("words", "usage", "message"), [
+    ("trian dfa", "freqseg", "unknown command 'trian'; did you mean 'train'?"),
+    ("cam x.png --clases dog", "freqseg cam", "there is no --clases here; did you mean --classes?"),
+    ("cam x.png --classes dog --grid mu=1,2", "freqseg cam", "there is no --grid here; --grid NAME=A,B,... is an option of freqseg sweep"),
+    ("cost --side 3", "freqseg cost", "did you mean --size? --side PIXELS is an option of freqseg cam, freqseg seeds, freqseg evaluate, freqseg segment"),
+    ("seeds world --device cdua", "freqseg seeds", "did you mean 'cuda'?"),
+    ("evaluate dfa --precision bf61", "freqseg evaluate", "did you mean 'bf16'?"),
+    ("--verison", "freqseg", "did you mean --version?"),
+    ("check x y", "freqseg check", "unrecognized arguments: y"),
+    ("train --preset smoke", "freqseg train", "the following arguments are required: SYSTEM")])
+def test_a_typing_error_gets_the_nearest_name_and_the_usage_of_its_command(words: str, usage: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught: main(words.split())
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and said.startswith(f"usage: {usage} [-h]") and said.rstrip().endswith(message)
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    ("cost dfaa", "Did you mean 'dfa'?"), ("seeds world --methods gradcan", "Did you mean 'gradcam'?"), ("world --out w --difficulty hrad", "Did you mean 'hard'?"),
+    ("lab compare_sistems", "Did you mean 'compare_systems'?"),
+    ("evaluate weclip --data {scenes} --split test --crf wclip", "Did you mean 'weclip'?"), ("evaluate weclip --data {scenes} --split tst", "the folder has test"),
+    ("evaluate weclip --data {scenes} --split test --corrupt nose", "Did you mean 'noise'?"), ("segment {scenes}/JPEGImages --model wecilp", "there is no wecilp"),
+    ("segment {scenes}/JPEGImages", "name a trained system with --model"), ("evaluate", "name a trained system with --model"), ("check", "name the data set's folder"),
+    ("seeds", "name the data set"), ("check {scenes} --fix-list {scenes}", "it is a folder"), ("world --measure {scenes}", "it is a folder")])
+def test_a_wrong_value_gets_the_nearest_one(words: str, message: str, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                            capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(words.format(scenes=scenes).split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_letters_that_the_terminal_lacks_stop_nothing(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", "from freqseg.faces.cli import main; raise SystemExit(main())", "world", "--out", str(tmp_path / "猫"), "--train", "0", "--val", "0", "--test", "1",
+                           "--size", "64"], capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, timeout=120)
+    assert done.returncode == 0 and b"\\u732b" in done.stdout
+
+
 # ---- names and sizes ------------------------------------------------------------------------------------------------
 
 @given(st.lists(st.text("abc ", min_size=1).filter(str.strip), min_size=1, unique_by=lambda name: " ".join(name.split())))
@@ -110,7 +190,7 @@ def test_work_in_the_background_gives_its_result_and_its_error() -> None:
 def test_cam_makes_a_picture_and_arrays_of_every_map(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = scenes / "JPEGImages" / "test_000000.png"
     assert main(["cam", str(picture), "--classes", "fish, star", *WORLD, "--out", str(tmp_path)]) == 0
-    assert "1 picture" in capsys.readouterr().out
+    assert f"1 picture, {len(METHODS)} maps each: {tmp_path / 'test_000000.png'}; the arrays: {tmp_path / 'test_000000.npz'}\n" == capsys.readouterr().out
     maps = arrays(tmp_path / "test_000000.npz")
     assert set(maps) == set(METHODS)
     assert all(cam.shape == (2, 28, 28) and cam.min() >= 0 and cam.max() <= 1 + 1e-5 for cam in maps.values())
@@ -118,11 +198,32 @@ def test_cam_makes_a_picture_and_arrays_of_every_map(scenes: Path, tmp_path: Pat
         assert panel.width > 100 * len(METHODS)
 
 
+@pytest.mark.parametrize("model", ["dfa", "sptseg"])
+def test_cam_of_a_trained_system_shows_its_own_map_beside_those_of_its_clip(model: str, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["cam", str(scenes / "JPEGImages" / "test_000000.png"), "--classes", "fish, star", "--device", "cpu", "--side", "112"]
+    assert main([*words, "--model", model, "--methods", "gradcam,trained", "--out", str(tmp_path / "own")]) == 0
+    assert main([*words, "--model", "world", "--methods", "gradcam", "--out", str(tmp_path / "clip")]) == 0
+    own, clip = (arrays(tmp_path / folder / "test_000000.npz") for folder in ("own", "clip"))
+    np.testing.assert_allclose(own["gradcam"], clip["gradcam"], atol=1e-5)
+    assert own["trained"].shape == (2, 14, 14) and 0 <= own["trained"].min() < own["trained"].max() <= 1
+    assert main([*words, "--model", "world", "--methods", "trained", "--out", str(tmp_path)]) == 2
+    assert "unknown method 'trained'" in capsys.readouterr().err
+
+
+def test_a_link_that_leads_nowhere_is_one_bad_picture(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(scenes / "JPEGImages" / "test_000000.png", tmp_path / "good.png")
+    (tmp_path / "bad.png").symlink_to(tmp_path / "nowhere.png")
+    for command in (["cam", "--classes", "fish", "--methods", "gradcam", *WORLD, "--side", "112"], ["segment", "--model", "weclip", "--device", "cpu", "--no-flip"]):
+        assert main([command[0], str(tmp_path), *command[1:], "--out", str(tmp_path / command[0])]) == 2
+        said = capsys.readouterr()
+        assert "bad.png" in said.err and str(tmp_path / command[0] / "good.png") in said.out
+
+
 @pytest.mark.slow
 def test_cam_gives_a_picture_in_a_batch_the_maps_that_it_gets_alone(scenes: Path, tmp_path: Path) -> None:
-    options = ["--classes", "key, moon, comb", *WORLD, "--size", "112"]
-    assert main(["cam", str(scenes / "JPEGImages" / "test_*.png"), *options, "--method", FEW, "--batch", "3", "--out", str(tmp_path / "many")]) == 0
-    assert main(["cam", str(scenes / "JPEGImages" / "test_000003.png"), *options, "--method", FEW, "--out", str(tmp_path / "one")]) == 0
+    options = ["--classes", "key, moon, comb", *WORLD, "--side", "112"]
+    assert main(["cam", str(scenes / "JPEGImages" / "test_*.png"), *options, "--methods", FEW, "--batch", "3", "--out", str(tmp_path / "many")]) == 0
+    assert main(["cam", str(scenes / "JPEGImages" / "test_000003.png"), *options, "--methods", FEW, "--out", str(tmp_path / "one")]) == 0
     assert len(list((tmp_path / "many").glob("*.npz"))) == 5
     many, one = (arrays(tmp_path / folder / "test_000003.npz") for folder in ("many", "one"))
     for name in one:
@@ -132,7 +233,7 @@ def test_cam_gives_a_picture_in_a_batch_the_maps_that_it_gets_alone(scenes: Path
 def test_cam_takes_pictures_of_different_shapes_together(scenes: Path, tmp_path: Path) -> None:
     for name, size in (("wide", (200, 100)), ("tall", (100, 200)), ("square", (100, 100)), ("wide2", (400, 200))):
         Image.open(scenes / "JPEGImages" / "val_000000.png").resize(size).save(tmp_path / f"{name}.jpg")
-    assert main(["cam", str(tmp_path), "--classes", "fish", "--method", "gradcam", *WORLD, "--size", "112", "--out", str(tmp_path / "out")]) == 0
+    assert main(["cam", str(tmp_path), "--classes", "fish", "--methods", "gradcam", *WORLD, "--side", "112", "--out", str(tmp_path / "out")]) == 0
     shapes = {path.stem: np.load(path)["gradcam"].shape for path in (tmp_path / "out").glob("*.npz")}
     assert shapes == {"wide": (1, 7, 14), "wide2": (1, 7, 14), "tall": (1, 14, 7), "square": (1, 14, 14)}
 
@@ -149,7 +250,7 @@ def test_scores_tell_classes_that_are_there_from_others(tmp_path: Path) -> None:
     world = World(0, "test", 112)
     for index in range(8):
         Image.fromarray(world[index].image).save(tmp_path / f"{index}.png")
-    words = ["cam", str(tmp_path), "--classes", ",".join(WORLD_CLASSES), "--method", "patch_text", *WORLD, "--size", "112", "--out", str(tmp_path / "out")]
+    words = ["cam", str(tmp_path), "--classes", ",".join(WORLD_CLASSES), "--methods", "patch_text", *WORLD, "--side", "112", "--out", str(tmp_path / "out")]
     assert main(words) == 0
     there, absent = [], []
     for index in range(8):
@@ -165,7 +266,7 @@ def test_the_tower_looks_once_at_a_picture(scenes: Path, tmp_path: Path, monkeyp
         return looks[-1]
     monkeypatch.setattr(Backbone, "encode", counted)
     picture = str(scenes / "JPEGImages" / "val_000001.png")
-    assert main(["cam", picture, "--classes", "house, star", "--method", "all", *WORLD, "--out", str(tmp_path)]) == 0
+    assert main(["cam", picture, "--classes", "house, star", "--methods", "all", *WORLD, "--out", str(tmp_path)]) == 0
     seen, = looks
     prompts = torch.cat(cam_prompts(load_clip("world"), ["house", "star"]))
     cosines = torch.nn.functional.normalize(seen.cls_embedding, dim=-1) @ prompts.T
@@ -218,12 +319,14 @@ def test_run_lists_parameters_and_runs_with_them(tmp_path: Path, capsys: pytest.
     assert "0.5" in json.dumps(json.loads((tmp_path / "out" / "n.ipynb").read_text())["cells"][-1]["outputs"])
     assert main(["run", str(tmp_path / "n.ipynb"), "--out", str(tmp_path / "out"), "-p", "nu=0.25"]) == 2
     assert "Did you mean 'mu'?" in capsys.readouterr().err
+    assert main(["run", str(tmp_path / "n.ipynb"), "--out", str(tmp_path / "out"), "-p", "mu"]) == 2
+    assert "-p mu: give a name and a value" in capsys.readouterr().err
 
 
 # ---- seeds and demo -------------------------------------------------------------------------------------------------
 
 def test_seeds_print_a_table_and_write_it_as_markdown_json_and_chart(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["seeds", str(scenes), "--split", "test", "--tune-split", "val", "--methods", "gradcam,smoothed", *WORLD, "--size", "112", "--out", str(tmp_path)]
+    words = ["seeds", str(scenes), "--split", "test", "--threshold-split", "val", "--methods", "gradcam,smoothed", *WORLD, "--side", "112", "--out", str(tmp_path)]
     assert main(words) == 0
     printed = capsys.readouterr().out
     assert "gradcam" in printed and "smoothed" in printed
@@ -231,9 +334,23 @@ def test_seeds_print_a_table_and_write_it_as_markdown_json_and_chart(scenes: Pat
     assert "gradcam" in next(tmp_path.glob("*.md")).read_text() and json.loads(next(tmp_path.glob("*.json")).read_text())
 
 
+def test_seeds_of_something_else_are_not_replaced_unasked(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["seeds", str(scenes), "--split", "test", "--methods", "gradcam", *WORLD, "--side", "112", "--limit", "2"]
+    assert main(words) == 0 and main(words) == 0   # the same command may make its own result again
+    assert [path.as_posix() for path in Path("runs").rglob("*.json")] == ["runs/seeds/scenes-test-world-CLIP/seeds.json"]
+    before = Path("runs/seeds/scenes-test-world-CLIP/seeds.json").read_bytes()
+    assert main([*words, "--mu", "0.2"]) == 2
+    said = capsys.readouterr().err
+    assert "is the result of another command" in said and "--limit 2)" in said and "--overwrite" in said
+    assert Path("runs/seeds/scenes-test-world-CLIP/seeds.json").read_bytes() == before
+    assert main([*words, "--mu", "0.2", "--overwrite"]) == 0
+
+
 @pytest.mark.slow
 def test_seeds_of_the_world_draw_their_own_scenes_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["seeds", "world", "--methods", "gradcam", *WORLD, "--size", "112", "--limit", "3", "--out", str(tmp_path)]
+    words = ["seeds", "world", "--methods", "gradcam", *WORLD, "--side", "112", "--limit", "3", "--out", str(tmp_path)]
     assert main(words) == 0
     first = {path: path.stat().st_mtime_ns for path in (tmp_path / "world").rglob("*.png")}
     assert len(first) == 12
