@@ -156,6 +156,7 @@ def known_systems() -> list[str]:
     "Names of all systems, sorted: those of the package, and your own that were defined or loaded."
     package = importlib.import_module("freqseg.systems")
     for room in pkgutil.iter_modules(package.__path__): importlib.import_module(f"freqseg.systems.{room.name}")
+    for name in [name for name, kind in SYSTEMS.items() if kind.__module__ not in sys.modules]: del SYSTEMS[name]   # of a file that failed further down
     return sorted(SYSTEMS)
 
 def system_named(
@@ -172,7 +173,7 @@ def system_named(
     """
     target = split_target(text)
     if target is None:
-        if text not in SYSTEMS and text not in known_systems(): raise unknown_name(text, sorted(SYSTEMS), "system")
+        if text not in (known := known_systems()): raise unknown_name(text, known, "system")
         return SYSTEMS[text]
     kind = load_target(*target, System)
     if SYSTEMS.get(kind.name) is kind: return kind
