@@ -60,7 +60,7 @@ def made(kind: type, **values: Any) -> Any:
 
 def test_there_are_the_classes_that_are_meant() -> None:
     assert {"DFAOptions", "FFROptions", "Preset", "RunOptions", "TrainSettings", "Inference", "View", "CRFSettings", "DualAffinitySettings",
-            *(system.Options.__name__ for system in SYSTEMS.values())} <= {kind.__name__ for kind in KINDS}
+            *(system.Options.__name__ for system in map(system_named, known_systems()))} <= {kind.__name__ for kind in KINDS}
 
 
 @EVERY

@@ -19,7 +19,8 @@ from torch import Tensor
 from ..cam import pseudo_labels
 from ..clip import Backbone
 from ..data import SegmentationFolder, open_dataset
-from .cli import (CamJob, cam_prompts, cam_settings, fitted_size, longest_side, panel_titles, scenes_on_disk,
+from .segment_cli import cam_settings
+from .cli import (CamJob, cam_prompts, fitted_size, longest_side, panel_titles, scenes_on_disk,
                                zero_shot_probabilities)
 from .explorer import Subject, open_model, scene
 from .plots import Sheet, as_picture, cam_panel, mask_panel, png_bytes, save_figure

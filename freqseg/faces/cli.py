@@ -342,7 +342,7 @@ def add_cam(commands: Any) -> None:
     parser = commands.add_parser("cam", help="where CLIP sees your classes: full map, bands, refinements", description=cam_command.__doc__)
     parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="files, folders or patterns")
     add_option(parser, "--classes", required=True, help='what they may show, for example "dog, traffic light"')
-    parser.add_argument("--background", metavar="NAMES", help="what else may be there; none for nothing (default: WeCLIP's list, or the world's)")
+    add_option(parser, "--background")
     add_option(parser, "--out", default="runs/cam", help="where pictures and arrays go (default: runs/cam)")
     add_model(parser, "twice the model's own, 448 for ViT-B-16")
     parser.set_defaults(run=cam_command)

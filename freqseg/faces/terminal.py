@@ -270,6 +270,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--skip-bad": dict(action="store_true", help="leave out pictures that cannot be read, and say which"),
     "--classes": dict(metavar="NAMES"),
     "--methods": dict(default="all", metavar="NAMES", help="kinds of maps, comma-separated (default: all; --names lists them)"),
+    "--method": dict(metavar="NAME"),
+    "--background": dict(metavar="NAMES", help="what else may be there; none for nothing (default: WeCLIP's list, or the world's)"),
     "--mu": dict(type=frequency, metavar="F", help="cut-off between low and high band, cycles per token, 0 to 0.5 (default: the model's)"),
     "--side": dict(type=positive, metavar="PIXELS", help="longer side to which pictures are resized (default: as in the files)"),
     "--short": dict(type=positive, metavar="PIXELS", help="the same of the shorter side"),
