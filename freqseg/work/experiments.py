@@ -194,8 +194,9 @@ def plan(
     base = PRESETS[system][run.preset]
     chosen = replace(base, **groups["preset"], settings=replace(base.settings, **groups["schedule"]))
     if not chosen.data: raise InputError(f"preset {run.preset} needs the data: give data, the folder of the data set.")
-    own = {**base.options, **groups["system"]}
-    options = system_named(system).Options.read(own)
+    kind = system_named(system).Options
+    own = {**kind.current(base.options), **groups["system"]}
+    options = kind(**own)
     given = {name: value for group in groups.values() for name, value in group.items()}
     return Plan(system, run.preset, chosen, {name: getattr(options, name) for name in own}, run.out or Path(f"runs/{system}"), run.device, run.limit, given)
 
