@@ -232,8 +232,8 @@ def plan(
     base = presets[run.preset]
     chosen = replace(base, **groups["preset"], settings=replace(base.settings, **groups["schedule"]))
     if not chosen.data: raise InputError(f"preset {run.preset} needs the data: give data, the folder of the data set.")
-    own = {**base.options, **groups["system"]}
-    options = kind.Options.read(own)
+    own = {**kind.Options.current(base.options), **groups["system"]}
+    options = kind.Options(**own)
     given = {name: value for group in groups.values() for name, value in group.items()}
     return Plan(system, run.preset, chosen, {name: getattr(options, name) for name in own}, run.out or Path(f"runs/{kind.name}"), run.device, run.limit, given)
 

@@ -804,10 +804,12 @@ def _read_run(out: Path, system: Trainable) -> dict[str, Any]:
     try: there = dict(json.loads((out/"run.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{out/'run.json'} cannot be read ({error}). Restore it, or choose another out folder.") from error
-    there["settings"] = {name: value for name, value in _as_today(there.get("settings"), TrainSettings).items() if name not in _FREE} if isinstance(there.get("settings"), dict) else None
+    if isinstance(settings := there.get("settings"), dict):
+        there["settings"] = {name: value for name, value in _as_today(settings, TrainSettings).items() if name not in _FREE}
+    if isinstance(identity := there.get("identity"), dict):
+        there["identity"] = {"resize_range" if name == "scale" else name: value for name, value in identity.items()}
     config = there["system"].get("config") if isinstance(there.get("system"), dict) else None
     if isinstance(config, dict) and "options" in config: config["options"] = _as_today(config["options"], getattr(system, "Options", object))
-    if isinstance(there.get("identity"), dict): there["identity"] = {"resize_range" if name == "scale" else name: value for name, value in there["identity"].items()}
     return there
 
 def _complete_best(out: Path, saved: Checkpoint) -> None:
