@@ -1658,6 +1658,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'freqseg/work/experiments.py'),
                                           'freqseg.work.experiments._require_kind': ( 'work/experiments.html#_require_kind',
                                                                                       'freqseg/work/experiments.py'),
+                                          'freqseg.work.experiments._require_known': ( 'work/experiments.html#_require_known',
+                                                                                       'freqseg/work/experiments.py'),
                                           'freqseg.work.experiments._spelt': ( 'work/experiments.html#_spelt',
                                                                                'freqseg/work/experiments.py'),
                                           'freqseg.work.experiments._stated': ( 'work/experiments.html#_stated',

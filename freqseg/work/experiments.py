@@ -9,7 +9,7 @@ __all__ = ['BASES', 'RUN', 'Preset', 'Plan', 'known_parameters', 'plan', 'preset
 
 # %% ../../nbs/work/60_experiments.ipynb #f5cd684f
 import contextlib, inspect, io, json, re, shlex, shutil, time, warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -73,10 +73,12 @@ class Preset:
 _VOC = Preset("", train_split="train_aug", settings=TrainSettings(30_000), crf="weclip")
 _LARGE = replace(_VOC, train_split="train", settings=TrainSettings(80_000, validate_every=5000))   # what is common to COCO and COCO-Stuff
 _WORLD = Preset("world", "world", "", test_split="test", scenes=(3200, 100, 200), crop=128, scale=(.6, 1.1),
-                settings=TrainSettings(400, batch=8, lr=1e-3, warmup=20, validate_every=200, save_every=100, log_every=20, workers=1))
+                settings=TrainSettings(400, batch=8, lr=1e-3, warmup=20, validate_every=200, save_every=100, log_every=20,
+                                       workers=1))
 _SMOKE = replace(_WORLD, scenes=(16, 8, 8), crop=80,
-                 settings=TrainSettings(6, batch=2, lr=1e-3, warmup=2, validate_every=0, save_every=3, log_every=2, workers=0))
-BASES: dict[str, Preset] = {"voc": _VOC, "coco": _LARGE, "coco_stuff": _LARGE, "world": _WORLD, "smoke": _SMOKE}   # of the presets of all systems
+                 settings=TrainSettings(6, batch=2, lr=1e-3, warmup=2, validate_every=0, save_every=3, log_every=2,
+                                        workers=0))
+BASES: dict[str, Preset] = {"voc": _VOC, "coco": _LARGE, "coco_stuff": _LARGE, "world": _WORLD, "smoke": _SMOKE}
 
 # %% ../../nbs/work/60_experiments.ipynb #35fc21c2
 @dataclass(frozen=True)
@@ -140,19 +142,19 @@ def _require_kind(name: str, value: Any, hint: Any) -> None:
         raise InputError(f"{name}={value!r}: give {' or '.join(words for _, words in kinds)}.")
 
 def _flat(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    "What was given, `options` taken apart, without what is left to the preset. Raises `InputError` when `options` is no dictionary."
+    "What was given, `options` taken apart. Raises `InputError` when `options` is no dictionary."
     options = parameters.get("options") or {}
-    if not isinstance(options, Mapping): raise InputError(f"options={options!r}: give a dictionary of options of the system, such as {{'dim': 64}}.")
+    if not isinstance(options, Mapping):
+        raise InputError(f"options={options!r}: give a dictionary of options of the system, such as {{'dim': 64}}.")
     return {name: value for name, value in {**options, **parameters}.items() if value is not None and name != "options"}
 
 def plan(
     system: str,                     # a name, or FILE.py:CLASS
-    parameters: Mapping[str, Any],   # flat; None = what the preset says, "none" = no value at all; `options` may hold some of the system's as a dictionary
+    parameters: Mapping[str, Any],   # flat, or the system's in `options`; None = what the preset says, "none" = no value
 ) -> Plan:
     "Resolve parameters. Raises `InputError` for an unknown system, preset or parameter, naming the nearest, and for values that cannot be."
-    known, given = known_parameters(system), _flat(parameters)
-    for name in given:
-        if not any(name in names for names in known.values()): raise unknown_name(name, [n for names in known.values() for n in names], f"parameter of {system}")
+    given = _flat(parameters)
+    _require_known(system, given)
     given = {name: _stated(system, name, value) for name, value in given.items()}
     check_parameters(parameter_defaults(system), {name: value for name, value in given.items() if value is not None})
     for name, value in given.items(): _require_kind(name, value, _hints(system).get(name))
@@ -162,13 +164,14 @@ def plan(
     if not chosen.data: raise InputError(f"preset {preset} needs the data: give data, the folder of the data set.")
     if (limit := given.get("limit")) is not None and limit < 1: raise InputError(f"limit={limit}: report at least one picture, or leave it out for all.")
     kind.Options(**chosen.options)   # says what is wrong with them
-    return Plan(system, preset, chosen, dict(chosen.options), Path(given.get("out") or f"runs/{kind.name}"), given.get("device", "auto"), limit, given)
+    out = Path(given.get("out") or f"runs/{kind.name}")
+    return Plan(system, preset, chosen, dict(chosen.options), out, given.get("device", "auto"), limit, given)
 
 # %% ../../nbs/work/60_experiments.ipynb #d48891ec
 def presets_of(
     system: str,   # a name, or FILE.py:CLASS
 ) -> dict[str, Preset]:
-    """Presets of a system by name: `world`, `smoke`, and what its class and the classes that it derives from declare in `presets`.
+    """Presets of a system by name: `world`, `smoke`, and what its class and its parents declare in `presets`.
 
     Raises `InputError` for an unknown system, and for a preset or parameter in a declaration that does not exist."""
     declared: dict[str, dict[str, Any]] = {"world": {}, "smoke": {}}
@@ -179,12 +182,18 @@ def presets_of(
     return {name: _overridden(system, base, declared[name]) for name, base in BASES.items() if name in declared}
 
 def _overridden(system: str, base: Preset, values: Mapping[str, Any]) -> Preset:
-    "A preset with other values of flat parameters. Raises `InputError` for a parameter that the system does not have, naming the nearest."
-    known = known_parameters(system)
-    for name in values:
-        if not any(name in names for names in known.values()): raise unknown_name(name, [n for names in known.values() for n in names], f"parameter of {system}")
-    pick = lambda kind: {name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if name in known[kind]}
-    return replace(base, **pick("preset"), settings=replace(base.settings, **pick("schedule")), options={**base.options, **pick("system")})
+    "A preset with other values of flat parameters. Raises `InputError` for a parameter that the system does not have."
+    _require_known(system, values)
+    known, plain = known_parameters(system), {n: tuple(value) if isinstance(value, list) else value for n, value in values.items()}
+    pick = lambda kind: {name: value for name, value in plain.items() if name in known[kind]}
+    return replace(base, **pick("preset"), settings=replace(base.settings, **pick("schedule")),
+                   options={**base.options, **pick("system")})
+
+def _require_known(system: str, names: Iterable[str]) -> None:
+    "Raise `InputError` for a name that is no parameter of a system's experiments, naming the nearest."
+    known = [name for names in known_parameters(system).values() for name in names]
+    for name in names:
+        if name not in known: raise unknown_name(name, known, f"parameter of {system}")
 
 # %% ../../nbs/work/60_experiments.ipynb #e2f5e5e9
 def parameter_defaults(system: str) -> dict[str, Parameter]:
@@ -239,9 +248,11 @@ def parameters_cell(
     known, homes = known_parameters(system), _homes(system)
     papers = ", ".join(name for name in (BASES if general else presets_of(system)) if name not in ("smoke", "world"))
     comments = (_SIZES + (f"; {papers}: the papers' schedules" if papers else ""), *_RUN_COMMENTS)
-    own = [(f"{name} = {json.dumps(value) if value else None}", comment) for (name, value), comment in zip(RUN.items(), comments)]
+    own = [(f"{name} = {json.dumps(value) if value else None}", words) for (name, value), words in zip(RUN.items(), comments)]
     groups = [own, *(_lines(homes[kind], known[kind], told=kind == "system") for kind in ("preset", "schedule", "system"))]
-    if general: groups = [[(f"system = {json.dumps(system)}", _WHICH), *own], *groups[1:3], [("options = None", 'of the system, a dictionary such as {"dim": 64}')]]
+    if general:
+        groups[0].insert(0, (f"system = {json.dumps(system)}", _WHICH))
+        groups[3] = [("options = None", 'of the system, a dictionary such as {"dim": 64}')]
     aligned = [[f"{line:<{max(len(line) for line, _ in group)}}  # {comment}" for line, comment in group] for group in groups]
     return "\n\n".join("\n".join(lines) for lines in aligned)
 
@@ -256,12 +267,13 @@ def training_notebook(
     kind, home = system_named(system), Path(freqseg.__file__).resolve().parent.parent/"nbs"/"train"
     if (home/f"{system}.ipynb").exists(): return home/f"{system}.ipynb"
     if not (home/"system.ipynb").exists():
-        raise InputError(f"there is no {home/'system.ipynb'}: freqseg was installed without its notebooks. Clone its repository and run this there, or "
-                         "train from Python: freqseg.work.experiments.experiment(...).")
+        raise InputError(f"there is no {home/'system.ipynb'}: freqseg was installed without its notebooks. Clone its repository "
+                         "and run this there, or train from Python: freqseg.work.experiments.experiment(...).")
     notebook = nbformat.read(home/"system.ipynb", as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code": cell.outputs, cell.execution_count = [], None
-        if "parameters" in cell.metadata.get("tags", []): cell.source = f"system = {json.dumps(system)}  # {_WHICH}\n{parameters_cell(system)}"
+        if "parameters" in cell.metadata.get("tags", []):
+            cell.source = f"system = {json.dumps(system)}  # {_WHICH}\n{parameters_cell(system)}"
     path = Path(folder)/f"train_{kind.name}.ipynb"
     with atomic_write(path) as partial: nbformat.write(notebook, partial)
     return path
