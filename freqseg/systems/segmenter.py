@@ -99,16 +99,16 @@ class SegmenterOptions(Options):
 class System(nn.Module):
     """What trainer, evaluator and checkpoints know of a system: a frozen backbone, classes, options, and what of it all learns.
 
-    Systems add `training_step(batch, progress)`, losses by name, and `predict(images)`, logits at token resolution. A subclass is known by its `name`,
-    without one by the name of its class in lower case."""
+    Systems add `training_step(batch, progress)`, losses by name, and `predict(images)`, logits at token resolution. A
+    subclass is known by its `name`, without one by the name of its class in lower case."""
     name: ClassVar[str] = "system"
     Options: ClassVar[type] = SegmenterOptions
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}   # preset -> parameters that it sets: of preset, schedule and options; parents' come first
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}   # preset -> values of its parameters; parents' come first
     supervision: ClassVar[str] = "labels"      # what it learns from: image "labels", or "masks"
     activation: ClassVar[str] = "softmax"      # what makes scores of logits: classes compete, or "sigmoid", each by itself
 
     def __init_subclass__(cls, abstract: bool = False, **others: Any) -> None:
-        "Name a system and make it known; `abstract` is for a base of systems. Raises `InputError` when another system has the name."
+        "Name a system, `abstract` if it is a base of systems, and make it known. Raises `InputError` when its name is taken."
         super().__init_subclass__(**others)
         if "name" not in vars(cls): cls.name = cls.__name__.lower()
         if not abstract: _register(cls)
@@ -126,8 +126,8 @@ class System(nn.Module):
     def config(self) -> dict[str, Any]:
         "What builds this system again; JSON can hold it. The class of a user's file says which file that was."
         record = plugin_record(type(self))
-        return dict(system=self.name, backbone=dict(self.backbone.recipe), classes=list(self.classes), options=asdict(self.options),
-                    **({"plugin": record} if record else {}))
+        return dict(system=self.name, backbone=dict(self.backbone.recipe), classes=list(self.classes),
+                    options=asdict(self.options), **({"plugin": record} if record else {}))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         "What an optimiser trains: parameters and the factor on the learning rate."
@@ -150,13 +150,14 @@ class System(nn.Module):
         except RuntimeError as error: raise InputError(f"the weights do not fit {self.name}: {str(error).splitlines()[1].strip()}") from error
 
 # %% ../../nbs/systems/40_segmenter.ipynb #182becc1
-SYSTEMS: dict[str, type[System]] = {}   # name -> class, of every system that was defined so far; `known_systems` completes it
+SYSTEMS: dict[str, type[System]] = {}   # name -> class, of all that were defined; `known_systems` completes it
 
 def known_systems() -> list[str]:
     "Names of all systems, sorted: those of the package, and your own that were defined or loaded."
     package = importlib.import_module("freqseg.systems")
     for room in pkgutil.iter_modules(package.__path__): importlib.import_module(f"freqseg.systems.{room.name}")
-    for name in [name for name, kind in SYSTEMS.items() if kind.__module__ not in sys.modules]: del SYSTEMS[name]   # of a file that failed further down
+    failed = [name for name, kind in SYSTEMS.items() if kind.__module__ not in sys.modules]   # further down in their files
+    for name in failed: del SYSTEMS[name]
     return sorted(SYSTEMS)
 
 def system_named(
@@ -164,7 +165,8 @@ def system_named(
 ) -> type[System]:
     """The system of a name, or of a file of the user's, which is run.
 
-    Raises `InputError` for an unknown name, naming the nearest, for a file that cannot be run, and for a class in it that is no system.
+    Raises `InputError` for an unknown name, naming the nearest, for a file that cannot be run, and for a class in it
+    that is no system.
 
     Parameters
     ----------
@@ -185,13 +187,14 @@ def _register(kind: type[System]) -> None:
     if not kind.__module__.startswith("freqseg.systems."): known_systems()   # the package's own names are taken first
     other = SYSTEMS.get(kind.name)
     if other is not None and not _same_again(other, kind):
-        raise InputError(f"two systems are called {kind.name!r}: {_place(other)} and {_place(kind)}. Give one of them a name of its own: "
-                         f'name = "{kind.name}_2" in the class.')
+        raise InputError(f"two systems are called {kind.name!r}: {_place(other)} and {_place(kind)}. Give one of them a name "
+                         f'of its own: name = "{kind.name}_2" in the class.')
     SYSTEMS[kind.name] = kind
 
 def _same_again(old: type, new: type) -> bool:
-    "Is a class the other one, defined again: by its module, by a session that works on a copy, or by its file after a change?"
-    if old.__module__ == new.__module__ or "__main__" in (old.__module__, new.__module__): return old.__qualname__ == new.__qualname__
+    "Is a class the other one again: of its module, of a session that works on a copy, or of its file after a change?"
+    modules = (old.__module__, new.__module__)
+    if modules[0] == modules[1] or "__main__" in modules: return old.__qualname__ == new.__qualname__
     return _source(old) is not None and _source(old) == _source(new)
 
 def _source(kind: type) -> str | None:
@@ -205,7 +208,7 @@ def _place(kind: type) -> str:
 def plugin_record(
     kind: type,   # a class
 ) -> dict[str, str] | None:
-    """File name, SHA-256 and class of what comes from a file of the user's, as that file was when it was run; None for any other class.
+    """File name, SHA-256 and class of what a user's file defined, as that file was when it was run; None for other classes.
 
     Parameters
     ----------
@@ -213,7 +216,8 @@ def plugin_record(
         a class
     """
     digest = getattr(sys.modules.get(kind.__module__), "__sha256__", None)
-    return None if digest is None else {"file": Path(str(_source(kind))).name, "sha256": digest, "class": kind.__qualname__}
+    if digest is None: return None
+    return {"file": Path(str(_source(kind))).name, "sha256": digest, "class": kind.__qualname__}
 
 # %% ../../nbs/systems/40_segmenter.ipynb #b634ea43
 def assign_labels(

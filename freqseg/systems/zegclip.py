@@ -143,8 +143,9 @@ class ZegCLIPOptions(Options):
 DEEPEST = 64   # blocks of the deepest tower that options are checked for; what a shorter one lacks, building the system says
 
 # %% ../../nbs/systems/45_zegclip.ipynb #daeb89ca
-_PUBLISHED = dict(batch=16, lr=2e-4, warmup=1500, lr_power=.9, validate_every=0, crop=512, largest=.75, vary_colours=True, filter_size=512,
-                  short=512, flip=False, window=512, stride=426, average="probabilities", crf=None)   # what both data sets share
+_PUBLISHED = dict(batch=16, lr=2e-4, warmup=1500, lr_power=.9, validate_every=0, crop=512, largest=.75, vary_colours=True,
+                  filter_size=512, short=512, flip=False, window=512, stride=426, average="probabilities", crf=None)
+_SMALL = dict(lr=3e-3, grad_clip=1., flip=False, average="probabilities", filter_size=128, residual=True)
 
 class ZegCLIP(System):
     """ZegCLIP (Zhou et al., 2023): deep visual prompts, a relationship descriptor and a cross-attention decoder under focal and dice loss.
@@ -156,7 +157,7 @@ class ZegCLIP(System):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "voc": dict(_PUBLISHED, iterations=20_000),
         "coco_stuff": dict(_PUBLISHED, iterations=80_000, prompts=100, wording="scene"),
-        **dict.fromkeys(("world", "smoke"), dict(lr=3e-3, grad_clip=1., flip=False, average="probabilities", filter_size=128, residual=True))}
+        **dict.fromkeys(("world", "smoke"), _SMALL)}
     supervision: ClassVar[str] = "masks"
     activation: ClassVar[str] = "sigmoid"
 

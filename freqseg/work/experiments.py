@@ -120,10 +120,12 @@ class Preset(Options):
 _VOC = Preset("", train_split="train_aug", settings=TrainSettings(30_000), crf="weclip")
 _LARGE = replace(_VOC, train_split="train", settings=TrainSettings(80_000, validate_every=5000))   # what is common to COCO and COCO-Stuff
 _WORLD = Preset("world", "world", "", test_split="test", scenes=(3200, 100, 200), crop=128, resize_range=(.6, 1.1),
-                settings=TrainSettings(400, batch=8, lr=1e-3, warmup=20, validate_every=200, save_every=100, log_every=20, workers=1))
+                settings=TrainSettings(400, batch=8, lr=1e-3, warmup=20, validate_every=200, save_every=100, log_every=20,
+                                       workers=1))
 _SMOKE = replace(_WORLD, scenes=(16, 8, 8), crop=80,
-                 settings=TrainSettings(6, batch=2, lr=1e-3, warmup=2, validate_every=0, save_every=3, log_every=2, workers=0))
-BASES: dict[str, Preset] = {"voc": _VOC, "coco": _LARGE, "coco_stuff": _LARGE, "world": _WORLD, "smoke": _SMOKE}   # of the presets of all systems
+                 settings=TrainSettings(6, batch=2, lr=1e-3, warmup=2, validate_every=0, save_every=3, log_every=2,
+                                        workers=0))
+BASES: dict[str, Preset] = {"voc": _VOC, "coco": _LARGE, "coco_stuff": _LARGE, "world": _WORLD, "smoke": _SMOKE}
 
 # %% ../../nbs/work/60_experiments.ipynb #35fc21c2
 @dataclass(frozen=True)
@@ -207,14 +209,15 @@ def _grouped(system: str, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]
     return {kind: {name: None if value == "none" and name in able[kind] else value for name, value in values.items()} for kind, values in groups.items()}
 
 def _flat(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    "What was given, `options` taken apart, without what is left to the preset. Raises `InputError` when `options` is no dictionary."
+    "What was given, `options` taken apart. Raises `InputError` when `options` is no dictionary."
     options = parameters.get("options") or {}
-    if not isinstance(options, Mapping): raise InputError(f"options={options!r}: give a dictionary of options of the system, such as {{'dim': 64}}.")
+    if not isinstance(options, Mapping):
+        raise InputError(f"options={options!r}: give a dictionary of options of the system, such as {{'dim': 64}}.")
     return {name: value for name, value in {**options, **parameters}.items() if value is not None and name != "options"}
 
 def plan(
     system: str,                     # a name, or FILE.py:CLASS
-    parameters: Mapping[str, Any],   # flat; None = what the preset says, "none" = no value at all; `options` may hold some of the system's as a dictionary
+    parameters: Mapping[str, Any],   # flat, or the system's in `options`; None = what the preset says, "none" = no value
 ) -> Plan:
     """Resolve parameters. Raises `InputError` for an unknown system, preset or parameter, naming the nearest, and for values that cannot be.
 
@@ -223,8 +226,7 @@ def plan(
     system : str
         a name, or FILE.py:CLASS
     parameters : Mapping[str, Any]
-        flat; None = what the preset says, "none" = no value at all; `options` may hold some of the system's as
-        a dictionary
+        flat, or the system's in `options`; None = what the preset says, "none" = no value
     """
     kind, presets, groups = system_named(system), presets_of(system), _grouped(system, _flat(parameters))
     run = RunOptions(**groups["run"])
@@ -241,7 +243,7 @@ def plan(
 def presets_of(
     system: str,   # a name, or FILE.py:CLASS
 ) -> dict[str, Preset]:
-    """Presets of a system by name: `world`, `smoke`, and what its class and the classes that it derives from declare in `presets`.
+    """Presets of a system by name: `world`, `smoke`, and what its class and its parents declare in `presets`.
 
     Raises `InputError` for an unknown system, and for a preset or parameter in a declaration that does not exist.
 
@@ -350,12 +352,13 @@ def training_notebook(
     kind, home = system_named(system), Path(freqseg.__file__).resolve().parent.parent/"nbs"/"train"
     if (home/f"{system}.ipynb").exists(): return home/f"{system}.ipynb"
     if not (home/"system.ipynb").exists():
-        raise InputError(f"there is no {home/'system.ipynb'}: freqseg was installed without its notebooks. Clone its repository and run this there, or "
-                         "train from Python: freqseg.work.experiments.experiment(...).")
+        raise InputError(f"there is no {home/'system.ipynb'}: freqseg was installed without its notebooks. Clone its repository "
+                         "and run this there, or train from Python: freqseg.work.experiments.experiment(...).")
     notebook = nbformat.read(home/"system.ipynb", as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code": cell.outputs, cell.execution_count = [], None
-        if "parameters" in cell.metadata.get("tags", []): cell.source = f"system = {json.dumps(system)}  # {_WHICH}\n{parameters_cell(system)}"
+        if "parameters" in cell.metadata.get("tags", []):
+            cell.source = f"system = {json.dumps(system)}  # {_WHICH}\n{parameters_cell(system)}"
     path = Path(folder)/f"train_{kind.name}.ipynb"
     with atomic_write(path) as partial: nbformat.write(notebook, partial)
     return path
