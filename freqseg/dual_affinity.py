@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 from torch.utils.checkpoint import checkpoint
 
-from .affinity import POSITIVE_FLOOR, SOURCES, affinity_request, invert_relation, last_blocks, relations, symmetrise
+from .affinity import POSITIVE_FLOOR, SOURCES, SOURCE_CHOICES, affinity_request, invert_relation, last_blocks, relations, symmetrise
 from .clip import Backbone, Features
 from .files import InputError
 from .losses import nearest_labels
@@ -614,7 +614,7 @@ class DualAffinitySettings(Options):
     Attributes
     ----------
     source : str | None
-        relations that the affinities are made of; none: what suits the backbone
+        relations that the affinities are made of
     layers : int | tuple[int, ...]
         how many of the last blocks the affinities read, or the blocks' indices
     per_head : bool
@@ -651,7 +651,7 @@ class DualAffinitySettings(Options):
         scale of the affinity that L_r pulls
     """
     renamed: ClassVar = {"window": "vote_window"}
-    source: str | None = option(None, "relations that the affinities are made of; none: what suits the backbone")
+    source: str | None = option(None, "relations that the affinities are made of", choices=SOURCE_CHOICES)
     layers: int | tuple[int, ...] = option(8, "how many of the last blocks the affinities read, or the blocks' indices", low=-64, high=64, least=1)
     per_head: bool = option(False, "read every head's attention as a map of its own instead of the heads' mean")
     inversion: str = option("all-pass", "what the inverse affinity keeps of the attention's spectrum",
@@ -674,12 +674,11 @@ class DualAffinitySettings(Options):
     relation_scale: str = option("score", "scale of the affinity that L_r pulls", choices={"score": "before normalisation", "max": "over its row's maximum", "sinkhorn": "after it, as printed"})
 
     def check(self) -> None:
-        "Raise `InputError` for an unknown source, and for options that contradict each other."
-        if self.source is not None: SOURCES.find(self.source)
+        "Raise `InputError` for options that contradict each other."
         if isinstance(self.layers, int) and self.layers < 1: raise InputError(f"layers={self.layers}: read one block at least.")
         if self.vote_window is not None and self.vote_window % 2 == 0: raise InputError(f"vote_window={self.vote_window}: give an odd number of patches, or none.")
         if self.rectify and not self.inverse: raise InputError("rectify=True: without an inverse affinity there is nothing to rectify; give inverse=True, or rectify=False.")
-        if self.source and self.per_head and not SOURCES.find(self.source).heads:
+        if self.source and self.per_head and not SOURCES[self.source].heads:
             raise InputError(f"per_head=True: {self.source} has no heads; take another source, or per_head=False.")
 
 # %% ../nbs/21_dual_affinity.ipynb #90a77ee3

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..affinity import SOURCES, affinity_request
+from ..affinity import SOURCE_CHOICES, affinity_request
 from ..cam import best_class, grad_cam, pack_present, pseudo_labels
 from ..clip import Backbone, Features, merge_requests
 from ..data import Batch
@@ -63,7 +63,7 @@ class SegmenterOptions(Options):
     background : tuple[str, ...] | None
         prompts that compete with the classes; none: the usual ones
     source : str | None
-        relations that the affinity is made of; none: what suits the backbone
+        relations that the affinity is made of
     background_power : float
         exponent of the background's score (1 - max)^power in pseudo-labels: above 1 it claims less
     par_iterations : int
@@ -81,13 +81,12 @@ class SegmenterOptions(Options):
     rectify: float | None = option(None, "cut-off of FFR's rectification of the decoder's features, cycles per token; none: no rectification", low=0, high=.5)
     rectify_weight: float = option(1., "weight of that rectification (FFR's lambda_1)", low=0)
     background: tuple[str, ...] | None = option(None, "prompts that compete with the classes; none: the usual ones", least=0)
-    source: str | None = option(None, "relations that the affinity is made of; none: what suits the backbone")
+    source: str | None = option(None, "relations that the affinity is made of", choices=SOURCE_CHOICES)
     background_power: float = option(1., "exponent of the background's score (1 - max)^power in pseudo-labels: above 1 it claims less", above=0, high=100)
     par_iterations: int = option(20, "rounds of pixel-adaptive refinement (PAR); 0: no refinement", low=0, high=1000)
 
     def check(self) -> None:
-        "Raise `InputError` for options that contradict each other, and for an unknown source or wavelet."
-        if self.source is not None: SOURCES.find(self.source)
+        "Raise `InputError` for options that contradict each other, and for an unknown wavelet."
         if self.dim % 8: raise InputError(f"dim={self.dim}: give a multiple of 8, for the decoder's attention has 8 heads.")
         if self.reconstruction and not (self.decoder == "wavelet" and self.learn_filters):
             raise InputError(f"reconstruction={self.reconstruction} weighs a penalty on learned taps: it needs decoder='wavelet' and learn_filters=True.")
