@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..files import InputError, atomic_write, write_json
+from ..files import InputError, atomic_write, markdown_table, write_json
 from ..world.scenes import recorded_caveat
 from .sweep_design import Design, Run, finished, is_number, read_design, run_figures
 
@@ -232,12 +232,12 @@ def _table(sweep: Sweep) -> str:
     measures = [name for name in sweep.measures if name not in NOT_IN_TABLES]
     head = [*names, "seeds", *(f"{TITLES[name]} %" for name in measures)]
     if compared: head.append(f"{TITLES[main]} above {_cell(first.title)}")
-    lines = [head, ["---"] * len(names) + ["---:"] * (len(head) - len(names))]
+    rows = []
     for row in sweep.rows:
         cells = [*(map(_cell, row.point.values()) if row.point else ["as given"]), str(len(row.seeds))]
         cells += [_percent(row.measures[name], len(row.seeds)) for name in measures]
-        lines.append(cells + ([_percent(row.gain, len(row.seeds), "+") if row.gain else ""] if compared else []))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        rows.append(cells + ([_percent(row.gain, len(row.seeds), "+") if row.gain else ""] if compared else []))
+    return markdown_table(head, rows, len(names))
 
 def _caption(sweep: Sweep) -> str:
     "What the numbers mean."
@@ -300,7 +300,6 @@ def comparison_markdown(
     commands : Sequence[str]
         of figures that no sweep has made
     """
-    lines = [f"| {' | '.join(map(_cell, cells))} |" for cells in (head, ["---", *["---:"]*(len(head) - 1)], *rows)]
     origins = [f"- {'; '.join(one.data)}; seeds {', '.join(map(str, one.design.seeds))}; `{one.design.commands[-1]}`" for one in sweeps]
     means = f"Brackets: {LEVEL:.0%} intervals (Student's t) over seeds, none where seeds agree; all runs are judged on the same pictures."
-    return "\n".join([*lines, "", "".join(f"The pictures are {caveat}. " for caveat in dict.fromkeys(one.caveat for one in sweeps) if caveat) + means, "", *origins, *(f"- `{one}`" for one in commands)])
+    return "\n".join([markdown_table([*map(_cell, head)], [[*map(_cell, row)] for row in rows]), "", "".join(f"The pictures are {caveat}. " for caveat in dict.fromkeys(one.caveat for one in sweeps) if caveat) + means, "", *origins, *(f"- `{one}`" for one in commands)])
