@@ -120,7 +120,7 @@ def bias_note(scores: ZeroShotScores) -> str:
             f"{scores.handicap + bias:g} would have been best (hIoU {percent(best)}), which nobody can know without "
             "masks of unseen classes.")
 
-# %% ../../nbs/faces/74_report.ipynb #79d58f7c
+# %% ../../nbs/faces/74_report.ipynb #b559c386
 def markdown(report: SystemReport) -> str:
     "The report as Markdown: figures, classes, boundaries, conditions. Names are text, whatever they look like."
     figures, widths = report.figures, sorted(report.main.trimap_ends)
@@ -176,7 +176,7 @@ def bias_svg(report: SystemReport) -> Drawing:
     (biases, *curves), now = zip(*report.zero_shot.curve), report.zero_shot.handicap
     lines = {name: [(now + bias, 100 * value) for bias, value in zip(biases, curve)]
              for name, curve in zip(("mIoU of seen classes", "mIoU of unseen classes", "hIoU"), curves)}
-    across = [(float(bias), f"{bias:.1f}") for bias in np.linspace(now + biases[0], now + biases[-1], 7)]
+    across = [(float(bias), f"{bias:.2f}") for bias in np.linspace(now + biases[0], now + biases[-1], 7)]
     return svg_chart(lines, across, _percent_ticks(100 * value for curve in curves for value in curve),
                      "taken off the scores of seen classes", (now, "as evaluated"), _CHART)
 
