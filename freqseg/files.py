@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['InputError', 'unknown_name', 'shipped', 'sha256', 'atomic_write', 'cannot_write', 'Spool', 'finite', 'read_json',
-           'write_json', 'require_writable', 'locked', 'markdown_table']
+           'write_json', 'require_writable', 'locked']
 
 # %% ../nbs/08_files.ipynb #2cf56998
 import contextlib, difflib, functools, hashlib, json, math, os, pickle, socket, tempfile, warnings
@@ -178,19 +178,3 @@ def _sign(file: Any) -> None:
     "Leave name and address in the lock file."
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-
-# %% ../nbs/08_files.ipynb #108bd4e4
-def markdown_table(
-    head: Sequence[str],
-    rows: Iterable[Sequence[str]],
-    words: int = 1,                  # so many columns stand to the left, the others to the right
-) -> str:
-    """A table in Markdown.
-
-    Parameters
-    ----------
-    words : int
-        so many columns stand to the left, the others to the right
-    """
-    lines = [head, ["---"] * words + ["---:"] * (len(head) - words), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

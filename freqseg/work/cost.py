@@ -27,10 +27,11 @@ from ..clip import load_clip, usable_device
 from ..data import Batch
 from ..lists import COCO_CLASSES, COCOSTUFF_CLASSES, VOC_CLASSES, Domain, seen_and_unseen
 from ..conditions import Stopwatch, device_name
-from ..files import InputError, markdown_table
+from ..files import InputError
 from ..memory import keep_memory
 from .inference import evaluating
 from ..systems.segmenter import Segmenter, System, known_systems, system_named
+from ..tables import markdown_table
 from .train import seeded
 from ..world.scenes import WORLD_CLASSES
 

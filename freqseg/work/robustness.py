@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from .corruptions import CORRUPTIONS, Corruption
 from ..data import SegmentationFolder
-from ..files import InputError, atomic_write, finite, markdown_table
+from ..files import InputError, atomic_write, finite
 from ..metrics import ConfusionMeter, Interval, bootstrap_interval, mean_iou
+from ..tables import markdown_table
 from .evaluation import FIGURES, SystemReport, evaluate_system, main_figure
 from .inference import Predictor
 from ..world.scenes import recorded_caveat

@@ -22,13 +22,14 @@ from tqdm.auto import tqdm
 from ..clip import Backbone, pad_to_patch
 from ..conditions import Stopwatch, device_name
 from ..data import Sample, SegmentationFolder
-from ..files import InputError, Spool, atomic_write, finite, markdown_table
+from ..files import InputError, Spool, atomic_write, finite
 from ..maps import METHODS, PARTS, CamParts, CamSettings, affinity_source, cam_of, cam_parts, chosen_methods, needed_parts
 from ..memory import keep_memory, leave_with_parent
 from ..metrics import (ConfusionMeter, Interval, best_threshold, bootstrap_interval, boundary_confusion, class_iou,
                              confusion_matrix, mean_iou)
 from ..pictures import fitted_size
 from ..prompts import Wording, embed_wording, usual_wording
+from ..tables import markdown_table
 from .inference import OVERTAKING, SeedMaps, grouped, in_sequence, picture_indices
 from .thresholds import add_sweep, seed_labels, sweep_levels, tuning_split
 
