@@ -267,10 +267,10 @@ def test_a_preset_that_contradicts_itself_is_refused() -> None:
 
 
 def test_a_sweep_takes_older_names_and_refuses_what_cannot_be(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    from freqseg.faces.training_cli import _axes
-    with pytest.warns(UserWarning, match="eps is called epsilon now"): assert _axes("dfa", ["eps=0.1,0.2", "lambda_l,lambda_h=1,0.1;1,0.2"]) == {
+    from freqseg.faces.training_cli import grid_axes
+    with pytest.warns(UserWarning, match="eps is called epsilon now"): assert grid_axes("dfa", ["eps=0.1,0.2", "lambda_l,lambda_h=1,0.1;1,0.2"]) == {
         "epsilon": [.1, .2], "lambda_l,lambda_h": [[1., .1], [1., .2]]}
-    with pytest.warns(UserWarning), pytest.raises(InputError, match="gone cannot vary"): _axes("wtclip", ["edge_floor=0.5"])
-    with pytest.warns(UserWarning), pytest.raises(InputError, match="names epsilon twice"): _axes("dfa", ["epsilon=0.1", "eps=0.2"])
+    with pytest.warns(UserWarning), pytest.raises(InputError, match="gone cannot vary"): grid_axes("wtclip", ["edge_floor=0.5"])
+    with pytest.warns(UserWarning), pytest.raises(InputError, match="names epsilon twice"): grid_axes("dfa", ["epsilon=0.1", "eps=0.2"])
     assert main(["sweep", "dfa", "--grid", "lambda_h=0.1,nan", "--out", str(tmp_path / "sweep")]) == 2
     assert "lambda_h=nan" in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -24,7 +24,7 @@ from .cli import (CamJob, cam_prompts, fitted_size, longest_side, panel_titles, 
                                zero_shot_probabilities)
 from .explorer import Subject, open_model, scene
 from .plots import Sheet, as_picture, cam_panel, mask_panel, png_bytes, save_figure
-from .report import evaluate_run, save_report
+from .report import evaluate_run, write_report
 from .segment_cli import as_palette, shares, with_names
 from .terminal import class_list
 from ..files import InputError, atomic_write, unknown_name
@@ -460,7 +460,7 @@ def train(
     """
     made = Experiment(plan(system, {"preset": preset, **parameters}))
     made.check()
-    save_report(made.report, made.plan.out)
+    write_report(made.report, made.plan.out)
     made.save()
     return made
 
