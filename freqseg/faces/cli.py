@@ -270,7 +270,7 @@ def run_command(args: argparse.Namespace) -> int:
     if args.out is None:
         print(*known.values(), sep="\n")
         return 0
-    if (system := trained_system(args.notebook)) in SYSTEMS:   # what no training would accept is refused before a kernel starts
+    if (system := trained_system(args.notebook)) in SYSTEMS:   # refused before a kernel starts
         with plain_warnings(): values = parse_parameters(system, args.parameter)
         plan(system, values)
     else:
