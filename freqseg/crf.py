@@ -26,7 +26,7 @@ __all__ = ['CRF_PRESETS', 'CRFSettings', 'require_densecrf', 'crf_settings', 'cr
 # %% ../nbs/31_crf.ipynb #a8e80be3
 @dataclass(frozen=True)
 class CRFSettings(Options):
-    """Mean-field iterations and the two kernels of a dense CRF (Krähenbühl and Koltun, 2011). Raises `InputError` for values that cannot be.
+    """Mean-field iterations and the two kernels of a dense CRF (Krähenbühl and Koltun, 2011). Raises `InputError`.
 
     Attributes
     ----------

@@ -241,20 +241,33 @@ class View(Options):
         colours of the heat map
     """
     maps: str = option("gradcam", "where the map comes from", choices=MAPS)
-    layers: int = option(8, "affinities are a mean over so many of the last blocks; more than there are means all", low=1, high=64, step=1)
-    skip: int = option(0, "leaves out so many blocks at the end: skip 2 and last 3 of 6 blocks are blocks 2 to 4", low=0, high=63, step=1)
+    layers: int = option(8, "affinities are a mean over so many of the last blocks; more than there are means all",
+        low=1, high=64, step=1)
+    skip: int = option(0, "leaves out so many blocks at the end: skip 2 and last 3 of 6 blocks are blocks 2 to 4",
+        low=0, high=63, step=1)
     mu: float = option(.14, "cut-off between low and high, in cycles per token", low=0., high=.5, step=.02)
-    shape: str = option("square", "form of the low band in the spectrum", choices={"square": "square (FFR)", "disc": "disc"})
-    band: str = option("whole", "which frequencies go on to the affinity and the labels: both bands (which are the whole map), one of them, or the whole beside several bands", choices=BANDS)
+    shape: str = option("square", "form of the low band in the spectrum", choices={"square": "square (FFR)",
+        "disc": "disc"})
+    band: str = option("whole",
+        "which frequencies go on to the affinity and the labels: both bands (which are the whole map), one of them, "
+        "or the whole beside several bands", choices=BANDS)
     bands: int = option(4, "how many bands the stack has", low=2, high=6, step=1)
-    affinity: str = option("smoothed", "which relations between patches carry the map on: none, those of attention (smoothed), those that attention took away (inverse), or both", choices=AFFINITIES)
-    lambda_l: float = option(1., "weight of the smoothed affinity where the map travels over both", low=0., high=2., step=.05)
-    lambda_h: float = option(.1, "weight of the inverse affinity where the map travels over both; untrained, its rows are nearly even, so it shows only where \u03bb low is near 0", low=0., high=2., step=.05)
+    affinity: str = option("smoothed",
+        "which relations between patches carry the map on: none, those of attention (smoothed), those that attention "
+        "took away (inverse), or both", choices=AFFINITIES)
+    lambda_l: float = option(1., "weight of the smoothed affinity where the map travels over both", low=0., high=2.,
+        step=.05)
+    lambda_h: float = option(.1,
+        "weight of the inverse affinity where the map travels over both; untrained, its rows are nearly even, so it "
+        "shows only where \u03bb low is near 0", low=0., high=2., step=.05)
     boxes: bool = option(True, "maps travel only inside boxes around their strong regions (WeCLIP)")
     epsilon: float = option(.1, "temperature of transport: small is sharp", low=.01, high=1., step=.01)
-    threshold: float = option(.4, "the background's score: a pixel needs more to belong to a class", low=0., high=1., step=.01)
+    threshold: float = option(.4, "the background's score: a pixel needs more to belong to a class", low=0., high=1.,
+        step=.01)
     renamed: ClassVar = {"scale": "colour_scale"}
-    colour_scale: str = option("own", "what 1 on the colour bar means: every map's own maximum, or one for the map and its bands, so that a weak band looks weak", choices=SCALES)
+    colour_scale: str = option("own",
+        "what 1 on the colour bar means: every map's own maximum, or one for the map and its bands, so that a weak "
+        "band looks weak", choices=SCALES)
     opacity: float = option(.5, "weight of the heat map over the picture", low=0., high=1., step=.05)
     cmap: str = option("inferno", "colours of the heat map", choices={name: name for name in COLOUR_MAPS})
 

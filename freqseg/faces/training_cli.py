@@ -238,15 +238,19 @@ def add_evaluate(commands: Any) -> None:
 
 # %% ../../nbs/faces/82_training_cli.ipynb #37116144
 def _points(system: str, axis: str, values: str) -> list[dict[str, Any]]:
-    "What one --grid means: the parameters of each of its values, under today's names. Raises `InputError` as `parse_parameters` does."
+    "The parameters of each value of one --grid, under today's names. Raises `InputError` as `parse_parameters` does."
     from freqseg.work.experiments import parse_parameters, plain_warnings
     from freqseg.work.sweep_design import parameters_of
     names = parameters_of(axis) if "," in axis else [axis]
-    rows = [row.split(",") for row in values.split(";")] if "," in axis else [[value] for value in values.split(";" if ";" in values else ",")]
+    together = "," in axis
+    rows = [row.split(",") if together else [row] for row in values.split(";" if together or ";" in values else ",")]
     for row in rows:
-        if len(row) != len(names): raise InputError(f"--grid {axis}: {','.join(row)} has {len(row)} values for {len(names)} parameters.")
-    with plain_warnings(): points = [parse_parameters(system, [f"{name}={text}" for name, text in zip(names, row)]) for row in rows]
-    if any(len(point) < len(names) for point in points): raise InputError(f"--grid {axis}: an option that is gone cannot vary.")
+        if len(row) != len(names):
+            raise InputError(f"--grid {axis}: {','.join(row)} has {len(row)} values for {len(names)} parameters.")
+    pairs = [[f"{name}={text}" for name, text in zip(names, row)] for row in rows]
+    with plain_warnings(): points = [parse_parameters(system, point) for point in pairs]
+    if any(len(point) < len(names) for point in points):
+        raise InputError(f"--grid {axis}: an option that is gone cannot vary.")
     return points
 
 def grid_axes(

@@ -69,16 +69,21 @@ class SegmenterOptions(Options):
     par_iterations : int
         rounds of pixel-adaptive refinement (PAR); 0: no refinement
     """
-    decoder: str = option("transformer", "what reads the tokens", choices={"transformer": "WeCLIP", "wavelet": "WTCLIP"})
+    decoder: str = option("transformer", "what reads the tokens", choices={"transformer": "WeCLIP",
+        "wavelet": "WTCLIP"})
     dim: int = option(256, "channels of the decoder, a multiple of 8", low=8, high=4096)
     decoder_layers: int = option(3, "transformer blocks of the decoder", low=0, high=32)
-    dropout: float = option(.1, "share of whole channels of the fused tokens that are dropped in training", low=0, below=1)
+    dropout: float = option(.1, "share of whole channels of the fused tokens that are dropped in training", low=0,
+        below=1)
     gate: bool = option(True, "the wavelet decoder weighs places before it fuses the blocks")
-    levels: int = option(1, "levels of the wavelet decoder's transform: 1 in WTCLIP's code, 2 in its figure", low=1, high=6)
+    levels: int = option(1, "levels of the wavelet decoder's transform: 1 in WTCLIP's code, 2 in its figure", low=1,
+        high=6)
     wavelet: str = option("haar", "name of the wavelet decoder's wavelet, any orthogonal or biorthogonal one", least=1)
     learn_filters: bool = option(False, "learn the taps of the wavelet, as in WTCLIP's text; its code keeps them")
     reconstruction: float = option(0., "weight of the perfect-reconstruction penalty on learned taps", low=0)
-    rectify: float | None = option(None, "cut-off of FFR's rectification of the decoder's features, cycles per token; none: no rectification", low=0, high=.5)
+    rectify: float | None = option(None,
+        "cut-off of FFR's rectification of the decoder's features, cycles per token; none: no rectification", low=0,
+        high=.5)
     rectify_weight: float = option(1., "weight of that rectification (FFR's lambda_1)", low=0)
     background: tuple[str, ...] | None = option(None, "prompts that compete with the classes; none: the usual ones", least=0)
     source: str | None = option(None, "relations that the affinity is made of", choices=SOURCE_CHOICES)
@@ -87,12 +92,15 @@ class SegmenterOptions(Options):
 
     def check(self) -> None:
         "Raise `InputError` for options that contradict each other, and for an unknown wavelet."
-        if self.dim % 8: raise InputError(f"dim={self.dim}: give a multiple of 8, for the decoder's attention has 8 heads.")
+        if self.dim % 8:
+            raise InputError(f"dim={self.dim}: give a multiple of 8, for the decoder's attention has 8 heads.")
         if self.reconstruction and not (self.decoder == "wavelet" and self.learn_filters):
-            raise InputError(f"reconstruction={self.reconstruction} weighs a penalty on learned taps: it needs decoder='wavelet' and learn_filters=True.")
+            raise InputError(f"reconstruction={self.reconstruction} weighs a penalty on learned taps: it needs "
+                             "decoder='wavelet' and learn_filters=True.")
         try: filter_bank(self.wavelet)
         except ValueError as error:
-            raise InputError(f"wavelet={self.wavelet!r}: give haar, db2, sym4, coif1, bior2.2 or another discrete wavelet that PyWavelets knows.") from error
+            raise InputError(f"wavelet={self.wavelet!r}: give haar, db2, sym4, coif1, bior2.2 or another discrete "
+                             "wavelet that PyWavelets knows.") from error
 
 # %% ../../nbs/systems/40_segmenter.ipynb #dcc0e92d
 class System(nn.Module):
@@ -114,7 +122,7 @@ class System(nn.Module):
 
     @classmethod
     def build(cls, backbone: Backbone, classes: Sequence[str], **options: Any) -> "System":
-        "The system on a backbone, for these foreground classes. Raises `InputError` for an unknown option, and for a value that cannot be."
+        "The system on a backbone, for these foreground classes. Raises `InputError` for wrong options."
         return cls(backbone, classes, cls.Options.read(options))
 
     def __init__(self, backbone: Backbone, classes: Sequence[str], options: Any):
