@@ -264,7 +264,7 @@ def wtclip_decoder(
     dim: int = 256,  # channels inside
     kernel: int = 3,  # side of the depthwise kernels
     **options: Any,  # of `TransformerDecoder`
-) -> TransformerDecoder:  # called with the blocks' token maps (B, width, h, w), it gives `Decoded`: .logits (B, classes, h, w)
+) -> TransformerDecoder:  # token maps (B, width, h, w) -> `Decoded`, .logits (B, classes, h, w)
     """WTCLIP's decoder: WeCLIP's with a gate before the fusion and a wavelet convolution before the classifier.
 
     Paper and code disagree on levels and learning; the defaults are the code's, to which the published parameter count
@@ -299,7 +299,7 @@ def wtclip_decoder(
     Returns
     -------
     TransformerDecoder
-        called with the blocks' token maps (B, width, h, w), it gives `Decoded`: .logits (B, classes, h, w)
+        token maps (B, width, h, w) -> `Decoded`, .logits (B, classes, h, w)
     """
     try: refine = WaveletConv2d(dim, kernel, levels, wavelet, learn_filters)
     except ValueError as error: raise InputError(str(error)) from error
@@ -462,19 +462,8 @@ class RelationshipDescriptor(nn.Module):
         return self.linear(torch.cat([cls[:, None] * text, text.expand(len(cls), -1, -1)], -1))
 
 # %% ../nbs/30_decoders.ipynb #33903d51
-def split_heads(
-    x: Tensor,   # (B, N, dim)
-    heads: int,  # how many parts of `dim`
-) -> Tensor:
-    """`(B, N, dim)` -> `(B, heads, N, dim / heads)`.
-
-    Parameters
-    ----------
-    x : Tensor
-        (B, N, dim)
-    heads : int
-        how many parts of `dim`
-    """
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    "`x` (B, N, dim) in `heads` parts: (B, heads, N, dim / heads)."
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 def mask_scores(

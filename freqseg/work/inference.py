@@ -1111,7 +1111,8 @@ def figure_scores(name: str, counts: Counts, truth: Tensor | None, samples: int,
     "What the counts of a figure say. `truth` (n, K) bool are image labels, for the class scores."
     pick = lambda ends, place: Interval(*(float(end[place]) for end in ends))
     bands = bootstrap_interval(counts.bands, samples=samples, seed=seed)
-    rim = bootstrap_interval(counts.rim, lambda total: mean_iou(total, average=range(counts.classes)), samples, seed=seed)
+    inner = range(counts.classes)
+    rim = bootstrap_interval(counts.rim, lambda total: mean_iou(total, average=inner), samples, seed=seed)
     if counts.scores and truth is not None: extra["class_map"] = bootstrap_average_precision(torch.stack(counts.scores), truth, samples, seed=seed)
     return FigureScores(name, bootstrap_interval(counts.region, samples=samples, seed=seed), rim, iou_scores(counts.region.total),
                         tuple(mean_iou(counts.trimap).tolist()), {width: pick(bands, place) for place, width in enumerate(TRIMAP_ENDS)},

@@ -629,7 +629,8 @@ def _rows(job: SeedJob, dataset: SegmentationFolder, best: Sequence[Any], region
           samples: int, seed: int) -> Iterator[SeedRow]:
     "One row per method."
     miou = bootstrap_interval(region, samples=samples, seed=seed)
-    edge = bootstrap_interval(rim, lambda counts: mean_iou(counts, average=range(dataset.num_classes)), samples, seed=seed)
+    inner = range(dataset.num_classes)
+    edge = bootstrap_interval(rim, lambda counts: mean_iou(counts, average=inner), samples, seed=seed)
     base = job.methods.index("gradcam") if "gradcam" in job.methods else None
     pick = lambda interval, m: Interval(*(float(end[m]) for end in interval))
     for m, method in enumerate(job.methods):
