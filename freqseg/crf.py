@@ -257,7 +257,7 @@ class _Child:
         self.process.wait()
         self.desk.close()
         cast(BinaryIO, self.process.stdout).close()
-        with suppress(OSError): cast(BinaryIO, self.process.stdin).close()  # may hold the rest of a job that nobody reads now
+        with suppress(OSError): cast(BinaryIO, self.process.stdin).close()  # may hold the rest of a job nobody reads
 
 # %% ../nbs/31_crf.ipynb #31d4aaad
 def _crf_pool(pairs: Iterator, settings: CRFSettings, labels: bool, workers: int) -> Generator[np.ndarray, None, None]:

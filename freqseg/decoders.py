@@ -513,40 +513,16 @@ class CrossAttention(nn.Module):
         self.value: Any = nn.Linear(dim, dim) if values else None   # with the next, None where nobody asks for answers
         self.out: Any = nn.Linear(dim, dim) if values else None
 
-    def forward(
-        self,
-        queries: Tensor,  # (B, C, dim)
-        tokens: Tensor,   # (B, N, dim)
-    ) -> Tensor:
-        """What the queries find: `(B, C, dim)`.
-
-        Parameters
-        ----------
-        queries : Tensor
-            (B, C, dim)
-        tokens : Tensor
-            (B, N, dim)
-        """
+    def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        "What the queries find: `(B, C, dim)`."
         query, key, value = (
             split_heads(x, self.heads) for x in (self.query(queries), self.key(tokens), self.value(tokens))
         )
         answer = F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout if self.training else 0.0)
         return self.out(answer.transpose(1, 2).flatten(2))
 
-    def scores(
-        self,
-        queries: Tensor,  # (B, C, dim)
-        tokens: Tensor,   # (B, N, dim)
-    ) -> Tensor:
-        """Mean over heads of `q . k / sqrt d` before the softmax, `(B, C, N)`: one product over all channels, the heads being parts of the sum.
-
-        Parameters
-        ----------
-        queries : Tensor
-            (B, C, dim)
-        tokens : Tensor
-            (B, N, dim)
-        """
+    def scores(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        "Mean over heads of `q . k / sqrt d` before the softmax, `(B, C, N)`: one product over all channels, the heads being parts of the sum."
         query = self.query(queries)
         return mask_scores(query * (query.shape[-1] * self.heads) ** -0.5, self.key(tokens))
 

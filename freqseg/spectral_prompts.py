@@ -140,7 +140,7 @@ def spectral_prompt(
 ) -> Tensor:          # (B, D, h, w), dtype of the tokens
     """S = F^-1(F(H * g) w_f), what a spectral prompt adds to the tokens (SPT-SEG, Eq. 1): orthonormal real FFT over the grid, in fp32.
 
-    Raises `InputError` when the gain is of another grid or other channels, or the CLS token of other pictures.
+    Raises `InputError` for a gain of another grid or other channels, and a CLS token of other pictures.
 
     Parameters
     ----------
@@ -156,7 +156,8 @@ def spectral_prompt(
     """
     (count, width), (h, w) = tokens.shape[:2], tokens.shape[2:]
     if tuple(cls.shape) not in ((count, width), (count, 1, width)):
-        raise InputError(f"cls {tuple(cls.shape)} does not fit tokens {tuple(tokens.shape)}: expected {(count, width)}.")
+        shapes = f"cls {tuple(cls.shape)} does not fit tokens {tuple(tokens.shape)}"
+        raise InputError(f"{shapes}: expected {(count, width)}.")
     if gain.shape != (h, w // 2 + 1, tokens.shape[1]):
         raise InputError(
             f"gain {tuple(gain.shape)} does not fit {tokens.shape[1]} channels on a {h} x {w} grid: expected "
@@ -208,7 +209,8 @@ class SpectralPrompts(nn.Module):
 
     def gain(self, block: int, grid: tuple[int, int]|None = None) -> Tensor:
         "Complex gain (h, w // 2 + 1, D) of a prompted block at the grid of the filters, or carried to another."
-        return cast(SpectralFilter, self.filters[0 if self.shared else self.blocks.index(block)]).response(grid)
+        index = 0 if self.shared else self.blocks.index(block)
+        return cast(SpectralFilter, self.filters[index]).response(grid)
 
     def forward(self,
         block: int,               # index of the block, 0 is the first
