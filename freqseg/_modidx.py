@@ -416,6 +416,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'freqseg.faces.api.Shown.show': ('faces/api.html#shown.show', 'freqseg/faces/api.py'),
                                    'freqseg.faces.api._backbone': ('faces/api.html#_backbone', 'freqseg/faces/api.py'),
                                    'freqseg.faces.api._data': ('faces/api.html#_data', 'freqseg/faces/api.py'),
+                                   'freqseg.faces.api._kinds': ('faces/api.html#_kinds', 'freqseg/faces/api.py'),
                                    'freqseg.faces.api._maps_of': ('faces/api.html#_maps_of', 'freqseg/faces/api.py'),
                                    'freqseg.faces.api._names': ('faces/api.html#_names', 'freqseg/faces/api.py'),
                                    'freqseg.faces.api._opened': ('faces/api.html#_opened', 'freqseg/faces/api.py'),
