@@ -1920,6 +1920,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'freqseg.work.experiments._flat': ('work/experiments.html#_flat', 'freqseg/work/experiments.py'),
                                           'freqseg.work.experiments._given': ( 'work/experiments.html#_given',
                                                                                'freqseg/work/experiments.py'),
+                                          'freqseg.work.experiments._grouped': ( 'work/experiments.html#_grouped',
+                                                                                 'freqseg/work/experiments.py'),
                                           'freqseg.work.experiments._homes': ( 'work/experiments.html#_homes',
                                                                                'freqseg/work/experiments.py'),
                                           'freqseg.work.experiments._jpeg': ('work/experiments.html#_jpeg', 'freqseg/work/experiments.py'),

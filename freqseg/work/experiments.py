@@ -217,6 +217,12 @@ def _given(home: type[Options], values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: None if isinstance(value, str) and value == "none" and name in able else value
             for name, value in home.current(values).items()}
 
+def _grouped(system: str, flat: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    "Flat parameters by what they belong to, under today's names. Raises `InputError` for unknown names."
+    groups: dict[str, dict[str, Any]] = {kind: {} for kind in _homes(system)}
+    for name, value in flat.items(): groups[_kind_of(system, name)][name] = value
+    return {kind: _given(_homes(system)[kind], values) for kind, values in groups.items()}
+
 def _flat(parameters: Mapping[str, Any]) -> dict[str, Any]:
     "What was given, `options` taken apart. Raises `InputError` when `options` is no dictionary."
     options = parameters.get("options") or {}
@@ -246,7 +252,8 @@ def plan(
     own = {**kind.Options.current(base.options), **groups["system"]}
     options = kind.Options(**own)
     given = {name: value for group in groups.values() for name, value in group.items()}
-    return Plan(system, run.preset, chosen, {name: getattr(options, name) for name in own}, run.out or Path(f"runs/{kind.name}"), run.device, run.limit, given)
+    own = {name: getattr(options, name) for name in own}
+    return Plan(system, run.preset, chosen, own, run.out or Path(f"runs/{kind.name}"), run.device, run.limit, given)
 
 # %% ../../nbs/work/60_experiments.ipynb #d48891ec
 def presets_of(
@@ -269,10 +276,11 @@ def presets_of(
     return {name: _overridden(system, base, declared[name]) for name, base in BASES.items() if name in declared}
 
 def _overridden(system: str, base: Preset, values: Mapping[str, Any]) -> Preset:
-    "A preset with other values of flat parameters. Raises `InputError` for a parameter that the system does not have, naming the nearest."
+    "A preset with other values of flat parameters. Raises `InputError` for a parameter that the system does not have."
     groups = _grouped(system, values)
     if groups["run"]: raise InputError(f"{min(groups['run'])} is a run's own, so no preset of {system} can declare it.")
-    return replace(base, **groups["preset"], settings=replace(base.settings, **groups["schedule"]), options={**base.options, **groups["system"]})
+    return replace(base, **groups["preset"], settings=replace(base.settings, **groups["schedule"]),
+                   options={**base.options, **groups["system"]})
 
 # %% ../../nbs/work/60_experiments.ipynb #e2f5e5e9
 def _notice_of(system: str, name: str, today: Mapping[str, Any], kind: str) -> str:
