@@ -181,13 +181,12 @@ def evaluate_command(args: argparse.Namespace) -> int:
     from freqseg.data import open_dataset
     from freqseg.faces.report import evaluate_run
     from freqseg.work.checkpoints import checkpoint_path, training_title, weights_title
-    from freqseg.work.seeds import dataset_name
     if args.model is None: open_system(None)   # says which there are
     data, split = _data_of(args)
     kinds, command = _corruptions_of(args, data, split), shlex.join(["freqseg", *args.words])
     weights, pictures = checkpoint_path(args.model), open_dataset(data, split)   # before CLIP, which may be a download
     out = _report_folder(args, weights, split)
-    require_own_result(out/"report.json", {"dataset": dataset_name(pictures)}, args.overwrite)
+    require_own_result(out/"report.json", {"dataset": pictures.listing.title}, args.overwrite)
     _require_apart(args, pictures)
     system = open_system(args.model, args.device, pictures.classes)
     options = _figures_of(args, system)
