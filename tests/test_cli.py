@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -20,11 +22,13 @@ import freqseg
 from freqseg.faces.cli import build_parser, cam_prompts, fitted_size, main, output_names, picture_files
 from freqseg.clip import Backbone, load_clip
 from freqseg.pictures import read_mask
-from freqseg.maps import METHODS
+from freqseg.affinity import SOURCES
+from freqseg.maps import METHODS, CamSettings
+from freqseg.work.training_free import segment_with_map, usual_showing
 from freqseg.faces.terminal import class_list, interruptible
 from freqseg.world.scenes import WORLD_CLASSES, World
 
-FEW = "gradcam,high,inverse,transport"
+FEW = "gradcam,high,dual,transport"
 WORLD = ["--model", "world", "--device", "cpu"]
 
 
@@ -88,7 +92,7 @@ def test_an_option_of_several_commands_is_the_same_on_each() -> None:
     for command in commands.values():
         for name, action in command.options.items(): meanings.setdefault(name, set()).add((action.dest, action.type, action.metavar, str(action.choices)))
     assert len(commands) == 13 and {"--model", "--methods", "--data", "--classes", "--out", "--side"} <= meanings.keys()
-    assert {name for name, kinds in meanings.items() if len(kinds) > 1} == {"--out"}   # a folder, or PATH for what may be a file
+    assert {name for name, kinds in meanings.items() if len(kinds) > 1} == {"--out", "--method", "--methods"}   # --out PATH may be a file; segment takes one map
 
 
 OLD_SPELLINGS = [
@@ -207,7 +211,7 @@ def test_cam_of_a_trained_system_shows_its_own_map_beside_those_of_its_clip(mode
     np.testing.assert_allclose(own["gradcam"], clip["gradcam"], atol=1e-5)
     assert own["trained"].shape == (2, 14, 14) and 0 <= own["trained"].min() < own["trained"].max() <= 1
     assert main([*words, "--model", "world", "--methods", "trained", "--out", str(tmp_path)]) == 2
-    assert "unknown method 'trained'" in capsys.readouterr().err
+    assert "unknown map 'trained'" in capsys.readouterr().err
 
 
 def test_a_link_that_leads_nowhere_is_one_bad_picture(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -381,3 +385,102 @@ def test_world_measures_instead_of_drawing_when_asked(tmp_path, monkeypatch, cap
 def test_world_either_draws_or_measures(tmp_path, capsys):
     with pytest.raises(SystemExit): main(["world", "--out", str(tmp_path/"w"), "--measure", str(tmp_path/"r.json")])
     assert "not allowed with" in capsys.readouterr().err
+
+
+# ---- files of one's own ---------------------------------------------------------------------------------------------
+
+MINE = '''
+from torch.nn.functional import softmax
+from freqseg.affinity import register_source
+from freqseg.maps import register_map
+from freqseg.systems.weclip import WeCLIP
+
+@register_map("again", "GradCAM, under another name", needs=("evidence",))
+def again(parts): return parts.evidence
+
+@register_source("even", "everybody with everybody", needs=("tokens",))
+def even(features, block):
+    tokens = features.of(features.tokens, block, "tokens").flatten(2)
+    return softmax(0 * tokens.mT @ tokens, -1)
+
+class Mine(WeCLIP):
+    "WeCLIP, under another name."
+'''
+
+
+@pytest.fixture
+def plugin(tmp_path: Path, own_registry: None) -> Iterator[Path]:
+    "A file with a map, a relation and a system, which is forgotten after the test."
+    (tmp_path / "mine.py").write_text(MINE)
+    yield tmp_path / "mine.py"
+    for registry, name in ((METHODS, "again"), (SOURCES, "even")): registry._entries.pop(name, None)
+
+
+def test_maps_and_relations_of_my_own_have_their_names_on_every_command(plugin: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture, out = str(scenes / "JPEGImages" / "test_000000.png"), str(tmp_path / "out")
+    cam = ["cam", picture, "--classes", "fish, star", *WORLD, "--side", "112", "--out", out]
+    assert main([*cam, "--methods", "again"]) == 2 and "unknown map 'again'" in capsys.readouterr().err
+    assert main([*cam, "--methods", "smoothed", "-p", "source=even"]) == 2 and "even" in capsys.readouterr().err
+    mine = ["--plugin", str(plugin)]
+    assert main([*cam, *mine, "--methods", "gradcam,again,smoothed", "-p", "source=even", "-p", "walk_steps=1", "-p", "box=none"]) == 0
+    maps = arrays(Path(out) / "test_000000.npz")
+    assert (maps["again"] == maps["gradcam"]).all() and np.ptp(maps["smoothed"], axis=(1, 2)).max() < 1e-3   # everybody gives everybody the same
+    assert main(["seeds", str(scenes), "--split", "test", "--methods", "again", *mine, *WORLD, "--side", "112", "--out", out]) == 0
+    assert json.loads((tmp_path / "out" / "seeds.json").read_text())["rows"][0]["method"] == "again"
+    assert main(["segment", picture, "--method", "again", "--classes", "fish, star", "--model", "world", *mine, "--device", "cpu", "--out", out]) == 0
+    with pytest.raises(SystemExit): main(["cam", *mine, "--names"])
+    assert "again              GradCAM, under another name" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", ["nowhere.py", "mine.txt"])
+def test_a_plugin_that_is_none_is_said(wrong: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cost", "--plugin", str(tmp_path / wrong)]) == 2 and f"{wrong}: there is no such Python file" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_system_of_my_own_is_trained_and_used_by_every_command(plugin: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, mine, world = str(tmp_path / "run"), ["--plugin", str(plugin)], ["--model", "world", "--device", "cpu", "--size", "64", "--repeats", "1"]
+    assert main(["cost", f"{plugin}:Mine", *world]) == 0 and main(["cost", "mine", *mine, *world]) == 0
+    assert main(["train", "mine", *mine, "-p", "iterations=2", "-p", "warmup=0", "-p", "source=even", "--device", "cpu", "--out", run]) == 0   # in a kernel of its own
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["options"]["source"] == "even"
+    picture = str(scenes / "JPEGImages" / "test_000000.png")
+    use = ["--model", run, "--device", "cpu", *mine]
+    assert main(["evaluate", *use, "--limit", "2", "--workers", "0"]) == 0
+    assert main(["segment", picture, *use, "--out", str(tmp_path / "masks")]) == 0
+    assert main(["cam", picture, "--classes", "fish", *use, "--methods", "trained", "--side", "112", "--out", str(tmp_path / "cams")]) == 0
+    assert main(["cost", *use, "--size", "64", "--repeats", "1"]) == 0
+    assert main(["seeds", str(scenes), "--split", "test", "--methods", "gradcam", *use, "--side", "112", "--limit", "2", "--out", str(tmp_path / "seeds")]) == 0
+
+
+# ---- without training -----------------------------------------------------------------------------------------------
+
+def test_a_map_segments_for_any_names_without_a_checkpoint(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = scenes / "JPEGImages" / "test_000000.png"
+    words = ["segment", str(picture), "--method", "smoothed", "--model", "world", "--device", "cpu", "--side", "128", "--out", str(tmp_path)]
+    names = list(World(3, "test", 112)[0].classes)
+    assert main([*words, "--classes", ", ".join(names)]) == 0
+    with Image.open(picture) as image:
+        expected = segment_with_map(load_clip("world"), image, names, "smoothed", inference=replace(usual_showing(load_clip("world")), side=128),
+                                    settings=CamSettings(mu=0.12)).labels
+    mask = np.asarray(Image.open(tmp_path / "test_000000.png"))
+    assert (mask == expected).all()
+    assert len(np.unique(mask)) > 1
+    cosines = [*words, "--classes", ", ".join(names), "--background", "none"]
+    cosines[cosines.index("smoothed")] = "patch_text"
+    assert main(cosines) == 0
+    assert 0 not in np.asarray(Image.open(tmp_path / "test_000000.png"))   # nothing else may be there
+    assert main(words) == 2 and "give them with --classes" in capsys.readouterr().err
+    assert main([*words, "--classes", "fish", "-p", "walk_stepz=3"]) == 2 and "Did you mean 'walk_steps'?" in capsys.readouterr().err
+    words[words.index("smoothed")] = "smothed"
+    assert main([*words, "--classes", "fish"]) == 2 and "Did you mean 'smoothed'?" in capsys.readouterr().err
+
+
+def test_a_map_answers_to_its_older_name_with_a_notice(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["cam", str(scenes / "JPEGImages" / "test_000000.png"), "--classes", "fish", *WORLD, "--side", "112", "--out", str(tmp_path)]
+    assert main([*words, "--methods", "inverse"]) == 0
+    assert capsys.readouterr().err == "freqseg: the map inverse is now called dual.\n" and set(arrays(tmp_path / "test_000000.npz")) == {"dual"}
+
+
+def test_python_m_is_the_same_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "freqseg", "trian"], text=True, capture_output=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.startswith("usage: freqseg [-h]") and "did you mean 'train'?" in done.stderr

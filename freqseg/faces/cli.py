@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import __version__
 from ..files import InputError, unknown_name
+from ..plugins import loaded_plugins
 from .segment_cli import add_segment, cam_settings, map_settings, with_names
 from .terminal import (MODEL, SYSTEM, Once, Parser, add_names, add_old_spelling, add_option, aligned, class_list, count, interruptible,
-                                    is_system, load_plugins, map_names, model_title, notice, open_backbone, open_system, output_names, picture_files,
+                                    is_system, map_names, model_title, notice, open_backbone, open_system, output_names, picture_files,
                                     positive, require_apart, require_file, require_own_result, some_of, system_names, trained_names)
 from .training_cli import add_evaluate, add_sweep, add_train, figures_table
 
@@ -794,8 +795,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = build_parser().parse_args(argv)
         args.words = sys.argv[1:] if argv is None else list(argv)
-        load_plugins(args)
-        status = args.run(args)
+        with loaded_plugins(getattr(args, "plugin", [])): status = args.run(args)
         sys.stdout.flush()
         return status
     except InputError as error: return _fail(str(error), 2)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['frequency', 'score', 'PICTURES', 'OPTIONS', 'SHOWN', 'MODEL', 'SYSTEM', 'class_list', 'positive', 'count', 'numbers',
            'picture_files', 'output_names', 'require_apart', 'require_own_result', 'require_file', 'notice', 'aligned',
-           'some_of', 'listed', 'Once', 'Renamed', 'load_plugins', 'add_option', 'add_old_spelling', 'add_names',
-           'Parser', 'is_system', 'open_system', 'open_backbone', 'model_title', 'system_names', 'trained_names',
-           'map_names', 'protocol_names', 'interruptible']
+           'some_of', 'listed', 'Once', 'Renamed', 'add_option', 'add_old_spelling', 'add_names', 'Parser', 'is_system',
+           'open_system', 'open_backbone', 'model_title', 'system_names', 'trained_names', 'map_names',
+           'protocol_names', 'interruptible']
 
 # %% ../../nbs/faces/70_terminal.ipynb #5bb4a103
 import argparse, difflib, glob, os, re, signal, sys, threading
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import InputError
+from ..plugins import loaded_plugins
 
 if TYPE_CHECKING:
     from freqseg.clip import Backbone
@@ -248,14 +249,8 @@ class Renamed(argparse.Action):
 class _Names(argparse.Action):
     "Print every name that the command knows, those of plugins named before it, too, and end."
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None) -> None:
-        load_plugins(namespace)
-        print("\n\n".join(write() for write in self.const))
+        with loaded_plugins(namespace.plugin): print("\n\n".join(write() for write in self.const))
         parser.exit()
-
-def load_plugins(args: argparse.Namespace) -> None:
-    "Load the files that --plugin names. Raises `InputError` as `load_plugin` does."
-    from freqseg.plugins import load_plugin
-    for file in getattr(args, "plugin", []): load_plugin(file)
 
 # %% ../../nbs/faces/70_terminal.ipynb #22ac5546
 OPTIONS: dict[str, dict[str, Any]] = {

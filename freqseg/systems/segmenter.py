@@ -25,7 +25,7 @@ from ..lists import IGNORE
 from ..decoders import Decoded, TransformerDecoder, wtclip_decoder
 from ..files import InputError, unknown_name
 from ..options import Options, option
-from ..plugins import load_target, split_target
+from ..plugins import load_inherited, load_target, split_target
 from ..prompts import embed_wording, usual_wording
 from ..prototypes import FrequencyRectification
 from ..refine import PAR
@@ -163,6 +163,7 @@ def known_systems() -> list[str]:
     "Names of all systems, sorted: those of the package, and your own that were defined or loaded."
     package = importlib.import_module("freqseg.systems")
     for room in pkgutil.iter_modules(package.__path__): importlib.import_module(f"freqseg.systems.{room.name}")
+    load_inherited()
     failed = [name for name, kind in SYSTEMS.items() if kind.__module__ not in sys.modules]   # further down in their files
     for name in failed: del SYSTEMS[name]
     return sorted(SYSTEMS)
