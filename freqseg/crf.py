@@ -231,8 +231,6 @@ class _Child:
             [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             pass_fds=[self.shared.memory], start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
         )
-        # both are pipes
-        self.stdin, self.stdout = cast(BinaryIO, self.process.stdin), cast(BinaryIO, self.process.stdout)
 
     def compute(self, image: np.ndarray, probs: np.ndarray, settings: CRFSettings, labels: bool) -> np.ndarray:
         """`crf_image` in the child.
@@ -240,10 +238,10 @@ class _Child:
         Raises what that raises, `OSError` without memory to share, and `RuntimeError` when the process dies."""
         self.shared.write(image, probs)
         try:
-            self.ready = self.ready or any(line.endswith(_READY) for line in self.stdout)
+            self.ready = self.ready or any(line.endswith(_READY) for line in cast(BinaryIO, self.process.stdout))
             # As plain numbers: in a notebook that defines the class, the child could not import it.
-            _send(self.stdin, (image.shape, probs.shape, astuple(settings), labels))
-            result, trace = pickle.load(self.stdout)
+            _send(cast(BinaryIO, self.process.stdin), (image.shape, probs.shape, astuple(settings), labels))
+            result, trace = pickle.load(cast(BinaryIO, self.process.stdout))
         except _CUT_OFF as error: raise RuntimeError(self._exit_report()) from error
         if trace is not None: raise result from RuntimeError(f"in a CRF process:\n{trace}")
         return result if labels else self.shared.arrays(image.shape, probs.shape)[1].copy()
@@ -263,8 +261,8 @@ class _Child:
         self.process.kill()
         self.process.wait()
         self.shared.close()
-        self.stdout.close()
-        with suppress(OSError): self.stdin.close()  # may hold the rest of a job that is not read any more
+        cast(BinaryIO, self.process.stdout).close()
+        with suppress(OSError): cast(BinaryIO, self.process.stdin).close()  # may hold the rest of a job
 
 # %% ../nbs/31_crf.ipynb #31d4aaad
 def _crf_pool(pairs: Iterator, settings: CRFSettings, labels: bool, workers: int) -> Generator[np.ndarray, None, None]:

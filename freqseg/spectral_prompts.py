@@ -216,7 +216,8 @@ class SpectralPrompts(nn.Module):
 
     def gain(self, block: int, grid: tuple[int, int]|None = None) -> Tensor:
         "Complex gain (h, w // 2 + 1, D) of a prompted block at the grid of the filters, or carried to another."
-        return cast(SpectralFilter, self.filters[0 if self.shared else self.blocks.index(block)]).response(grid)
+        index = 0 if self.shared else self.blocks.index(block)
+        return cast(SpectralFilter, self.filters[index]).response(grid)
 
     def forward(self,
         block: int,               # index of the block, 0 is the first
@@ -249,6 +250,7 @@ class SpectralPrompts(nn.Module):
             )
         prompt = spectral_prompt(sequence.mT.unflatten(2, grid), cls, self.gain(block, (grid[0], grid[1])))
         return sequence + prompt.flatten(2).mT
+
 
 # %% ../nbs/28_spectral_prompts.ipynb #e9466bff
 def _full_gain(gain: Tensor, grid: tuple[int, int]) -> Tensor:

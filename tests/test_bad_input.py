@@ -23,7 +23,7 @@ from freqseg.files import shipped
 from freqseg.world.scenes import World, write_world
 
 COMMAND = [sys.executable, "-c", "import sys; from freqseg.faces.cli import main; sys.exit(main())"]
-FAST = ["--model", "world", "--size", "112", "--device", "cpu"]
+FAST = ["--model", "world", "--side", "112", "--device", "cpu"]
 
 
 @pytest.fixture(scope="session")
@@ -81,7 +81,7 @@ def test_a_truncated_picture_among_others_is_reported_and_the_others_are_made(
         scene: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(scene, tmp_path / "good.png")
     (tmp_path / "bad.png").write_bytes(scene.read_bytes()[:3000])
-    assert main(["cam", str(tmp_path), "--classes", "fish", "--method", "gradcam", *FAST, "--out", str(tmp_path / "out")]) == 2
+    assert main(["cam", str(tmp_path), "--classes", "fish", "--methods", "gradcam", *FAST, "--out", str(tmp_path / "out")]) == 2
     assert "bad.png cannot be decoded" in capsys.readouterr().err
     assert everything_in(tmp_path / "out") == ["good.npz", "good.png"]
 
@@ -102,8 +102,8 @@ def test_pictures_of_any_size_work_and_unusual_ones_are_resized_with_a_notice(
 
 
 def test_a_size_whose_affinity_would_not_fit_into_memory_is_refused(says: Callable, scene: Path, tmp_path: Path) -> None:
-    message = says("cam", scene, "--classes", "fish", "--model", "world", "--size", 4000, "--out", tmp_path)
-    assert "250,000 patches" in message and "Take --size 512 or less" in message
+    message = says("cam", scene, "--classes", "fish", "--model", "world", "--side", 4000, "--out", tmp_path)
+    assert "250,000 patches" in message and "Take --side 512 or less" in message
 
 
 # ---- classes --------------------------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def test_an_empty_or_doubled_class_list_is_refused(says: Callable, scene: Path, 
 
 
 def test_an_unknown_method_names_the_nearest(says: Callable, scene: Path, tmp_path: Path) -> None:
-    assert "Did you mean 'gradcam'?" in says("cam", scene, "--classes", "fish", "--method", "gradcan", *FAST, "--out", tmp_path)
+    assert "Did you mean 'gradcam'?" in says("cam", scene, "--classes", "fish", "--methods", "gradcan", *FAST, "--out", tmp_path)
 
 
 def test_a_class_that_the_picture_lacks_gets_a_low_score_and_no_nan(scene: Path, tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_check_names_the_value_37_the_file_and_the_count(broken_world: Path, cap
 
 
 def test_seeds_stop_at_a_mask_with_value_37(says: Callable, broken_world: Path, tmp_path: Path) -> None:
-    message = says("seeds", broken_world, "--split", "test", "--methods", "gradcam", "--model", "world", "--size", 64, "--out", tmp_path / "out")
+    message = says("seeds", broken_world, "--split", "test", "--methods", "gradcam", "--model", "world", "--side", 64, "--out", tmp_path / "out")
     assert "test_000000.png: mask value 37 on 6 pixels" in message
     assert not (tmp_path / "out").exists() or not everything_in(tmp_path / "out")
 
@@ -240,7 +240,7 @@ def full_disk(*_: object, **__: object) -> None:
 @pytest.mark.parametrize("writer", ["numpy.savez_compressed", "matplotlib.figure.Figure.savefig"])
 def test_a_full_disk_leaves_nothing_half_written(says: Callable, scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str) -> None:
     monkeypatch.setattr(writer, full_disk)
-    message = says("cam", scene, "--classes", "fish", "--method", "gradcam", *FAST, "--out", tmp_path / "out")
+    message = says("cam", scene, "--classes", "fish", "--methods", "gradcam", *FAST, "--out", tmp_path / "out")
     assert "No space left on device" in message and "Nothing was left half-written" in message
     assert everything_in(tmp_path / "out") in ([], ["scene.npz"])
 
@@ -270,7 +270,7 @@ def test_a_world_that_does_not_fit_on_the_disk_is_not_there_at_all(says: Callabl
 
 def test_an_output_folder_that_is_a_file_is_named(says: Callable, scene: Path, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("kept")
-    message = says("cam", scene, "--classes", "fish", "--method", "gradcam", *FAST, "--out", tmp_path / "taken")
+    message = says("cam", scene, "--classes", "fish", "--methods", "gradcam", *FAST, "--out", tmp_path / "taken")
     assert "cannot write" in message and "taken" in message
     assert everything_in(tmp_path) == ["taken"] and (tmp_path / "taken").read_text() == "kept"
 
@@ -283,7 +283,7 @@ def test_a_world_is_never_written_over_something_else(says: Callable, tmp_path: 
 
 # ---- options --------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("words", [["cam", "x.png"], ["cam", "x.png", "--classes", "a", "--mu", "0.9"], ["cam", "x.png", "--classes", "a", "--size", "0"],
+@pytest.mark.parametrize("words", [["cam", "x.png"], ["cam", "x.png", "--classes", "a", "--mu", "0.9"], ["cam", "x.png", "--classes", "a", "--side", "0"],
                                    ["world", "--out", "x", "--train", "-3"], ["nothing"], []], ids=" ".join)
 def test_wrong_options_show_the_usage_and_exit_with_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -292,7 +292,8 @@ def test_wrong_options_show_the_usage_and_exit_with_2(words: list[str], capsys: 
 
 
 def test_an_unknown_difficulty_or_an_empty_world_is_refused(says: Callable, tmp_path: Path) -> None:
-    assert "choose one of easy, medium, hard" in says("world", "--out", tmp_path / "w", "--difficulty", "nightmare")
+    assert "Did you mean 'hard'?" in says("world", "--out", tmp_path / "w", "--difficulty", "hrad")
+    assert "Known: easy, medium, hard" in says("world", "--out", tmp_path / "w", "--difficulty", "nightmare")
     assert "at least one scene" in says("world", "--out", tmp_path / "w", "--train", 0, "--val", 0, "--test", 0)
     assert not (tmp_path / "w").exists()
 

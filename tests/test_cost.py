@@ -214,8 +214,7 @@ def test_time_is_a_median_with_quartiles(monkeypatch: pytest.MonkeyPatch) -> Non
 
 # ---- several, tables, errors ----------------------------------------------------------------------------------------
 
-def test_systems_come_from_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SYSTEMS, "newcomer", None)   # what defining the class sets is taken back
+def test_systems_come_from_the_registry(own_registry: None, monkeypatch: pytest.MonkeyPatch) -> None:
     class Newcomer(WeCLIP): "Known by being defined."
     assert SYSTEMS["newcomer"] is Newcomer and "newcomer" in known_systems()
     monkeypatch.setattr(room, "known_systems", lambda: ["newcomer"])
@@ -333,7 +332,7 @@ def test_a_prediction_for_names_that_were_never_seen_can_be_measured(backbone) -
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 def test_the_command_prints_tables_and_writes_json(tmp_path, capfd: pytest.CaptureFixture[str]) -> None:
-    words = ["cost", "weclip", "ffr", "--model", "world", "--device", "cpu", "--size", "64", "--repeats", "1", "--training", "--json", str(tmp_path / "cost.json")]
+    words = ["cost", "weclip", "ffr", "--model", "world", "--device", "cpu", "--size", "64", "--repeats", "1", "--training", "--out", str(tmp_path / "cost.json")]
     assert main(words) == 0
     said = capfd.readouterr()   # what libraries say in C++, too
     assert "GFLOP, predict" in said.out and "GFLOP, step" in said.out and not said.err
@@ -351,17 +350,27 @@ def test_what_the_command_cannot_do_is_said(words: list[str], message: str, caps
 
 @pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize("path, message", [
-    (".", "it is a folder. Name a file in it, for example cost.json"), ("", "it is a folder"), ("file/cost.json", "cannot write into file"),
+    ("file/cost.json", "cannot write into file"),
     ("/dev/null/cost.json", "cannot write into /dev/null"), ("/dev/null", "no ordinary file"), ("/proc/cost/cost.json", "cannot write into /proc/cost")])
 def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path, monkeypatch, capsys, path: str, message: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
-    assert main(["cost", "dfa", "--model", "world", "--device", "cpu", "--size", "64", "--json", path]) == 2
+    assert main(["cost", "dfa", "--model", "world", "--device", "cpu", "--size", "64", "--out", path]) == 2
     assert message in capsys.readouterr().err and [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_trained_system_is_measured_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model", "weclip", "--device", "cpu", "--size", "64", "--repeats", "1"]
+    assert main(["cost", *words]) == 0
+    rows = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith(("weclip ", "dfa "))]
+    assert rows == ["weclip", "weclip"]
+    assert main(["cost", "dfa", *words]) == 2
+    assert "weclip is a trained system: measure it alone" in capsys.readouterr().err
+
+
 def test_json_of_your_own_classes_goes_into_a_new_folder_or_over_an_old_file(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
-    for path in (tmp_path / "new" / "cost.json",) * 2:
-        assert main(["cost", "zegclip", "--model", "world", "--device", "cpu", "--size", "64", "--repeats", "1", "--training", "--classes", "fish,moon", "--json", str(path)]) == 0
+    path = tmp_path / "new" / "cost.json"
+    for out in (path, path, path.parent):   # of a folder cost.json
+        assert main(["cost", "zegclip", "--model", "world", "--device", "cpu", "--size", "64", "--repeats", "1", "--training", "--classes", "fish,moon", "--out", str(out)]) == 0
         assert json.loads(path.read_text())[0]["unseen"] == "moon" and [entry.name for entry in path.parent.iterdir()] == ["cost.json"]
     assert "so the last, moon, is taken as unseen" in " ".join(capsys.readouterr().out.split())

@@ -33,14 +33,14 @@ def commands(page: Path) -> list[list[str]]:
 def check_command(words: list[str]) -> None:
     "Raises what `freqseg WORDS` would, before it does anything."
     from freqseg.faces.cli import build_parser
-    from freqseg.faces.training_cli import _axes, given_parameters
+    from freqseg.faces.training_cli import given_parameters, grid_axes
     from freqseg.work.experiments import plan, presets_of
     numbers = {"$SLURM_NNODES": "2", "$SLURM_NODEID": "0"}
     args = build_parser().parse_args([numbers.get(word, word) for word in words])
     if words[0] in ("train", "sweep"):
         assert (args.preset or "smoke") in presets_of(args.system)
         plan(args.system, given_parameters(args))   # every -p is a parameter, and its value one that it can have
-    if words[0] == "sweep": assert _axes(args.system, args.grid)
+    if words[0] == "sweep": assert grid_axes(args.system, args.grid)
     if words[0] == "run": assert (ROOT / args.notebook).is_file()
 
 

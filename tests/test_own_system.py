@@ -118,6 +118,14 @@ def test_a_file_that_was_edited_replaces_its_own_class(here: Path) -> None:
     assert system_named("mine.py:Renamed") is system_named("mine")
 
 
+def test_a_file_that_failed_leaves_no_system_and_can_be_mended(here: Path) -> None:
+    (here / "mine.py").write_text(MINE + "1/0\n")
+    with pytest.raises(InputError, match="mine.py, line 4: ZeroDivisionError"): system_named("mine.py:Mine")
+    assert "mine" not in known_systems()
+    (here / "mine.py").write_text(MINE)
+    assert system_named("mine.py:Mine") is system_named("mine")
+
+
 def test_a_session_may_define_a_system_again_and_work_on_a_copy_of_one_that_ships() -> None:
     for _ in range(2): again = type("WeCLIP", (Segmenter,), {"__module__": "__main__"})
     assert system_named("weclip") is again

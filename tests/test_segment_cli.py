@@ -67,7 +67,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def words(folder: Path, *more: object, pictures: tuple[str, ...] = ("a.png",), out: str = "out") -> list[str]:
-    return ["segment", *(str(folder/"d"/name) for name in pictures), "--checkpoint", "any", "--out", str(folder/out), "--device", "cpu", *map(str, more)]
+    return ["segment", *(str(folder/"d"/name) for name in pictures), "--model", "any", "--out", str(folder/out), "--device", "cpu", *map(str, more)]
 
 
 def values(path: Path) -> set[int]: return set(np.unique(np.asarray(Image.open(path))).tolist())
@@ -79,18 +79,18 @@ def values(path: Path) -> set[int]: return set(np.unique(np.asarray(Image.open(p
 def test_a_picture_is_never_replaced_by_what_is_made_of_it(command: str, folder: Path, unloaded: None, capsys: pytest.CaptureFixture[str]) -> None:
     before = (folder/"d"/"a.png").read_bytes()
     (folder/"elsewhere").symlink_to(folder/"d")
-    model = ["--checkpoint", "sptseg"] if command == "segment" else ["--model", "none such", "--classes", "fish"]
+    model = ["--model", "sptseg"] if command == "segment" else ["--model", "none such", "--classes", "fish"]
     for out in (folder/"d", folder/"elsewhere", folder/"d"/".."/"d"):
         assert main([command, str(folder/"d"/"a.png"), *model, "--out", str(out)]) == 2
         said = capsys.readouterr().err
-        assert "written over the picture" in said and "a.png" in said and "--out" in said
+        assert "written over" in said and "a.png" in said and "--out" in said
     assert (folder/"d"/"a.png").read_bytes() == before and [path.name for path in (folder/"d").iterdir()] == ["a.png"]
 
 
 def test_an_overlay_never_replaces_a_picture(folder: Path, unloaded: None, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(folder/"d"/"a.png", folder/"a_over.png")
     shutil.copy(folder/"d"/"a.png", folder/"a.jpg")
-    assert main(["segment", str(folder/"a_over.png"), str(folder/"a.jpg"), "--checkpoint", "any", "--out", str(folder)]) == 2
+    assert main(["segment", str(folder/"a_over.png"), str(folder/"a.jpg"), "--model", "any", "--out", str(folder)]) == 2
     assert "a_over.png would be written over" in capsys.readouterr().err
 
 
@@ -231,15 +231,15 @@ def test_what_is_no_picture_gets_advice_for_a_single_picture(command: str, folde
                                                              capsys: pytest.CaptureFixture[str]) -> None:
     loads(zero_shot)
     (folder/"d"/"notes.txt").write_text("no picture")
-    model = ["--checkpoint", "any"] if command == "segment" else ["--model", "world", "--classes", "fish"]
+    model = ["--model", "any"] if command == "segment" else ["--model", "world", "--classes", "fish"]
     assert main([command, str(folder/"d"/"notes.txt"), *model, "--device", "cpu", "--out", str(folder/"out")]) == 2
     said = capsys.readouterr()
     assert "notes.txt cannot be decoded" in said.err and "Is it a picture?" in said.err and "--fix-list" not in said.err and "NAME" not in said.out
 
 
 @pytest.mark.parametrize("command", ["segment", "evaluate"])
-def test_help_names_the_systems_that_ship(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit): main([command, "--help"])
+def test_names_lists_the_systems_that_ship(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit): main([command, "--names"])
     assert ", ".join(SHIPPED) in " ".join(capsys.readouterr().out.split())
 
 
@@ -247,3 +247,15 @@ def test_a_system_that_ships_answers_for_some_of_its_classes(folder: Path) -> No
     command = words(folder, "--classes", "tree")
     command[command.index("any")] = "weclip"
     assert main(command) == 0 and values(folder/"out"/"a.png") <= {0, 1}
+
+
+def test_a_picture_from_a_camera_gets_a_notice(folder: Path, scene: Image.Image, zero_shot: SPTSEG, loads: Callable, capsys: pytest.CaptureFixture[str],
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    loads(zero_shot)
+    monkeypatch.setattr("freqseg.work.inference.segment_picture", lambda system, image, *_: np.zeros(image.size[::-1], np.uint8))
+    scene.resize((1200, 900)).save(folder/"d"/"b.png")
+    assert main(words(folder, "--classes", "tree, key", pictures=("a.png", "b.png"))) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("freqseg: ")]
+    assert len(said) == 1 and "b.png has 1200 x 900 pixels" in said[0] and "--side" in said[0] and "--window" in said[0]
+    assert main(words(folder, "--classes", "tree, key", "--side", "448", pictures=("b.png",))) == 0
+    assert "1200 x 900" not in capsys.readouterr().err

@@ -152,7 +152,7 @@ def test_a_folder_in_use_is_refused_and_its_record_stays(tmp_path: Path, monkeyp
 def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     world = draw_scenes(tmp_path / "world", (1, 1, 1))
-    assert "cannot write into" in says(capsys, ["train", "dfa", "--data", str(world), "--out", str(tmp_path / "file" / "run")], 2)
+    assert "cannot write" in says(capsys, ["train", "dfa", "--data", str(world), "--out", str(tmp_path / "file" / "run")], 2)
 
 
 @pytest.mark.slow
@@ -194,7 +194,7 @@ def test_evaluate_reports_and_writes_masks_in_voc_s_colours(run: Path, tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("change, message", [
-    (["--split", "tst"], "the folder has test"), (["--crf", "weclipp"], "use one of weclip"), (["--scales", "1.0,1.0"], "each scale once"),
+    (["--split", "tst"], "the folder has test"), (["--crf", "weclipp"], "Did you mean 'weclip'"), (["--scales", "1.0,1.0"], "each scale once"),
     (["--data", "nowhere"], "nowhere"),
     pytest.param(["--device", "cuda"], "no CUDA device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"))])
 def test_what_cannot_be_evaluated_is_said(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: list[str], message: str) -> None:
@@ -240,7 +240,29 @@ def test_a_protocol_is_where_the_options_of_inference_start_from() -> None:
     from dataclasses import replace
     from freqseg.faces.cli import build_parser
     from freqseg.work.inference import INFERENCE
-    from freqseg.faces.training_cli import _inference_asked
+    from freqseg.faces.segment_cli import shown_as
     args = build_parser().parse_args(["evaluate", "run", "--protocol", "zegclip", "--flip", "--batch", "2"])
-    assert replace(INFERENCE[args.protocol], **_inference_asked(args)) == replace(INFERENCE["zegclip"], flip=True, batch=2)
-    with pytest.raises(SystemExit): build_parser().parse_args(["evaluate", "run", "--protocol", "zegklip"])
+    assert shown_as(args, None) == replace(INFERENCE["zegclip"], flip=True, batch=2)
+    args.protocol = "zegklip"
+    with pytest.raises(InputError, match="Did you mean 'zegclip'"): shown_as(args, None)
+
+
+@pytest.mark.parametrize("words", [["dfa", "--model", "dfa"], ["--model", "dfa", "--model", "dfa"]], ids=["place", "option"])
+def test_a_model_is_named_once(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit): main(["evaluate", *words])
+    assert "argument --model: named twice" in capsys.readouterr().err or "argument MODEL: named twice" in capsys.readouterr().err
+
+
+def test_masks_are_never_written_over_a_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("freqseg.work.checkpoints.load_system", lambda *_, **__: pytest.fail("the system was opened"))
+    folder = draw_scenes(tmp_path / "world", (1, 1, 1))
+    for name in ("SegmentationClass", "JPEGImages"):
+        assert "would be written over" in says(capsys, ["evaluate", "--model", "weclip", "--data", str(folder), "--save-masks", str(folder / name)], 2)
+
+
+def test_a_report_on_other_data_is_not_replaced_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = (draw_scenes(tmp_path / name, (1, 1, 1)) for name in "ab")
+    words = ["evaluate", "weclip", "--workers", "0", "--device", "cpu", "--no-flip", "--out", str(tmp_path / "out")]
+    assert main([*words, "--data", str(a)]) == 0 and main([*words, "--data", str(a), "--limit", "1"]) == 0
+    assert "another dataset (the embedded world, folder a)" in says(capsys, [*words, "--data", str(b)], 2)
+    assert main([*words, "--data", str(b), "--overwrite"]) == 0

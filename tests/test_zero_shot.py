@@ -289,7 +289,7 @@ def checkpoint(world: Backbone, tmp_path: Path) -> Path:
 
 def test_segment_answers_for_the_names_asked_for(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = checkpoint.parent
-    words = ["segment", str(folder/"scene.png"), "--checkpoint", str(checkpoint), "--out", str(folder/"out"), "--device", "cpu"]
+    words = ["segment", str(folder/"scene.png"), "--model", str(checkpoint), "--out", str(folder/"out"), "--device", "cpu"]
     assert main([*words, "--classes", "tree, water, key", "--window", "64"]) == 0    # the picture is smaller than the window
     mask = Image.open(folder/"out"/"scene.png")
     assert mask.mode == "P" and mask.size == (90, 50) and set(np.unique(np.asarray(mask))) <= {1, 2, 3}
