@@ -321,7 +321,7 @@ def cam_command(args: argparse.Namespace) -> int:
     job = cam_job(args)
     names = interruptible(lambda: explain_files(job, files, args.side or longest_side(job.backbone), args.batch))
     made = [some_of([out/f"{name}{ending}" for name in names]) for ending in (".png", ".npz")]
-    print(f"{len(names)} picture{'s' * (len(names) != 1)}, {len(job.methods)} maps each" + (f": {made[0]}; the arrays: {made[1]}" if names else ""))
+    print(f"{len(names)} picture{'s' * (len(names) != 1)}, {len(job.methods)} maps each" + (f": {made[0]} (to look at), {made[1]} (arrays)" if names else ""))
     return 0 if len(names) == len(files) else 2
 
 def add_model(parser: argparse.ArgumentParser, side: str) -> None:

@@ -240,7 +240,7 @@ def segment_command(args: argparse.Namespace) -> int:
     job = trained_job(args) if args.method is None else map_job(args)
     masks = interruptible(lambda: segment_files(job, files, names))
     overlays = [path.with_stem(f"{path.stem}{ENDINGS[1]}") for path in masks]
-    written = f"masks {some_of(masks)}; to look at, {some_of(overlays)}" if masks else "nothing was written"
+    written = f"{some_of(masks)} (masks), {some_of(overlays)} (to look at)" if masks else "nothing was written"
     print(f"{len(masks)} of {len(files)} pictures: {written}")
     return 0 if len(masks) == len(files) else 2
 
