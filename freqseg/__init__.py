@@ -5,8 +5,8 @@
     freqseg.cam("photo.jpg", ["dog", "grass"], model="ViT-B-16")
     freqseg.segment("photo.jpg", model="sptseg", classes="dog, grass")
 
-`help(freqseg.segment)` explains one of the functions that `dir(freqseg)` lists. Nothing is loaded before it is used; modules are
-attributes, too, such as `freqseg.spectra`."""
+`help(freqseg.segment)` explains one of the functions that `dir(freqseg)` lists. Nothing is loaded before it is used;
+modules are attributes, too, such as `freqseg.spectra`."""
 
 import importlib
 import inspect
@@ -57,7 +57,7 @@ def __dir__() -> list[str]:
 
 
 class _CamRoom(ModuleType):
-    "The room `freqseg.cam`, which is a function, too: Python gives a module and a function of one name only one attribute."
+    "The room `freqseg.cam`, which is a function, too: a package has one attribute for both of one name."
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         return _verb("cam")(*args, **options)

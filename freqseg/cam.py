@@ -24,17 +24,17 @@ from .spectra import band_stack
 
 # %% ../nbs/22_cam.ipynb #2a4fbb7a
 def as_present(
-    present: Any,                            # None = all; bool (B, K) or (K,); class indices or names, of all images or one list for each
-    shape: tuple[int, int],                  # (B, K)
-    names: Sequence[str] | None = None,      # of the classes, where they are known
+    present: Any,                           # None = all; bool (B, K) or (K,); class indices or names, of all or each image
+    shape: tuple[int, int],                 # (B, K)
+    names: Sequence[str] | None = None,     # of the classes, where they are known
     device: torch.device | str | None = None,
-) -> Tensor:                                 # (B, K) bool
+) -> Tensor:                                # (B, K) bool
     """Which classes are in which image. Raises `InputError` for what can be neither of these, and for an unknown name.
 
     Parameters
     ----------
     present : Any
-        None = all; bool (B, K) or (K,); class indices or names, of all images or one list for each
+        None = all; bool (B, K) or (K,); class indices or names, of all or each image
     shape : tuple[int, int]
         (B, K)
     names : Sequence[str] | None
@@ -47,18 +47,20 @@ def as_present(
     """
     batch, classes = shape
     if present is None: return torch.ones(batch, classes, dtype=torch.bool, device=device)
-    if isinstance(present, (list, tuple)) and len(present) == batch and all(isinstance(row, (list, tuple)) for row in present):
+    listed = isinstance(present, (list, tuple))
+    if listed and len(present) == batch and all(isinstance(row, (list, tuple)) for row in present):
         return torch.cat([as_present(row, (1, classes), names, device) for row in present])
-    if names is not None and isinstance(present, (str, list, tuple)) and present and isinstance(present[0], str):
-        present = [_place(name, names) for name in ([present] if isinstance(present, str) else present)]
+    if isinstance(present, str): present, listed = [present], True
+    if names is not None and listed and present and isinstance(present[0], str):
+        present = [_place(name, names) for name in present]
     try: mask = torch.as_tensor(present, device=device)
-    except (TypeError, ValueError, RuntimeError): mask = None
-    if mask is not None and mask.ndim == 1 and mask.dtype == torch.int64 and len(mask) and 0 <= mask.min() and mask.max() < classes:
+    except (TypeError, ValueError, RuntimeError): mask = torch.empty(0)   # what it is, the message below says
+    if mask.ndim == 1 and mask.dtype == torch.int64 and len(mask) and 0 <= mask.min() and mask.max() < classes:
         mask = torch.zeros(classes, dtype=torch.bool, device=mask.device).index_fill(0, mask, True)
-    if mask is not None and mask.dtype == torch.bool and mask.shape in ((classes,), (batch, classes)): return mask.expand(batch, classes)
-    given = f"{mask.dtype} {tuple(mask.shape)}" if mask is not None and mask.dtype in (torch.bool, torch.float32) else repr(present)
-    raise InputError(f"present is {given}: give None for all classes, bool ({batch}, {classes}), images by classes, one bool per class, "
-                     f"or {'class names' if names else f'class indices below {classes}'}.")
+    if mask.dtype == torch.bool and mask.shape in ((classes,), (batch, classes)): return mask.expand(batch, classes)
+    given = f"{present.dtype} {tuple(present.shape)}" if hasattr(present, "dtype") else repr(present)
+    raise InputError(f"present is {given}: give None for all classes, bool ({batch}, {classes}), images by classes, "
+                     f"one bool per class, or {'class names' if names else f'class indices below {classes}'}.")
 
 def _place(name: str, names: Sequence[str]) -> int:
     "Where a class stands among the names. Raises `InputError` for one that is not there."
@@ -76,8 +78,9 @@ def contrast_direction(
 ) -> Tensor:                  # (B, K, E)
     """Gradient with respect to z of y_c = softmax(scale cos(z, t))_c over {present classes + background} (WeCLIP).
 
-    By default scaled to unit length: min-max scaling removes the length anyway, and for a confident model it underflows. A
-    class with nothing to contrast with (alone, no background) gets the direction of its cosine. Absent classes get 0.
+    By default scaled to unit length: min-max scaling removes the length anyway, and for a confident model it
+    underflows. A class with nothing to contrast with (alone, no background) gets the direction of its cosine. Absent
+    classes get 0.
 
     Parameters
     ----------
@@ -104,7 +107,8 @@ def contrast_direction(
     used = F.pad(present, (0, len(prompts) - len(text)), value=True)
     logits = (scale * unit @ prompts.T).masked_fill(~used, -torch.inf)
     itself = torch.eye(len(text), len(prompts), dtype=torch.bool, device=z.device)
-    others = logits[:, None].masked_fill(itself, -torch.inf).softmax(-1).nan_to_num(0.0)   # nan: nobody to contrast with
+    # nan: nobody to contrast with
+    others = logits[:, None].masked_fill(itself, -torch.inf).softmax(-1).nan_to_num(0.0)
     direction = text - others @ prompts
     direction = direction - (direction @ unit[:, :, None]) * unit[:, None]
     y = logits.softmax(-1)[:, :len(text), None].nan_to_num(0.0)   # nan: no class present, no background
@@ -146,7 +150,8 @@ def _sum_through_attention(
     # Both products with the attention in one, all classes side by side as its columns: the attention is read once.
     beside = torch.cat([sent, along[..., None]], -1)[..., 1:, :].permute(1, 2, 3, 0, 4)   # (B, heads, N, S, d + 1)
     both = (attention[..., 1:, :].mT @ beside.flatten(3)).unflatten(3, beside.shape[3:]).permute(3, 0, 1, 2, 4)
-    pulled, weighed = both[..., :-1], both[..., -1]                    # patch queries' share of the values' gradient; of g_n . o_n
+    # patch queries' share of the values' gradient; of g_n . o_n
+    pulled, weighed = both[..., :-1], both[..., -1]
     from_cls = attention[..., :1, 1:].sum(-1) * sent[..., 0, :]        # the CLS query's share, summed over patches
     columns = (pulled * value).sum(-1) - weighed
     rows = attention[..., 0] * (along - (sent * value[..., :1, :]).sum(-1))
@@ -157,12 +162,15 @@ def _sum_through_attention(
 
 # %% ../nbs/22_cam.ipynb #6b23cb06
 def last_qkv(backbone: Backbone, features: Features) -> tuple[Tensor, Tensor, Tensor]:
-    "Queries, keys and values of the last block, (B, heads, N+1, d) each: those that were encoded, else computed. Raises `InputError` as `grad_cam` does."
+    """Queries, keys and values of the last block, (B, heads, N+1, d) each: those that were encoded, else computed.
+
+    Raises `InputError` for features without the last block's input."""
     kinds, last = (features.queries, features.keys, features.values), backbone.depth - 1
     if last in features.queries: return tuple(kind[last].detach() for kind in kinds)
     return split_qkv(backbone.blocks[-1], _last_input(features).detach().clone())
 
-def _pull_through_attention(backbone: Backbone, features: Features, pool: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def _pull_through_attention(backbone: Backbone, features: Features,
+                            pool: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     "Image embedding z (B, E) and the map from gradients at z (S, B, E) to their sums over patches at ln_1 (S, B, D)."
     block, residual, qkv = backbone.blocks[-1], features.last_residual.detach().clone(), last_qkv(backbone, features)
     attention = attention_weights(*qkv[:2])
@@ -174,10 +182,12 @@ def _pull_through_attention(backbone: Backbone, features: Features, pool: str) -
     return z, pull
 
 def _pull_by_autograd(backbone: Backbone, features: Features, pool: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    "The same for blocks that normalise queries and keys, where the sum over patches does not commute with the projection."
+    """The same for blocks that normalise queries and keys, where the sum over patches does not commute with the
+    projection."""
     ln1, residual = features.last_ln1.detach().clone().requires_grad_(), features.last_residual.detach().clone()
     z = _image_embedding(backbone, backbone.last_block(ln1, residual), pool)
-    return z, lambda sent: torch.autograd.grad(z, ln1, sent, is_grads_batched=True, retain_graph=True)[0][:, :, 1:].sum(2)
+    return z, lambda sent: torch.autograd.grad(z, ln1, sent, is_grads_batched=True, retain_graph=True)[0][:, :, 1:].sum(
+        2)
 
 # %% ../nbs/22_cam.ipynb #e10ef25b
 def grad_cam_weights(
@@ -187,7 +197,7 @@ def grad_cam_weights(
     present: Any = None,           # (B, K) bool: classes to explain, image by image; None = all, see `as_present`
     background: Tensor|None = None,   # (Kb, E) unit-norm background prompts
     pool: str = "patches",         # image embedding: mean of "patches" (WeCLIP) or the tower's own "cls"
-    exact: bool = False,           # the gradient as written instead of a positive multiple of it, see `contrast_direction`
+    exact: bool = False,           # the gradient as written, not a positive multiple, see `contrast_direction`
     chunk: int = 8,                # classes per image in one backward pass; fewer need less memory
 ) -> Tensor:                       # (B, K, D), 0 for absent classes
     """Channel weights of GradCAM: mean over patches of d y_c / d ln_1 of the last block, every class at once (WeCLIP).
@@ -210,7 +220,7 @@ def grad_cam_weights(
     pool : str
         image embedding: mean of "patches" (WeCLIP) or the tower's own "cls"
     exact : bool
-        the gradient as written instead of a positive multiple of it, see `contrast_direction`
+        the gradient as written, not a positive multiple, see `contrast_direction`
     chunk : int
         classes per image in one backward pass; fewer need less memory
 
@@ -225,11 +235,13 @@ def grad_cam_weights(
     with torch.inference_mode(False), torch.enable_grad():
         normed = isinstance(getattr(backbone.blocks[-1].attn, "ln_q", None), torch.nn.LayerNorm)
         z, pull = (_pull_by_autograd if normed else _pull_through_attention)(backbone, features, pool)
-        direction = contrast_direction(z.detach().to(text.dtype), text, present, background, backbone.logit_scale, exact).to(z.dtype)
+        direction = contrast_direction(z.detach().to(text.dtype), text, present, background, backbone.logit_scale,
+                                       exact).to(z.dtype)
         sent = direction.gather(1, slots[..., None].expand(-1, -1, direction.shape[-1])).transpose(0, 1)
         packed = torch.cat([pull(part) for part in sent.split(chunk)])
     packed = packed.transpose(0, 1) * valid[..., None] / (features.last_ln1.shape[1] - 1 if exact else 1)
-    return packed.new_zeros(*present.shape, packed.shape[-1]).scatter_add_(1, slots[..., None].expand_as(packed), packed)
+    return packed.new_zeros(*present.shape, packed.shape[-1]).scatter_add_(1, slots[..., None].expand_as(packed),
+                                                                           packed)
 
 # %% ../nbs/22_cam.ipynb #ed13b0b7
 def patch_activations(features: Features) -> Tensor:
@@ -325,7 +337,7 @@ def value_path(
     residual: bool = False,   # keep the block's residual and feed-forward part around the values
     attention: Tensor | None = None,   # (B, heads, N+1, N+1) how the values are mixed; None = each patch keeps its own
 ) -> Tensor:                  # (B, E, h, w) joint space, not normalised
-    """Patch embeddings when each patch of the last block attends to itself only (MaskCLIP), or in another way than the block's.
+    """Patch embeddings when each patch of the last block attends to itself only (MaskCLIP), or as `attention` says.
 
     Raises `InputError` for features without the last block's input.
 
@@ -352,7 +364,8 @@ def value_path(
 
 # %% ../nbs/22_cam.ipynb #bd1a7ff7
 def intra_attention(features: Features, block: int) -> Tensor:
-    "Mean of softmax(QQ^T), softmax(KK^T), softmax(VV^T), scaled by 1/sqrt(d): (B, heads, N+1, N+1) of a block encoded with qkv."
+    """Mean of softmax(QQ^T), softmax(KK^T), softmax(VV^T), scaled by 1/sqrt(d), of a block encoded with qkv: (B,
+    heads, N+1, N+1)."""
     parts = [features.of(getattr(features, name), block, name) for name in ("queries", "keys", "values")]
     return sum(attention_weights(part, part) for part in parts) / 3
 
@@ -363,10 +376,11 @@ def side_path(
     blocks: int = 5,         # how many of the last blocks
     residual: bool = True,   # start from the tokens that enter those blocks; False sums the attention branches alone
 ) -> Tensor:                 # (B, E, h, w) joint space, not normalised
-    """Patch embeddings of a path beside the tower, with other attention in the last blocks and no feed-forward part (CLIP Surgery's dual path).
+    """Patch embeddings of a path beside the tower: other attention in the last blocks, no feed-forward part (CLIP
+    Surgery).
 
-    Queries, keys and values are those of the untouched tower; the blocks' attention outputs add up, on top of the tokens that
-    enter the first of them. Raises `InputError` saying what to encode when something is missing.
+    Queries, keys and values are those of the untouched tower; the blocks' attention outputs add up, on top of the
+    tokens that enter the first of them. Raises `InputError` saying what to encode when something is missing.
 
     Parameters
     ----------
@@ -395,7 +409,7 @@ def side_path(
 def intra_correlation(
     backbone: Backbone, features: Features, blocks: int = 5, residual: bool = True,   # of `side_path`
 ) -> Tensor:                 # (B, E, h, w) joint space, not normalised
-    """Patch embeddings with intra-correlation attention in the last blocks (source of S in DFA). Raises `InputError` as `side_path` does.
+    """Patch embeddings with intra-correlation attention in the last blocks (S in DFA). Errors as in `side_path`.
 
     Parameters
     ----------
@@ -417,10 +431,11 @@ def intra_correlation(
 
 # %% ../nbs/22_cam.ipynb #745f7c0d
 def similarity_request(backbone: Backbone, source: str = "value", blocks: int = 5) -> dict[str, Any]:
-    "Arguments for `Backbone.encode` that give `patch_embeddings` what it needs. Raises `InputError` for an unknown source."
+    "Arguments for `Backbone.encode` that `patch_embeddings` needs. Raises `InputError` for an unknown source."
     first = backbone.depth - min(blocks, backbone.depth)
-    requests = {"final": {"joint": True}, "value": {"joint": False, "last_input": True},
-                "intra": {"joint": False, "qkv": tuple(range(first, backbone.depth)), "tokens": (first - 1,) if first else ()}}
+    requests = {
+        "final": {"joint": True}, "value": {"joint": False, "last_input": True},
+        "intra": {"joint": False, "qkv": tuple(range(first, backbone.depth)), "tokens": (first - 1,) if first else ()}}
     if source not in requests: raise InputError(f"source={source!r}: use 'value', 'intra' or 'final'.")
     return requests[source]
 
@@ -430,7 +445,7 @@ def patch_embeddings(
     source: str = "value",   # "value" (MaskCLIP), "intra" (intra-correlation) or "final" (the tower's own)
     **options: Any,          # of `value_path` or `intra_correlation`
 ) -> Tensor:                 # (B, E, h, w) joint space, not normalised
-    """Patch embeddings from one of three sources. Raises `InputError` for an unknown source or features that lack its inputs.
+    """Patch embeddings of a source. Raises `InputError` for an unknown one, or features that lack its inputs.
 
     Parameters
     ----------
@@ -447,12 +462,14 @@ def patch_embeddings(
     if source == "value": return value_path(backbone, features, **options)
     if source == "intra": return intra_correlation(backbone, features, **options)
     if source != "final": raise InputError(f"source={source!r}: use 'value', 'intra' or 'final'.")
-    if features.patch_embedding is None: raise InputError("these features lack patch embeddings: encode with joint=True.")
+    if features.patch_embedding is None:
+        raise InputError("these features lack patch embeddings: encode with joint=True.")
     return features.patch_embedding
 
 # %% ../nbs/22_cam.ipynb #51cf9597
 def cosine_map(embeddings: Tensor, text: Tensor) -> Tensor:
     "Cosine of every patch (B, E, h, w) with every prompt (K, E), unit norm: (B, K, h, w) in [-1, 1]."
+    embeddings, text = batched(embeddings, "(B, E, h, w)", "embeddings"), batched(text, "(K, E)", "class embeddings")
     return torch.einsum("behw,ke->bkhw", F.normalize(embeddings, dim=1), text.to(embeddings.dtype))
 
 def prompt_cosines(
@@ -462,7 +479,7 @@ def prompt_cosines(
     text: Tensor,                 # (K, E) unit-norm class embeddings
     background: Tensor | None,    # (Kb, E) unit-norm background prompts, or None
 ) -> Tensor:                      # (B, K + Kb, h, w) fp32
-    """Cosines of patches with the classes, then with the background prompts. Raises `InputError` as `patch_embeddings` does.
+    """Cosines of patches with the classes, then with the background prompts. Errors as in `patch_embeddings`.
 
     Parameters
     ----------
@@ -478,7 +495,8 @@ def prompt_cosines(
     Tensor
         (B, K + Kb, h, w) fp32
     """
-    return cosine_map(patch_embeddings(backbone, features, source), text if background is None else torch.cat([text, background])).float()
+    return cosine_map(patch_embeddings(backbone, features, source),
+                      text if background is None else torch.cat([text, background])).float()
 
 def patch_text_similarity(
     backbone: Backbone,
@@ -516,13 +534,14 @@ def patch_text_similarity(
     """
     cosines = cosine_map(patch_embeddings(backbone, features, source, **options), text)
     present = as_present(present, cosines.shape[:2], device=cosines.device)
-    if normalise == "softmax": return _softmax_similarity(backbone, features, cosines, present, background, source, options)
+    if normalise == "softmax":
+        return _softmax_similarity(backbone, features, cosines, present, background, source, options)
     if normalise == "minmax": cosines = normalise_cam(cosines, positive=False)
     elif normalise != "none": raise InputError(f"normalise={normalise!r}: use 'minmax', 'softmax' or 'none'.")
     return cosines * present[:, :, None, None]
 
-def _softmax_similarity(backbone: Backbone, features: Features, cosines: Tensor, present: Tensor, background: Tensor|None,
-                        source: str, options: dict[str, Any]) -> Tensor:
+def _softmax_similarity(backbone: Backbone, features: Features, cosines: Tensor, present: Tensor,
+                        background: Tensor | None, source: str, options: dict[str, Any]) -> Tensor:
     "Probability of every class at every patch, against the present classes and the background prompts."
     logits = cosines.masked_fill(~present[:, :, None, None], -torch.inf)
     if background is not None:
@@ -548,11 +567,12 @@ def background_score(
     Tensor
         (B, 1, h, w) in [0, 1]
     """
+    cam = batched(cam, "(B, K, h, w)", "maps")
     return (1 - cam.amax(1, keepdim=True)).clamp(0, 1) ** background_power
 
 def with_background(cam: Tensor) -> Tensor:
     "Maps (B, K, h, w) in [0, 1] with the score of the background behind them: (B, K + 1, h, w)."
-    return torch.cat([cam, background_score(cam)], 1)
+    return torch.cat([batched(cam, "(B, K, h, w)", "maps"), background_score(cam)], 1)
 
 # %% ../nbs/22_cam.ipynb #97503f46
 IGNORE = 255   # label that neither losses nor metrics count
@@ -561,7 +581,8 @@ def best_class(
     scores: Tensor,   # of classes along `dim`
     dim: int = 1,
 ) -> Tensor:
-    """The place of the highest score, of equal ones the first. Across channels of maps, `max` finds it on CPU four to eight times as fast as `argmax`.
+    """The place of the highest score, of equal ones the first. Across channels, `max` is four to eight times as fast
+    as `argmax`.
 
     Parameters
     ----------
@@ -574,7 +595,8 @@ def pack_present(
     cam: Tensor,      # (B, K, h, w)
     present: Tensor,  # (B, K) bool
 ) -> tuple[Tensor, Tensor]:
-    """Maps of the present classes (B, k, h, w) and their class indices (B, k); k is the most any picture shows, zero maps fill up.
+    """Maps of the present classes (B, k, h, w), k the most that a picture shows, zero maps behind them; their indices
+    (B, k).
 
     Parameters
     ----------
@@ -594,9 +616,9 @@ def pseudo_labels(
     background_power: float = 1.0,     # of the background score when there is no threshold
     ignore: tuple[float, float]|None = None,   # largest map value in [low, high) -> 255: too close to call
     background: Tensor | None = None,  # (B, 1, h, w) score of the background itself, in place of threshold and power
-    refine: Callable[[Tensor], Tensor] | None = None,   # of enlarged scores (B, 1 + k, H, W), the background first, such as PAR
+    refine: Callable[[Tensor], Tensor] | None = None,   # of scores (B, 1 + k, H, W), the background first, such as PAR
 ) -> Tensor:                           # (B, H, W) int64: 0 background, k + 1 for class k, 255 ignored
-    """Labels from activation maps: bilinear enlargement, a background channel, argmax; optionally refined, and with an ignored band (WeCLIP).
+    """Labels from activation maps: bilinear enlargement, a background channel, argmax (WeCLIP); optionally refined.
 
     Raises `InputError` for a band whose ends are swapped and for a `present` of another shape.
 
@@ -617,7 +639,7 @@ def pseudo_labels(
     background : Tensor | None
         (B, 1, h, w) score of the background itself, in place of threshold and power
     refine : Callable[[Tensor], Tensor] | None
-        of enlarged scores (B, 1 + k, H, W), the background first, such as PAR
+        of scores (B, 1 + k, H, W), the background first, such as PAR
 
     Returns
     -------
@@ -626,15 +648,19 @@ def pseudo_labels(
     """
     if ignore is not None and not ignore[0] <= ignore[1]: raise InputError(f"ignore={ignore}: give (low, high).")
     scores, classes = batched(cam, "(B, K, h, w)", "maps"), None
-    if present is not None: scores, classes = pack_present(scores, as_present(present, scores.shape[:2], device=scores.device))
+    if present is not None:
+        scores, classes = pack_present(scores, as_present(present, scores.shape[:2], device=scores.device))
     if background is not None: scores = torch.cat([background.to(scores), scores], 1)
     if size is not None: scores = F.interpolate(scores.float(), size=tuple(size), mode="bilinear", align_corners=False)
     if background is None:
-        rest = background_score(scores, background_power) if threshold is None else torch.full_like(scores[:, :1], threshold)
+        rest = torch.full_like(scores[:, :1], threshold or 0)
+        if threshold is None: rest = background_score(scores, background_power)
         scores = torch.cat([rest, scores], 1)
     if refine is not None: scores = refine(scores)
     labels = best_class(scores)
-    if classes is not None: labels = (classes.gather(1, (labels - 1).clamp_min(0).flatten(1)).view_as(labels) + 1).masked_fill(labels == 0, 0)
+    if classes is not None:
+        named = classes.gather(1, (labels - 1).clamp_min(0).flatten(1)).view_as(labels) + 1
+        labels = named.masked_fill(labels == 0, 0)
     if ignore is None: return labels
     strongest = scores[:, 1:].amax(1)
     return labels.masked_fill((strongest >= ignore[0]) & (strongest < ignore[1]), IGNORE)
@@ -644,9 +670,9 @@ def refine_cam(
     affinity: Tensor,           # (B, N, N), or that of one picture (N, N)
     cam: Tensor,                # (B, K, h, w) in [0, 1], or of one picture (K, h, w)
     walk_steps: int = 2,        # steps over the affinity (WeCLIP squares it)
-    box: float | None = 0.4,    # only what lies in boxes around >= this share of a map's maximum travels (WeCLIP, VOC); None = all
+    box: float | None = 0.4,    # what lies in boxes around >= this share of the maximum travels (WeCLIP); None = all
 ) -> Tensor:                    # (B, K, h, w) in [0, 1]
-    """Maps after they travelled over an affinity, scaled to [0, 1] (WeCLIP's refinement). Raises `InputError` as `propagate` does.
+    """Maps after they travelled over an affinity, scaled to [0, 1] (WeCLIP's refinement). Errors as in `propagate`.
 
     Parameters
     ----------
@@ -657,7 +683,7 @@ def refine_cam(
     walk_steps : int
         steps over the affinity (WeCLIP squares it)
     box : float | None
-        only what lies in boxes around >= this share of a map's maximum travels (WeCLIP, VOC); None = all
+        what lies in boxes around >= this share of the maximum travels (WeCLIP); None = all
 
     Returns
     -------
@@ -668,11 +694,11 @@ def refine_cam(
 
 # %% ../nbs/22_cam.ipynb #cca0448c
 def band_cams(
-    evidence: Tensor,                        # (B, K, h, w) signed, before ReLU: of `grad_cam_evidence`, or similarity numerators
+    evidence: Tensor,                        # (B, K, h, w) signed: of `grad_cam_evidence`, or similarity numerators
     edges: Sequence[float] = (0.1, 0.25),    # rising cut-offs in cycles per token
     shape: str = "square",                   # mask of the bands, "square" or "disc"
     length: Tensor|None = None,              # (B, 1, h, w) to divide by after filtering: patch norms, for cosines
-) -> Tensor:                                 # (len(edges) + 1, B, K, h, w), lowest band first; their sum is evidence / length
+) -> Tensor:                                 # (len(edges) + 1, B, K, h, w), lowest band first; sum: evidence / length
     """Split class evidence into frequency bands of the features that carry it.
 
     Equal to weighing the band-filtered features with the same weights, because filters act on positions and weights on
@@ -681,7 +707,7 @@ def band_cams(
     Parameters
     ----------
     evidence : Tensor
-        (B, K, h, w) signed, before ReLU: of `grad_cam_evidence`, or similarity numerators
+        (B, K, h, w) signed: of `grad_cam_evidence`, or similarity numerators
     edges : Sequence[float]
         rising cut-offs in cycles per token
     shape : str
@@ -692,13 +718,14 @@ def band_cams(
     Returns
     -------
     Tensor
-        (len(edges) + 1, B, K, h, w), lowest band first; their sum is evidence / length
+        (len(edges) + 1, B, K, h, w), lowest band first; sum: evidence / length
     """
     bands = band_stack(evidence, edges, shape)
     return bands if length is None else bands / length
 
 # %% ../nbs/22_cam.ipynb #8f07bc5c
 def similarity_evidence(embeddings: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-    "Numerator (B, K, h, w) and patch norms (B, 1, h, w) of the cosines of patches (B, E, h, w) with prompts (K, E), for `band_cams`."
+    """Numerator (B, K, h, w) and patch norms (B, 1, h, w) of cosines of patches (B, E, h, w) with prompts, for
+    `band_cams`."""
     numerator = torch.einsum("behw,ke->bkhw", embeddings, text.to(embeddings.dtype))
     return numerator, embeddings.norm(dim=1, keepdim=True).clamp_min(1e-12)

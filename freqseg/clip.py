@@ -40,7 +40,7 @@ def split_qkv(block: ResidualAttentionBlock, ln1: Tensor) -> tuple[Tensor, Tenso
 
 # %% ../nbs/14_clip.ipynb #b37b3950
 def attention_weights(query: Tensor, key: Tensor) -> Tensor:
-    "softmax(Q K^T / sqrt d) over the keys: `query` and `key`, each (B, heads, n, d) -> (B, heads, n, n), rows sum to 1."
+    "softmax(Q K^T / sqrt d) over keys: `query`, `key`, each (B, heads, n, d) -> (B, heads, n, n), rows sum to 1."
     return ((query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)).softmax(dim=-1)   # scaled where numbers are fewer
 
 # %% ../nbs/14_clip.ipynb #11f76fb3
@@ -167,7 +167,9 @@ class Features:
         return patches / patches.sum(-1, keepdim=True) if renormalise else patches
 
     def of(self, found: Mapping[int, Tensor], block: int, name: str) -> Tensor:
-        "Entry of `block` (negative counts from the last) in `found`, the dictionary called `name`; `InputError` says what to ask `encode` for."
+        """Entry of `block` (negative counts from the last) in `found`, the dictionary called `name`.
+
+        `InputError` says what to ask `encode` for."""
         index = block % self.depth if -self.depth <= block < self.depth else block
         if index in found: return found[index]
         raise InputError(f"no {name} of block {block} in these features (there: {sorted(found) or 'none'}): "
@@ -354,7 +356,9 @@ class Backbone(nn.Module):
 
 # %% ../nbs/14_clip.ipynb #5cb14bc3
 def native_tower(model: nn.Module, name: str) -> VisionTransformer:
-    "The ViT of an open_clip `model`, called `name` in messages. Raises `InputError` for timm, ResNet, attention-pooled and scaled-cosine towers."
+    """The ViT of an open_clip `model`, called `name` in messages.
+
+    Raises `InputError` for timm, ResNet, attention-pooled and scaled-cosine towers."""
     visual = getattr(model, "visual", None)
     reason = None
     if not isinstance(visual, VisionTransformer): reason = f"its image tower is a {type(visual).__name__}"
@@ -387,7 +391,9 @@ def _pair(size: int|Sequence[int]) -> tuple[int, int]:
 def usual_size(self: Backbone,
     sizes: Sequence[tuple[int, int]],   # (height, width) of every picture, pixels
 ) -> tuple[int, int]:                   # (height, width), whole patches
-    """How large pictures are shown unless said otherwise: the longest side twice the native one, for a grid that sees edges; in their shape, several shapes as a square.
+    """How large pictures are shown unless said otherwise: the longest side twice the native one, for a grid that sees edges.
+
+    They keep their shape; several shapes become a square.
 
     Parameters
     ----------
@@ -406,9 +412,11 @@ def usual_size(self: Backbone,
 @patch
 def preprocess(self: Backbone,
     images: Image.Image|np.ndarray|Sequence[Image.Image|np.ndarray],   # one picture or several; arrays are uint8 (H, W, 3)
-    size: int|tuple[int, int]|None = None,                              # side or (height, width) in pixels; None = `usual_size`
+    size: int|tuple[int, int]|None = None,   # side or (height, width) in pixels; None = `usual_size`
 ) -> Tensor:                                                            # (B, 3, H, W) normalised, on the backbone's device
-    """Pictures to normalised pixels: RGB, resized to exactly `size`, no cropping. Raises `InputError` for arrays that are not uint8.
+    """Pictures to normalised pixels: RGB, resized to exactly `size`, no cropping.
+
+    Raises `InputError` for arrays that are not uint8.
 
     Parameters
     ----------
@@ -646,7 +654,7 @@ def encode_text(self: Backbone,
 
 # %% ../nbs/14_clip.ipynb #0d4c247f
 def read_weights(path: str|Path) -> dict[str, Tensor]:
-    """Tensors of the file at `path`, a .safetensors file or a torch file that is safe to load, without running any code from it.
+    """Tensors of the file `path`, .safetensors or a torch file that is safe to load, without running any code from it.
 
     Nested `state_dict`s and the `module.` prefix of distributed training are unwrapped. Raises `InputError` for a file
     that is missing, truncated, a TorchScript program, or a pickle that wants to run code."""
@@ -697,7 +705,9 @@ def fit_weights(model: nn.Module, state: dict[str, Tensor], source: str|Path) ->
 SHIPPED_CLIPS: dict[str, str] = {"world": "world_clip.safetensors"}   # files that ship with the package, by name
 
 def named_config(name: str, quick_gelu: bool) -> dict[str, Any]:
-    "open_clip's configuration called `name`, with `quick_gelu` (OpenAI's activation) or GELU. Raises `InputError` naming the nearest ones known."
+    """open_clip's configuration called `name`, with `quick_gelu` (OpenAI's activation) or GELU.
+
+    Raises `InputError` naming the nearest ones known."""
     config = open_clip.get_model_config(name.replace("/", "-")) if ":" not in name else None
     if config is not None: return config | {"quick_gelu": quick_gelu}
     near = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.3)
@@ -723,7 +733,9 @@ def build_clip(config: Mapping[str, Any], name: str = "this model", seed: int = 
 
 # %% ../nbs/14_clip.ipynb #0cb5f96f
 def build_closed_clip(config: Mapping[str, Any], seed: int = 0) -> open_clip.CLIP:
-    """A CLIP with random weights of this `seed`, whose text tower reads `ClosedVocabulary` ids: it pools at the end id and knows the padding.
+    """A CLIP with random weights of this `seed`, whose text tower reads `ClosedVocabulary` ids.
+
+    It pools at the end id and knows the padding.
 
     `config` holds `embed_dim`, `vision_cfg` and `text_cfg` as open_clip names them; `text_cfg["vocab_size"]` is
     `len(tokenizer)`. Raises `InputError` for towers that are not native."""
@@ -761,7 +773,7 @@ def save_clip(
 
 # %% ../nbs/14_clip.ipynb #9c6e2839
 def read_metadata(path: str|Path) -> dict[str, Any]:
-    "The JSON entries in the header of the safetensors file at `path`. Raises `InputError` for a damaged or missing file."
+    "The JSON entries in the header of the safetensors file `path`. Raises `InputError` for a damaged or missing one."
     from safetensors import SafetensorError, safe_open
     if not Path(path).is_file(): raise InputError(f"no weights file at {path}.")
     try:

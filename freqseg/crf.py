@@ -26,7 +26,7 @@ __all__ = ['CRF_PRESETS', 'CRFSettings', 'require_densecrf', 'crf_settings', 'cr
 # %% ../nbs/31_crf.ipynb #a8e80be3
 @dataclass(frozen=True)
 class CRFSettings(Options):
-    """Mean-field iterations and the two kernels of a dense CRF (Krähenbühl and Koltun, 2011). Raises `InputError` for values that cannot be.
+    """Mean-field iterations and the two kernels of a dense CRF (Krähenbühl and Koltun, 2011). Raises `InputError`.
 
     Attributes
     ----------
@@ -229,16 +229,15 @@ class _Child:
             [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[self.desk.memory],
             start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
         )
-        self.stdin, self.stdout = cast(BinaryIO, self.process.stdin), cast(BinaryIO, self.process.stdout)   # both are pipes
 
     def compute(self, image: np.ndarray, probs: np.ndarray, settings: CRFSettings, labels: bool) -> np.ndarray:
         "`crf_image` over there. Raises what it raises, `OSError` when there is no memory to share, and `RuntimeError` when the process dies."
         self.desk.lay(image, probs)
         try:
-            self.ready = self.ready or any(line.endswith(_READY) for line in self.stdout)
+            self.ready = self.ready or any(line.endswith(_READY) for line in cast(BinaryIO, self.process.stdout))
             # As plain numbers: in a notebook that defines the class, the child could not import it.
-            _send(self.stdin, (image.shape, probs.shape, astuple(settings), labels))
-            result, trace = pickle.load(self.stdout)
+            _send(cast(BinaryIO, self.process.stdin), (image.shape, probs.shape, astuple(settings), labels))
+            result, trace = pickle.load(cast(BinaryIO, self.process.stdout))
         except _CUT_OFF as error: raise RuntimeError(self._obituary()) from error
         if trace is not None: raise result from RuntimeError(f"in a CRF process:\n{trace}")
         return result if labels else self.desk.arrays(image.shape, probs.shape)[1].copy()
@@ -258,8 +257,8 @@ class _Child:
         self.process.kill()
         self.process.wait()
         self.desk.close()
-        self.stdout.close()
-        with suppress(OSError): self.stdin.close()  # may hold the rest of a job that nobody reads now
+        cast(BinaryIO, self.process.stdout).close()
+        with suppress(OSError): cast(BinaryIO, self.process.stdin).close()  # may hold the rest of a job nobody reads
 
 # %% ../nbs/31_crf.ipynb #31d4aaad
 def _crf_pool(pairs: Iterator, settings: CRFSettings, labels: bool, workers: int) -> Generator[np.ndarray, None, None]:
@@ -333,7 +332,9 @@ def dense_crf(
     else: results = (crf_image(*pair, settings, labels) for pair in pairs)
     return _with_progress(results, total, progress)
 
-def _with_progress(results: Generator[np.ndarray, None, None], total: int | None, progress: bool) -> Iterator[np.ndarray]:
+def _with_progress(
+    results: Generator[np.ndarray, None, None], total: int | None, progress: bool
+) -> Iterator[np.ndarray]:
     "Pass results on under a progress bar; closing it early stops the pool."
     from tqdm import tqdm
     try: yield from tqdm(results, total=total, desc="dense CRF", unit="image", disable=not progress)

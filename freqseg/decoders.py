@@ -264,7 +264,7 @@ def wtclip_decoder(
     dim: int = 256,  # channels inside
     kernel: int = 3,  # side of the depthwise kernels
     **options: Any,  # of `TransformerDecoder`
-) -> TransformerDecoder:  # called with the blocks' token maps (B, width, h, w), it gives `Decoded`: .logits (B, classes, h, w)
+) -> TransformerDecoder:  # token maps (B, width, h, w) -> `Decoded`, .logits (B, classes, h, w)
     """WTCLIP's decoder: WeCLIP's with a gate before the fusion and a wavelet convolution before the classifier.
 
     Paper and code disagree on levels and learning; the defaults are the code's, to which the published parameter count
@@ -299,7 +299,7 @@ def wtclip_decoder(
     Returns
     -------
     TransformerDecoder
-        called with the blocks' token maps (B, width, h, w), it gives `Decoded`: .logits (B, classes, h, w)
+        token maps (B, width, h, w) -> `Decoded`, .logits (B, classes, h, w)
     """
     try: refine = WaveletConv2d(dim, kernel, levels, wavelet, learn_filters)
     except ValueError as error: raise InputError(str(error)) from error
@@ -462,19 +462,8 @@ class RelationshipDescriptor(nn.Module):
         return self.linear(torch.cat([cls[:, None] * text, text.expand(len(cls), -1, -1)], -1))
 
 # %% ../nbs/30_decoders.ipynb #33903d51
-def split_heads(
-    x: Tensor,   # (B, N, dim)
-    heads: int,  # how many parts of `dim`
-) -> Tensor:
-    """`(B, N, dim)` -> `(B, heads, N, dim / heads)`.
-
-    Parameters
-    ----------
-    x : Tensor
-        (B, N, dim)
-    heads : int
-        how many parts of `dim`
-    """
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    "`x` (B, N, dim) in `heads` parts: (B, heads, N, dim / heads)."
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 def mask_scores(
@@ -524,40 +513,16 @@ class CrossAttention(nn.Module):
         self.value: Any = nn.Linear(dim, dim) if values else None   # with the next, None where nobody asks for answers
         self.out: Any = nn.Linear(dim, dim) if values else None
 
-    def forward(
-        self,
-        queries: Tensor,  # (B, C, dim)
-        tokens: Tensor,   # (B, N, dim)
-    ) -> Tensor:
-        """What the queries find: `(B, C, dim)`.
-
-        Parameters
-        ----------
-        queries : Tensor
-            (B, C, dim)
-        tokens : Tensor
-            (B, N, dim)
-        """
+    def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        "What the queries find: `(B, C, dim)`."
         query, key, value = (
             split_heads(x, self.heads) for x in (self.query(queries), self.key(tokens), self.value(tokens))
         )
         answer = F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout if self.training else 0.0)
         return self.out(answer.transpose(1, 2).flatten(2))
 
-    def scores(
-        self,
-        queries: Tensor,  # (B, C, dim)
-        tokens: Tensor,   # (B, N, dim)
-    ) -> Tensor:
-        """Mean over heads of `q . k / sqrt d` before the softmax, `(B, C, N)`: one product over all channels, the heads being parts of the sum.
-
-        Parameters
-        ----------
-        queries : Tensor
-            (B, C, dim)
-        tokens : Tensor
-            (B, N, dim)
-        """
+    def scores(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        "Mean over heads of `q . k / sqrt d` before the softmax, `(B, C, N)`: one product over all channels, the heads being parts of the sum."
         query = self.query(queries)
         return mask_scores(query * (query.shape[-1] * self.heads) ** -0.5, self.key(tokens))
 

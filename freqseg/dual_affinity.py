@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 from torch.utils.checkpoint import checkpoint
 
-from .affinity import POSITIVE_FLOOR, SOURCES, affinity_request, invert_relation, last_blocks, relations, symmetrise
+from .affinity import POSITIVE_FLOOR, SOURCES, SOURCE_CHOICES, affinity_request, invert_relation, last_blocks, relations, symmetrise
 from .clip import Backbone, Features
 from .files import InputError
 from .losses import nearest_labels
@@ -614,7 +614,7 @@ class DualAffinitySettings(Options):
     Attributes
     ----------
     source : str | None
-        relations that the affinities are made of; none: what suits the backbone
+        relations that the affinities are made of
     layers : int | tuple[int, ...]
         how many of the last blocks the affinities read, or the blocks' indices
     per_head : bool
@@ -651,35 +651,42 @@ class DualAffinitySettings(Options):
         scale of the affinity that L_r pulls
     """
     renamed: ClassVar = {"window": "vote_window"}
-    source: str | None = option(None, "relations that the affinities are made of; none: what suits the backbone")
+    source: str | None = option(None, "relations that the affinities are made of", choices=SOURCE_CHOICES)
     layers: int | tuple[int, ...] = option(8, "how many of the last blocks the affinities read, or the blocks' indices", low=-64, high=64, least=1)
     per_head: bool = option(False, "read every head's attention as a map of its own instead of the heads' mean")
     inversion: str = option("all-pass", "what the inverse affinity keeps of the attention's spectrum",
-                            choices={"all-pass": "everything but the attention itself, I - W", "gaussian": "less at low frequencies", "butterworth": "less, with a steeper edge"})
+        choices={"all-pass": "everything but the attention itself, I - W", "gaussian": "less at low frequencies",
+        "butterworth": "less, with a steeper edge"})
     align: bool = option(True, "learn the smoothed affinity, A_la; otherwise it stays A_s")
     inverse: bool = option(True, "have a second, inverse affinity at all")
     rectify: bool = option(True, "learn the inverse affinity, A_ha; otherwise it stays A_inv")
     hidden: int = option(16, "hidden units of the two networks that read pairs of patches", low=1, high=1024)
     normalise: str = option("sinkhorn", "how affinities are brought to rows and columns that sum to 1",
-                            choices={"sinkhorn": "to a tolerance", "weclip": "three rounds, then squared", "average": "not at all"})
-    mu: float = option(.4, "cut-off between the low and the high frequencies of the decoder's features, cycles per token", low=0, high=.5)
+        choices={"sinkhorn": "to a tolerance", "weclip": "three rounds, then squared", "average": "not at all"})
+    mu: float = option(.4,
+        "cut-off between the low and the high frequencies of the decoder's features, cycles per token", low=0, high=.5)
     shape: str = option("square", "form of the low band in the spectrum", choices=("square", "disc"))
-    normalise_features: str | None = option(None, "what has unit length before products are taken", choices={None: "nothing, as printed", "features": "the features", "bands": "each of their bands"})
+    normalise_features: str | None = option(None, "what has unit length before products are taken",
+        choices={None: "nothing, as printed", "features": "the features", "bands": "each of their bands"})
     align_scale: str = option("sinkhorn", "scale of the affinity that L_a compares",
-                              choices={"sinkhorn": "after normalisation, as printed", "max": "over its row's maximum", "score": "before normalisation"})
-    align_within: str = option("row", "what the softmax in L_a runs over", choices={"row": "the whole row, as printed", "mask": "its selected pairs, which makes it a divergence"})
-    align_reduction: str = option("pairs", "what L_a is a mean over", choices={"pairs": "selected pairs, as printed", "rows": "rows that have any, which gives larger gradients"})
-    vote_window: int | None = option(9, "side of the window that votes on ambiguous pairs, an odd number of patches; none: no vote", low=1, high=63)
+        choices={"sinkhorn": "after normalisation, as printed", "max": "over its row's maximum",
+        "score": "before normalisation"})
+    align_within: str = option("row", "what the softmax in L_a runs over", choices={"row": "the whole row, as printed",
+        "mask": "its selected pairs, which makes it a divergence"})
+    align_reduction: str = option("pairs", "what L_a is a mean over", choices={"pairs": "selected pairs, as printed",
+        "rows": "rows that have any, which gives larger gradients"})
+    vote_window: int | None = option(9,
+        "side of the window that votes on ambiguous pairs, an odd number of patches; none: no vote", low=1, high=63)
     agreement: bool = option(True, "the vote promotes only pairs that have the same label; the paper leaves it open")
-    relation_scale: str = option("score", "scale of the affinity that L_r pulls", choices={"score": "before normalisation", "max": "over its row's maximum", "sinkhorn": "after it, as printed"})
+    relation_scale: str = option("score", "scale of the affinity that L_r pulls",
+        choices={"score": "before normalisation", "max": "over its row's maximum", "sinkhorn": "after it, as printed"})
 
     def check(self) -> None:
-        "Raise `InputError` for an unknown source, and for options that contradict each other."
-        if self.source is not None: SOURCES.find(self.source)
+        "Raise `InputError` for options that contradict each other."
         if isinstance(self.layers, int) and self.layers < 1: raise InputError(f"layers={self.layers}: read one block at least.")
         if self.vote_window is not None and self.vote_window % 2 == 0: raise InputError(f"vote_window={self.vote_window}: give an odd number of patches, or none.")
         if self.rectify and not self.inverse: raise InputError("rectify=True: without an inverse affinity there is nothing to rectify; give inverse=True, or rectify=False.")
-        if self.source and self.per_head and not SOURCES.find(self.source).heads:
+        if self.source and self.per_head and not SOURCES[self.source].heads:
             raise InputError(f"per_head=True: {self.source} has no heads; take another source, or per_head=False.")
 
 # %% ../nbs/21_dual_affinity.ipynb #90a77ee3
@@ -755,7 +762,8 @@ class DualAffinity(nn.Module):
     @classmethod
     def for_backbone(cls, backbone: Backbone, settings: DualAffinitySettings = DualAffinitySettings()) -> "DualAffinity":
         "Sized for a tower; `source=None` becomes what its weights propose, else attention (DFA)."
-        settings = replace(settings, source=settings.source or backbone.metadata.get("default_attention_source", "attention"))
+        source = settings.source or backbone.metadata.get("default_attention_source", "attention")
+        settings = replace(settings, source=source)
         layers = len(last_blocks(backbone.depth, settings.layers))
         return cls(layers * (backbone.heads if settings.per_head else 1), settings)
 

@@ -8,7 +8,7 @@ __all__ = ['InputError', 'unknown_name', 'shipped', 'sha256', 'atomic_write', 'c
 
 # %% ../nbs/08_files.ipynb #2cf56998
 import contextlib, difflib, functools, hashlib, json, math, os, pickle, socket, tempfile, warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 

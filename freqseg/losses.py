@@ -529,5 +529,6 @@ def mask_losses(
         raise InputError(f"weights {weights}: none may be negative, one must be above 0.")
     targets = class_targets(labels, classes, ignored_as_negative)
     logits = _at_size(logits, targets)
-    terms: dict[str, Callable[..., Tensor]] = {"focal": focal_loss, "dice": dice_loss, "ssim": partial(ssim_loss, over=over)}
+    similarity: Callable[..., Tensor] = partial(ssim_loss, over=over)
+    terms = {"focal": focal_loss, "dice": dice_loss, "ssim": similarity}
     return {name: weight * terms[name](logits, targets) for name, weight in weights.items() if weight}

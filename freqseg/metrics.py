@@ -127,14 +127,14 @@ def _counts(
     confusion: Array,  # counts, or a prediction
     target: Array | None,  # its ground truth
 ) -> Tensor:  # (..., C, C) float64
-    "The counts that are given, or those of a prediction with as many classes as occur. Raises `InputError` for what is neither."
+    "The counts that are given, or those of a prediction, for the classes that occur. Raises `InputError` for neither."
     if target is not None:
         pred, truth = _tensor(confusion), _tensor(target)
         highest = [int(labels[labels != IGNORE].max()) for labels in (pred, truth) if (labels != IGNORE).any()]
         return confusion_matrix(pred, truth, max(highest, default=0) + 1).to(torch.float64)
     counts = _tensor(confusion).to(torch.float64)
     if counts.ndim >= 2 and counts.shape[-1] == counts.shape[-2]: return counts
-    raise InputError(f"{tuple(counts.shape)} are no counts (..., C, C): give a confusion matrix, or a prediction and its ground truth.")
+    raise InputError(f"{tuple(counts.shape)} are no counts (..., C, C): give those, or a prediction and its ground truth.")
 
 def class_iou(
     confusion: Array,  # counts (..., C, C), rows = target; or a prediction, class ids (H, W) or (B, H, W)

@@ -128,7 +128,7 @@ def allowed(
     if "choices" in about: return f"one of {', '.join('none' if one is None else str(one) for one in about['choices'])}"
     return " or ".join(_kind_words(kind, about) for kind in kinds(hint))
 
-# %% ../nbs/06_options.ipynb #6943c158
+# %% ../nbs/06_options.ipynb #4bb7e17e
 def described(
     about: Mapping[str, Any],     # what `option` was told
 ) -> str:
@@ -235,8 +235,8 @@ def _hints(kind: type) -> dict[str, Any]:
 class Options:
     """A frozen dataclass whose fields are declared with `option`: checked when it is made, read with `read`, explained by `explain`.
 
-    Options that were called differently in older checkpoints stand in `renamed`, old name to new one. Those that are gone stand in
-    `retired` with the value that is now the only one."""
+    Options that were called differently in older checkpoints stand in `renamed`, old name to new one. Those that are
+    gone stand in `retired` with the value that is now the only one."""
     renamed: ClassVar[Mapping[str, str]] = {}
     retired: ClassVar[Mapping[str, Any]] = {}
 
@@ -254,7 +254,7 @@ class Options:
         cls: type["_Kind"],
         given: Mapping[str, Any],   # name -> value
     ) -> "_Kind":
-        """The options from a mapping, under today's names or older ones. Raises `InputError` as `current` does, and for a value that cannot be.
+        """The options under today's names or older ones. Raises `InputError` as `current` does, and for wrong values.
 
         Parameters
         ----------
@@ -270,7 +270,8 @@ class Options:
     ) -> dict[str, Any]:
         """The same under today's names, without options that are gone.
 
-        Raises `InputError` for an unknown name, naming the nearest, for one that comes under both its names, and for another value of one that is gone.
+        Raises `InputError` for an unknown name, naming the nearest, for one that comes under both its names, and for
+        another value of one that is gone.
 
         Parameters
         ----------
@@ -282,14 +283,17 @@ class Options:
             today = name if name in known else cls.renamed.get(name, name)
             if today not in known and name in cls.retired: cls._require_retired(name, value)
             elif today not in known: raise unknown_name(name, known, "option")
-            elif today in current: raise InputError(f"{today} is given twice, once under its older name: leave one of them out.")
+            elif today in current:
+                raise InputError(f"{today} is given twice, once under its older name: leave one of them out.")
             else: current[today] = value
         return current
 
     @classmethod
     def _require_retired(cls, name: str, value: Any) -> None:
         "Raise `InputError` unless an option that is gone has the value that is left."
-        if value != cls.retired[name]: raise InputError(f"{name}={_shortened(value)}: this option is gone, it is always {cls.retired[name]!r} now. Leave it out.")
+        if value != cls.retired[name]:
+            raise InputError(f"{name}={_shortened(value)}: this option is gone, it is always {cls.retired[name]!r} "
+                             "now. Leave it out.")
 
     @classmethod
     def explain(cls) -> dict[str, str]:
@@ -331,7 +335,7 @@ def parsed(
     hint: Any,                    # its annotation
     about: Mapping[str, Any],     # what `option` was told
 ) -> Any:
-    """The value that a text means for an option: the first reading that fits. Raises `InputError` for one that means none.
+    """The value that a text means for an option, the first reading that fits. Raises `InputError` where none does.
 
     Parameters
     ----------

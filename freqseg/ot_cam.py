@@ -23,7 +23,7 @@ def neighbourhood_mean(
     affinity: Tensor,  # (B, N, N) non-negative
     values: Tensor,    # (B, N, K), fp32 or fp64
 ) -> Tensor:
-    """Each patch's mean of the values, weighted by its row of the affinity: (B, N, K); zero for rows without any affinity.
+    """Each patch's mean of the values, weighted by its row of the affinity: (B, N, K); zero for empty rows.
 
     Parameters
     ----------
@@ -37,26 +37,28 @@ def neighbourhood_mean(
 
 # %% ../nbs/24_ot_cam.ipynb #bd42bbf0
 def map_similarity(cam: Tensor) -> Tensor:
-    "S (B, N, K + 1) from finished maps (B, K, h, w) in [0, 1]: their values at every patch and, last, what they leave to the background."
+    """S (B, N, K + 1) from finished maps (B, K, h, w) in [0, 1]: their values and, last, what they leave to the
+    background."""
     return with_background(cam).flatten(2).mT
 
 def similarity_matrix(
-    cosines: Tensor,      # (B, K + Kb, h, w) of patches with class prompts, then background prompts
-    present: Tensor,      # (B, K) bool
+    cosines: Tensor,      # (B, K + Kb, h, w) of patches with class prompts, then background prompts; one picture's without B
+    present: Tensor | None = None,   # (B, K) or (K,) bool; None = all prompts are classes
     scale: float = 100.,  # CLIP's logit scale, for "prompts"
     contrast: str = "rest",   # what the background is: "rest" of the classes' maps, or "prompts" of its own
 ) -> Tensor:              # S (B, N, K + 1) in [0, 1], the background last
     """How well every patch fits the present classes and the background (S in DFA); absent classes are 0.
 
-    "rest": each class's cosines from least to most in the picture, the background 1 - max. "prompts": softmax over the present classes
-    and all background prompts, whose shares are summed. Raises `InputError` for another word, or "prompts" without any.
+    "rest": each class's cosines from least to most in the picture, the background 1 - max. "prompts": softmax over the
+    present classes and all background prompts, whose shares are summed. Raises `InputError` for another word, or
+    "prompts" without any.
 
     Parameters
     ----------
     cosines : Tensor
-        (B, K + Kb, h, w) of patches with class prompts, then background prompts
-    present : Tensor
-        (B, K) bool
+        (B, K + Kb, h, w) of patches with class prompts, then background prompts; one picture's without B
+    present : Tensor | None
+        (B, K) or (K,) bool; None = all prompts are classes
     scale : float
         CLIP's logit scale, for "prompts"
     contrast : str
@@ -67,12 +69,15 @@ def similarity_matrix(
     Tensor
         S (B, N, K + 1) in [0, 1], the background last
     """
-    classes = present.shape[1]
+    cosines = batched(cosines, "(B, K + Kb, h, w)", "cosines")
+    classes = cosines.shape[1] if present is None else present.shape[-1]
+    present = as_present(present, (len(cosines), classes), device=cosines.device)
     absent = ~present[:, :, None, None]
     if contrast not in ("rest", "prompts"): raise InputError(f"contrast={contrast!r}: choose 'rest' or 'prompts'")
     if contrast == "rest":
         return map_similarity(normalise_cam(cosines[:, :classes], positive=False).masked_fill(absent, 0))
-    if cosines.shape[1] == classes: raise InputError("contrast='prompts' needs background prompts: name some, or take contrast='rest'")
+    if cosines.shape[1] == classes:
+        raise InputError("contrast='prompts' needs background prompts: name some, or take contrast='rest'")
     absent = F.pad(absent, (0, 0, 0, 0, 0, cosines.shape[1] - classes))
     share = (scale * cosines).masked_fill(absent, -torch.inf).softmax(1)
     return torch.cat([share[:, :classes], share[:, classes:].sum(1, keepdim=True)], 1).flatten(2).mT
@@ -90,7 +95,8 @@ def score_matrix(
 
     "class" (default): (lambda_l A_la + lambda_h A_ha) S with row-normalised affinities. "literal": lambda_l A_la S plus
     lambda_h times the row sums of A_ha, affinities as given; that second term has no class index and cannot change the
-    transport plan, which is why it is not the default. Raises `InputError` for shapes that do not fit or an unknown `score`.
+    transport plan, which is why it is not the default. Raises `InputError` for shapes that do not fit or an unknown
+    `score`.
 
     Parameters
     ----------
@@ -113,9 +119,11 @@ def score_matrix(
     smoothed, inverse = (_fitting(x, name, similarity) for x, name in ((smoothed, "smoothed"), (inverse, "inverse")))
     wide = similarity if similarity.dtype == torch.float64 else similarity.float()
     with torch.autocast(similarity.device.type, enabled=False):
-        own = wide if smoothed is None else smoothed.to(wide) @ wide if score == "literal" else neighbourhood_mean(smoothed, wide)
+        printed = score == "literal"
+        own = wide if smoothed is None else smoothed.to(wide) @ wide if printed else neighbourhood_mean(smoothed, wide)
         if inverse is None: return lambda_l * own
-        return lambda_l * own + lambda_h * (inverse.to(wide).sum(-1, keepdim=True) if score == "literal" else neighbourhood_mean(inverse, wide))
+        added = inverse.to(wide).sum(-1, keepdim=True) if printed else neighbourhood_mean(inverse, wide)
+        return lambda_l * own + lambda_h * added
 
 # %% ../nbs/24_ot_cam.ipynb #1f465589
 def _fitting(affinity: Tensor | None, name: str, similarity: Tensor) -> Tensor | None:
@@ -133,10 +141,11 @@ def class_marginal(
     floor: float = 1e-6,  # least share of a class that is present
     present: Any = None,  # (B, K) bool; None = all, see `as_present`
 ) -> Tensor:
-    """Share of the picture that each class is to receive, v (B, K) in fp32, summing to 1 over the present classes (DFA).
+    """Share of the picture that each class is to receive, v (B, K) in fp32, summing to 1 over the present classes
+    (DFA).
 
-    v = softmax(sum_i S_ic / temperature), raised to `floor`. The paper has no temperature, which gives all of the picture to
-    one class; N is the default for that reason. Absent classes get 0, and so does everything in a picture
+    v = softmax(sum_i S_ic / temperature), raised to `floor`. The paper has no temperature, which gives all of the
+    picture to one class; N is the default for that reason. Absent classes get 0, and so does everything in a picture
     without any class. Raises `InputError` for a temperature or floor that is not positive, or a mask of another shape.
 
     Parameters
@@ -180,8 +189,8 @@ def transport_plan(
 ) -> Tensor:
     """Transport of patches to classes, T (B, N, K): rows sum to 1/N, columns to the class shares (DFA).
 
-    Absent classes get zeros, and so does a picture without any class. Raises `InputError` for shapes or options that do not
-    fit.
+    Absent classes get zeros, and so does a picture without any class. Raises `InputError` for shapes or options that do
+    not fit.
 
     Parameters
     ----------
@@ -214,7 +223,7 @@ def transport_plan(
     if present is not None: present = as_present(present, (len(gained), gained.shape[-1]), device=gained.device)
     share = class_marginal(similarity, temperature, floor, present) if share is None else share
     if not epsilon > 0:
-        raise InputError(f"epsilon={epsilon}: the entropic regularisation must be positive; 0.1 is the default, 0.01 is sharp")
+        raise InputError(f"epsilon={epsilon}: the entropic regularisation must be positive; 0.1 is usual, 0.01 is sharp")
     return transport(gained, share, None, epsilon, present, iterations, tolerance, gradient=gradient)
 
 # %% ../nbs/24_ot_cam.ipynb #ff3a19dd
@@ -224,7 +233,7 @@ def transport_cam(
     inverse: Tensor | None,  # A_inv or A_ha (B, N, N), or None
     grid: tuple[int, int],  # (h, w) with h * w = N, row-major
     present: Any = None,  # (B, K) bool; None = all, see `as_present`
-    **options: Any,  # of `transport_plan`: lambda_l, lambda_h, score, epsilon, temperature, floor, share, iterations, ...
+    **options: Any,  # of `transport_plan`: lambda_l, lambda_h, score, epsilon, temperature, floor, share, ...
 ) -> Tensor:
     """Class activation maps from optimal transport, M = T / max_i T: cam (B, K, h, w) in [0, 1] (DFA).
 
@@ -244,11 +253,12 @@ def transport_cam(
     present : Any
         (B, K) bool; None = all, see `as_present`
     **options : Any
-        of `transport_plan`: lambda_l, lambda_h, score, epsilon, temperature, floor, share, iterations, ...
+        of `transport_plan`: lambda_l, lambda_h, score, epsilon, temperature, floor, share, ...
     """
     h, w = grid
     if similarity.shape[-2] != h * w:
-        raise InputError(f"similarity {tuple(similarity.shape)} has {similarity.shape[-2]} patches, a {h} x {w} grid has {h * w}")
+        raise InputError(
+            f"similarity {tuple(similarity.shape)} has {similarity.shape[-2]} patches, a {h} x {w} grid has {h * w}")
     plan = transport_plan(similarity, smoothed, inverse, present, **options).mT
     peak = plan.amax(-1, keepdim=True)
     cam = torch.where(peak > 0, plan / peak.clamp(min=torch.finfo(peak.dtype).tiny), 0)
@@ -262,7 +272,8 @@ def transport_maps(
     present: Any = None,  # (B, K) bool: classes of each picture; the background is everywhere
     **options: Any,  # of `transport_plan`
 ) -> Tensor:  # (B, K + 1, h, w) in [0, 1]
-    """Transport maps of the classes and, last, of the background, which competes for every patch (DFA). Errors as in `transport_cam`.
+    """Maps of the classes and, last, of the background, which competes for every patch (DFA). Errors as in
+    `transport_cam`.
 
     Parameters
     ----------

@@ -179,15 +179,19 @@ class Registry(Mapping[str, Any]):
         """
         where = _origin(made)
         if not re.fullmatch(r"[a-z][a-z0-9_]*", entry.name) or entry.name in ("all", "none", *self.renamed):
-            raise InputError(f"{entry.name!r} cannot name a {self.kind}: use small letters, digits and underscores, and no word that means something else.")
+            raise InputError(f"{entry.name!r} cannot name a {self.kind}: use small letters, digits and underscores, "
+                             "and no word that means something else.")
         _, before = self._entries.get(entry.name, (None, where))
-        if before != where: raise InputError(f"there is a {self.kind} {entry.name!r} already, of {before}: give the one of {where} another name.")
+        if before != where:
+            raise InputError(f"there is a {self.kind} {entry.name!r} already, of {before}: "
+                             f"give the one of {where} another name.")
         self._entries[entry.name] = (entry, where)
 
     def find(self, name: str) -> Any:
-        "An entry under its name or an older one, which gives a notice. Raises `InputError` for a name that is none, naming the nearest."
+        "An entry by its name, or an older one, with a notice. Raises `InputError` for any other, naming the nearest."
         if name in self.renamed:
-            warnings.warn(f"the {self.kind} {name!r} is called {self.renamed[name]!r} now.", FutureWarning, stacklevel=3)
+            notice = f"the {self.kind} {name!r} is called {self.renamed[name]!r} now."
+            warnings.warn(notice, FutureWarning, stacklevel=3)
             name = self.renamed[name]
         if name not in self._entries: load_inherited()
         if name not in self._entries: raise unknown_name(str(name), self, self.kind)

@@ -140,7 +140,7 @@ def spectral_prompt(
 ) -> Tensor:          # (B, D, h, w), dtype of the tokens
     """S = F^-1(F(H * g) w_f), what a spectral prompt adds to the tokens (SPT-SEG, Eq. 1): orthonormal real FFT over the grid, in fp32.
 
-    Raises `InputError` when the gain is of another grid or another number of channels, or the CLS token of other pictures.
+    Raises `InputError` for a gain of another grid or other channels, and a CLS token of other pictures.
 
     Parameters
     ----------
@@ -156,7 +156,8 @@ def spectral_prompt(
     """
     (count, width), (h, w) = tokens.shape[:2], tokens.shape[2:]
     if tuple(cls.shape) not in ((count, width), (count, 1, width)):
-        raise InputError(f"cls {tuple(cls.shape)} does not fit tokens {tuple(tokens.shape)}: expected {(count, width)}, a CLS token for every picture.")
+        shapes = f"cls {tuple(cls.shape)} does not fit tokens {tuple(tokens.shape)}"
+        raise InputError(f"{shapes}: expected {(count, width)}.")
     if gain.shape != (h, w // 2 + 1, tokens.shape[1]):
         raise InputError(
             f"gain {tuple(gain.shape)} does not fit {tokens.shape[1]} channels on a {h} x {w} grid: expected "
@@ -208,7 +209,8 @@ class SpectralPrompts(nn.Module):
 
     def gain(self, block: int, grid: tuple[int, int]|None = None) -> Tensor:
         "Complex gain (h, w // 2 + 1, D) of a prompted block at the grid of the filters, or carried to another."
-        return cast(SpectralFilter, self.filters[0 if self.shared else self.blocks.index(block)]).response(grid)
+        index = 0 if self.shared else self.blocks.index(block)
+        return cast(SpectralFilter, self.filters[index]).response(grid)
 
     def forward(self,
         block: int,               # index of the block, 0 is the first
@@ -235,7 +237,8 @@ class SpectralPrompts(nn.Module):
         if block not in self.blocks: return tokens
         if grid[0] * grid[1] != tokens.shape[1]:
             raise InputError(f"{tokens.shape[1]} patch tokens are no {grid[0]} x {grid[1]} grid: leave the CLS out.")
-        return tokens + spectral_prompt(tokens.mT.unflatten(2, grid), cls, self.gain(block, (grid[0], grid[1]))).flatten(2).mT
+        gain = self.gain(block, (grid[0], grid[1]))
+        return tokens + spectral_prompt(tokens.mT.unflatten(2, grid), cls, gain).flatten(2).mT
 
 # %% ../nbs/28_spectral_prompts.ipynb #e9466bff
 def _full_gain(gain: Tensor, grid: tuple[int, int]) -> Tensor:

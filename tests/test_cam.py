@@ -265,6 +265,7 @@ def test_labels_have_the_size_asked_and_only_present_classes(evidence, height, w
 
 def test_label_mistakes_are_named():
     with pytest.raises(InputError, match="low, high"): pseudo_labels(torch.rand(1, 2, 3, 3), ignore=(0.5, 0.2))
+    assert torch.equal(background_score(torch.eye(3)[None]), background_score(torch.eye(3)[None, None]))
     with pytest.raises(InputError, match=r"bool \(1, 2\)"): pseudo_labels(torch.rand(1, 2, 3, 3), torch.ones(1, 3, dtype=torch.bool))
 
 

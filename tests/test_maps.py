@@ -189,7 +189,7 @@ def test_settings_choose_the_source(backbone: Backbone) -> None:
 
 
 @pytest.mark.parametrize("wrong, named", [
-    (dict(mu=0.6), "mu=0.6"), (dict(mu=-1), "mu=-1"), (dict(shape="round"), "shape='round'"), (dict(source="heads"), "unknown source of affinities 'heads'"),
+    (dict(mu=0.6), "mu=0.6"), (dict(mu=-1), "mu=-1"), (dict(shape="round"), "shape='round'"), (dict(source="heads"), "source='heads'"),
     (dict(layers=0), "layers=0"), (dict(layers=()), "layers="), (dict(walk_steps=0), "walk_steps=0"), (dict(walk_steps=1.5), "walk_steps=1.5"),
     (dict(box=0.0), "box=0.0"), (dict(similarity="tokens"), "similarity="), (dict(contrast="sky"), "contrast="), (dict(epsilon=0), "epsilon=0"), (dict(lambda_h=-1), "lambda_h=-1")])
 def test_wrong_settings_are_named(wrong: dict, named: str) -> None:

@@ -60,7 +60,7 @@ def made(kind: type, **values: Any) -> Any:
 
 def test_there_are_the_classes_that_are_meant() -> None:
     assert {"DFAOptions", "FFROptions", "Preset", "RunOptions", "TrainSettings", "Inference", "View", "CRFSettings", "DualAffinitySettings",
-            *(system.Options.__name__ for system in SYSTEMS.values())} <= {kind.__name__ for kind in KINDS}
+            *(system.Options.__name__ for system in map(system_named, known_systems()))} <= {kind.__name__ for kind in KINDS}
 
 
 @EVERY
@@ -264,3 +264,13 @@ def test_a_text_means_what_the_annotation_says(text: str, hint: Any, value: Any)
 def test_a_preset_that_contradicts_itself_is_refused() -> None:
     with pytest.raises(InputError, match="stride=64 leaves gaps"): Preset("somewhere", window=32, stride=64)
     with pytest.raises(InputError, match="give one of them"): Preset("somewhere", side=512, short=512)
+
+
+def test_a_sweep_takes_older_names_and_refuses_what_cannot_be(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from freqseg.faces.training_cli import grid_axes
+    with pytest.warns(UserWarning, match="eps is called epsilon now"): assert grid_axes("dfa", ["eps=0.1,0.2", "lambda_l,lambda_h=1,0.1;1,0.2"]) == {
+        "epsilon": [.1, .2], "lambda_l,lambda_h": [[1., .1], [1., .2]]}
+    with pytest.warns(UserWarning), pytest.raises(InputError, match="gone cannot vary"): grid_axes("wtclip", ["edge_floor=0.5"])
+    with pytest.warns(UserWarning), pytest.raises(InputError, match="names epsilon twice"): grid_axes("dfa", ["epsilon=0.1", "eps=0.2"])
+    assert main(["sweep", "dfa", "--grid", "lambda_h=0.1,nan", "--out", str(tmp_path / "sweep")]) == 2
+    assert "lambda_h=nan" in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -275,3 +275,12 @@ def test_cuda_equals_cpu() -> None:
     expected = transport_cam(*arguments, (H, W), PRESENT, **EXACT | {"tolerance": 1e-5})
     found = transport_cam(*(a.cuda() for a in arguments), (H, W), PRESENT.cuda(), **EXACT | {"tolerance": 1e-5})
     torch.testing.assert_close(found.cpu(), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_similarity_of_one_picture_and_of_all_classes() -> None:
+    cosines, labels = cosines_and_labels()
+    expected = similarity_matrix(cosines[:1], labels[:1])
+    torch.testing.assert_close(similarity_matrix(cosines[0], labels[0]), expected)
+    everybody = similarity_matrix(cosines[:, :4])
+    torch.testing.assert_close(everybody, similarity_matrix(cosines[:, :4], torch.ones(2, 4, dtype=torch.bool)))
+    with pytest.raises(InputError, match=r"cosines \(4, 5\): give \(B, K \+ Kb, h, w\)"): similarity_matrix(cosines[0, 0])

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from freqseg.clip import WECLIP_TEMPLATE, Backbone, load_clip
-from freqseg.lists import COCO_CLASSES, VOC_CLASSES
+from freqseg.clip import WECLIP_TEMPLATE, Backbone, build_closed_clip, load_clip, save_clip
+from freqseg.lists import COCO_CLASSES, VOC_CLASSES, Domain, seen_and_unseen
 from freqseg.prompts import (BACKGROUND_PROMPTS, COCO_BACKGROUND_PROMPTS, COCO_PROMPT_ALIASES, VOC_PROMPT_ALIASES,
                              embed_wording, require_words, rivals, usual_background, usual_wording)
 from freqseg.files import InputError
@@ -24,6 +24,11 @@ def clip() -> Backbone:
 def test_the_rule_gives_both_of_weclips_lists() -> None:
     assert rivals(BACKGROUND_PROMPTS, VOC_CLASSES) == BACKGROUND_PROMPTS
     assert rivals(BACKGROUND_PROMPTS, COCO_CLASSES) == COCO_BACKGROUND_PROMPTS
+
+
+def test_aliases_speak_of_classes_that_exist() -> None:
+    assert set(VOC_PROMPT_ALIASES) < set(VOC_CLASSES) and set(COCO_PROMPT_ALIASES) < set(COCO_CLASSES)
+    assert set(BACKGROUND_PROMPTS) - set(COCO_BACKGROUND_PROMPTS) == {"keyboard", "sign"}
 
 
 def test_a_clip_is_asked_in_weclips_words(clip: Backbone) -> None:
@@ -69,3 +74,19 @@ def test_a_name_is_known_words_one_of_which_says_what(world: Backbone, clip: Bac
     for name in ("", ";", "tree;zebra"):
         with pytest.raises(InputError, match="unknown class"): require_words(world, [name])
     require_words(clip, ["the", "tree;key"])
+
+
+def test_any_clip_with_a_closed_vocabulary_says_how_it_is_asked(tmp_path) -> None:
+    config = {"embed_dim": 8, "vision_cfg": {"layers": 1, "width": 8, "head_width": 8, "patch_size": 8, "image_size": 16},
+              "text_cfg": {"context_length": 8, "vocab_size": 9, "width": 8, "heads": 1, "layers": 1}}
+    words, told = ("a", "drawn", "cat", "cow", "grass", "the"), dict(title="drawn animals", classes=["cat", "cow"], unseen=["cow"], background=["grass"], templates=["a drawn {}"], fillers=["the"])
+    for name, more in (("told", {"domain": told}), ("silent", {})):   # files of earlier versions tell nothing
+        save_clip(build_closed_clip(config), tmp_path / f"{name}.safetensors", config, words, **more)
+    animals, silent = (load_clip(tmp_path / f"{name}.safetensors") for name in ("told", "silent"))
+    words = usual_wording(animals, ["cat"])
+    assert words.templates == ("a drawn {}",) and words.background == ("grass",) and words.background_templates == ("{}",)
+    assert seen_and_unseen(["cat", "cow"], domain=animals.domain).unseen == ("cow",) and animals.domain.side is None
+    with pytest.raises(InputError, match="'cta'.*'cat'.*a CLIP of drawn animals, knows nothing but cat, cow, and as backgrounds grass"): require_words(animals, ["cta"])
+    with pytest.raises(InputError, match="'the' names nothing.*'cat'"): require_words(animals, ["the"])
+    assert usual_wording(silent, ["cat"]).templates == ("{}",) and usual_wording(silent, ["cat"]).background == ()
+    with pytest.raises(InputError, match="titel.*Did you mean 'title'"): Domain.parsed({"titel": "x"}, "file")

@@ -22,14 +22,14 @@ from test_inference import NAMES, QUIET, SIZES, Toy, write_folder
 
 import freqseg.faces.report as room
 from freqseg.data import SegmentationFolder, open_folder
-from freqseg.lists import COCO_CLASSES, VOC_CLASSES
+from freqseg.lists import COCO_CLASSES, VOC_CLASSES, ZeroShotSplit
 from freqseg.pictures import read_mask
 from freqseg.files import InputError
 from freqseg.metrics import Interval
-from freqseg.faces.report import (confusion_svg, evaluate_run, gallery_sheet, html, markdown, percent, provenance, save_report, to_json,
-                            trimap_sheet, trimap_svg)
+from freqseg.faces.report import (bias_svg, confusion_svg, evaluate_run, gallery_sheet, html, markdown, measured_on,
+                                  percent, to_json, trimap_svg, write_report)
 from freqseg.world.scenes import WORLD_DOMAIN
-from freqseg.work.evaluation import SystemReport, evaluate_system
+from freqseg.work.evaluation import SystemReport, ZeroShotScores, evaluate_system
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -85,8 +85,8 @@ def test_the_three_forms_hold_the_same_figures(report: SystemReport) -> None:
 
 def test_the_data_are_named_and_the_world_is_no_photograph(report: SystemReport) -> None:
     world = replace(report, caveat=WORLD_DOMAIN.caveat, dataset="the embedded world, folder w")
-    assert "say nothing about photographs" in provenance(world) and 'class="data world"' in html(world)
-    assert provenance(report) == "measured on folder data, split val, 7 pictures" and 'class="data world"' not in html(report)
+    assert "say nothing about photographs" in measured_on(world) and 'class="data world"' in html(world)
+    assert measured_on(report) == "measured on folder data, split val, 7 pictures" and 'class="data world"' not in html(report)
 
 
 def test_pictures_that_were_left_out_are_listed(report: SystemReport) -> None:
@@ -111,7 +111,7 @@ def test_every_picture_of_the_gallery_is_inside_the_page(report: SystemReport) -
     assert len(pictures) == 4 * 4
     for text in pictures:
         with Image.open(io.BytesIO(base64.b64decode(text.split(",")[1]))) as image: assert image.format == "JPEG" and max(image.size) <= 320
-    assert gallery_sheet(report).axes and trimap_sheet(report).axes
+    assert gallery_sheet(report).axes
 
 
 def test_hostile_names_are_text_and_no_markup(report: SystemReport) -> None:
@@ -122,6 +122,29 @@ def test_hostile_names_are_text_and_no_markup(report: SystemReport) -> None:
     page = Page(text)
     assert not page.open and "<script" not in text and "".join(page.words).count(hostile) >= 5
     ElementTree.fromstring(confusion_svg(changed.main, changed.names))
+
+
+@pytest.mark.parametrize("hostile", ["<img src=x onerror=alert(1)>", "<script>alert(1)</script>", "a | b\n\n<b>c</b>", "[a](javascript:alert(1))", "`<i>`"])
+def test_hostile_names_are_text_in_markdown_too(hostile: str, report: SystemReport) -> None:
+    from nbconvert.filters.markdown import markdown2html
+    changed = replace(report, names=("background", hostile, *NAMES[1:]), command=hostile, system=hostile, dataset=hostile, skipped=(hostile,))
+    page = str(markdown2html(markdown(changed)))
+    assert {tag.lower() for tag in re.findall(r"<(\w+)", page)} <= {"h1", "h2", "p", "table", "thead", "tbody", "tr", "th", "td", "ul", "li", "code", "a"}
+    assert "href=\"javascript" not in page and page.count("<tr>") == str(markdown2html(markdown(report))).count("<tr>")
+
+
+def test_the_bias_chart_has_a_line_per_figure_and_marks_the_system(report: SystemReport) -> None:
+    with pytest.raises(InputError, match="no unseen classes"): bias_svg(report)
+    split = ZeroShotSplit(NAMES, NAMES[:1], NAMES[1:])
+    curve = tuple((bias, .5 - bias, .3 + bias, math.nan if bias else .4) for bias in (-.2, 0., .2))
+    scores = ZeroShotScores(split, *[Interval(.4, .3, .5)] * 4, .1, curve, torch.full((2, 3), 1 / 3))
+    picture = ElementTree.fromstring(bias_svg(replace(report, zero_shot=scores)))
+    seen, unseen, harmonic = ([tuple(map(float, point.split(","))) for point in line.get("points").split()] for line in picture.iter(f"{SVG}polyline"))
+    assert [y for _, y in seen] == sorted(y for _, y in seen) and [y for _, y in unseen] == sorted((y for _, y in unseen), reverse=True)
+    assert len(harmonic) == 1 and harmonic[0][0] == seen[1][0]   # what is not a number is left out
+    (mark,) = [line for line in picture.iter(f"{SVG}line") if line.get("stroke-dasharray")]
+    assert float(mark.get("x1")) == seen[1][0]   # the system as it is has a bias of 0 beyond its own
+    assert "taken off the scores" in html(replace(report, zero_shot=scores))
 
 
 def test_a_report_without_gallery_or_with_seeds_alone_is_a_page(report: SystemReport) -> None:
@@ -180,11 +203,11 @@ def test_the_trimap_drawing_has_a_line_per_figure_that_rises_with_its_values(rep
 # ---- on disk --------------------------------------------------------------------------------------------------------
 
 def test_a_report_that_cannot_be_made_leaves_the_old_one(report: SystemReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = save_report(report, tmp_path)
+    paths = write_report(report, tmp_path)
     before = [path.read_bytes() for path in paths]
     assert [path.name for path in paths] == ["report.html", "report.md", "report.json"]
     monkeypatch.setattr(room, "html", lambda report: "\ud800")   # cannot be encoded
-    with pytest.raises(UnicodeEncodeError): save_report(report, tmp_path)
+    with pytest.raises(UnicodeEncodeError): write_report(report, tmp_path)
     assert [path.read_bytes() for path in paths] == before and len(list(tmp_path.iterdir())) == 3
 
 

@@ -219,9 +219,9 @@ EXCEPTIONS = {
         work/50_check=2 work/55_seeds=1 work/56_train=4 work/57_checkpoints=1 work/60_experiments=2 work/62_sweeps=5
     """,
     "wide_lines": """
-        00_spectra=3 02_wavelet=2 04_sinkhorn=9 06_options=5 07_memory=3 08_files=2 09_plugins=5 10_data=73 14_clip=48
+        00_spectra=3 02_wavelet=2 04_sinkhorn=9 06_options=5 07_memory=3 08_files=2 09_plugins=5 10_data=73 14_clip=45
         15_unfrozen=6 18_prompts=15 20_affinity=22 21_dual_affinity=51 22_cam=30 24_ot_cam=17 26_prototypes=5
-        27_token_classifier=6 28_spectral_prompts=20 30_decoders=40 31_crf=8 32_refine=3 34_losses=23 35_metrics=9
+        27_token_classifier=6 28_spectral_prompts=20 30_decoders=39 31_crf=8 32_refine=3 34_losses=23 35_metrics=9
         36_maps=22 explore/ablations=1 explore/compare_systems=1 explore/zero_shot=2 faces/70_terminal=16
         faces/72_plots=35 faces/74_report=85 faces/76_explorer=126 faces/78_widgets=102 faces/80_segment_cli=17
         faces/82_training_cli=54 faces/84_cli=88 systems/40_segmenter=25 systems/41_weclip=8 systems/42_wtclip=4

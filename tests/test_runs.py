@@ -117,7 +117,7 @@ def test_a_path_is_given_as_text(walk: Path) -> None:
     assert check_parameters(notebook_parameters(walk), {"title": Path("a/b")}) == {"title": os.path.join("a", "b")}
 
 
-@given(st.one_of(st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.booleans(), st.lists(st.integers())))
+@given(st.one_of(st.integers(-2**62, 2**62), st.floats(allow_nan=False, allow_infinity=False), st.booleans(), st.lists(st.integers())))
 def test_text_of_a_value_is_read_back_as_that_value(value: object) -> None:
     assert parse_parameter(Parameter("p", value), repr(value)) == value
 

@@ -53,9 +53,10 @@ def test_without_a_background_every_pixel_has_a_class(backbone: Backbone) -> Non
     assert (named.scores <= found.scores + 1e-6).all()
 
 
-def test_other_maps_are_cut_at_a_threshold(backbone: Backbone) -> None:
-    found = segment_with_map(backbone, SCENE.image, SCENE.classes, "gradcam", inference=WHOLE)
-    cams = frequency_cams(backbone, backbone.preprocess(SCENE.image, 128), SCENE.classes, methods="gradcam")["gradcam"]
+@pytest.mark.parametrize("method, compare", [("gradcam", None), ("naclip", "maps"), ("transport", "maps")])
+def test_maps_are_cut_at_a_threshold(method: str, compare: str | None, backbone: Backbone) -> None:
+    found = segment_with_map(backbone, SCENE.image, SCENE.classes, method, compare=compare, inference=WHOLE)
+    cams = frequency_cams(backbone, backbone.preprocess(SCENE.image, 128), SCENE.classes, methods=method)[method]
     large = F.interpolate(cams, SCENE.mask.shape, mode="bilinear", align_corners=False)[0]
     torch.testing.assert_close(found.scores, large, atol=1e-3, rtol=1e-3)
     assert ((found.scores.amax(0) >= 0.4).numpy() == (found.labels > 0)).all()
@@ -83,6 +84,7 @@ def test_it_finds_the_objects_of_the_world(backbone: Backbone) -> None:
 @pytest.mark.parametrize("options, message", [
     (dict(method="nacklip"), "Did you mean 'naclip'"), (dict(classes=[]), "0 class names"), (dict(threshold=1.5), "threshold=1.5"),
     (dict(classes=["star"], background=()), "'star' is the only name"), (dict(classes=["zebra"]), "zebra"),
+    (dict(method="gradcam", compare="cosines"), "made of no cosines"), (dict(compare="logits"), "compare='logits'"),
     (dict(image=np.zeros((8, 8, 3))), "float64"), (dict(image=np.zeros(8, np.uint8)), r"\(8,\)")])
 def test_mistakes_are_named(options: dict, message: str, backbone: Backbone) -> None:
     with pytest.raises(InputError, match=message): segment_with_map(backbone, **{"image": SCENE.image, "classes": ["star", "wheel"], **options})

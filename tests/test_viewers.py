@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from freqseg.work.checkpoints import SHIPPED, load_system
-from freqseg.faces.explorer import (View, chart_svg, compare_cells, explore, history_svg, learned_taps, open_history, prompt_cells, prompt_tower, scene,
+from freqseg.faces.explorer import (View, compare_cells, explore, history_svg, learned_taps, open_history, prompt_cells, prompt_tower, scene,
                               snapshot_cells, wavelet_cells)
+from freqseg.faces.plots import svg_chart
 from freqseg.files import InputError
 from freqseg.spectral_prompts import filter_magnitude
 from freqseg.faces.widgets import CompareExplorer, PromptExplorer, RunExplorer, WaveletExplorer
@@ -211,7 +212,7 @@ def test_systems_without_spectral_prompts_say_so() -> None:
 
 def test_a_chart_is_well_formed_and_keeps_its_lines_inside() -> None:
     from xml.etree import ElementTree
-    drawn = ElementTree.fromstring(chart_svg({"a & b": [(0, -1), (1, 2)]}, [(0, "0"), (1, "1")], [(0, "0"), (1, "1")], "x < y", (0.5, "here")))
+    drawn = ElementTree.fromstring(svg_chart({"a & b": [(0, -1), (1, 2)]}, [(0, "0"), (1, "1")], [(0, "0"), (1, "1")], "x < y", (0.5, "here")))
     points = next(one for one in drawn.iter() if one.tag.endswith("polyline")).get("points")
     heights = [float(point.split(",")[1]) for point in points.split()]
     assert max(heights) <= 156 and min(heights) >= 26

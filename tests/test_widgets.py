@@ -30,7 +30,7 @@ from freqseg.lists import write_labels
 from freqseg.pictures import write_mask
 from freqseg.faces.explorer import AFFINITIES, Analysis, View, explore, patch_cells, spectrum_svg, view_cells
 from freqseg.files import InputError, shipped
-from freqseg.faces.widgets import CHOICES, FrequencyExplorer, PictureGrid, PicturePicker, bar_colours, close_tree, found_runs, option_control
+from freqseg.faces.widgets import CHOICES, FrequencyExplorer, PictureGrid, PicturePicker, bar_colours, close_tree, trained_runs, option_control
 from freqseg.world.scenes import WORLD_CLASSES, World
 
 SMALL = 96   # longest side that the tower sees in these tests: 12 x 12 patches
@@ -197,6 +197,18 @@ def test_everything_that_can_be_moved_says_what_it_is(explorer: FrequencyExplore
     controls = [part for part in tree(explorer).values() if isinstance(part, (w.ValueWidget, w.Button)) and not isinstance(part, w.HTML)]
     assert len(controls) >= len(EFFECT) + 6
     for control in controls: assert control.description and control.tooltip, type(control).__name__
+
+
+def test_no_box_has_a_tooltip_because_ipywidgets_would_not_draw_it(explorer: FrequencyExplorer) -> None:
+    boxes = [part for part in tree(explorer).values() if isinstance(part, w.Box)]
+    assert len(boxes) > 5 and all(box.tooltip is None for box in boxes)
+
+
+def test_controls_are_answered_again_after_setting_them_failed(explorer: FrequencyExplorer) -> None:
+    before = drawn(explorer)
+    with pytest.raises(AttributeError): explorer._set(object())
+    explorer.options["mu"].value = .3
+    assert drawn(explorer) != before
 
 
 def test_a_view_to_start_with_is_where_reset_leads(tmp_path: Path) -> None:
@@ -713,13 +725,13 @@ def test_a_picker_tells_failures_and_hands_on_subjects() -> None:
 # ---- models ---------------------------------------------------------------------------------------------------------
 
 def test_runs_are_found_and_can_be_opened(tmp_path: Path) -> None:
-    assert found_runs(tmp_path / "absent") == [] and found_runs(tmp_path) == []
+    assert trained_runs(tmp_path / "absent") == [] and trained_runs(tmp_path) == []
     torch.manual_seed(0)
     weak, world = tmp_path / "runs" / "sweep" / "weclip", the_world()
     save_system(system_named("weclip").build(world, WORLD_CLASSES, dim=16), weak / "best.safetensors", step=1)
     zero = tmp_path / "runs" / "zegclip"
     save_system(system_named("zegclip").build(world, WORLD_CLASSES, decoder_layers=1, prompts=2), zero / "best.safetensors", step=1)
-    assert found_runs(tmp_path / "runs") == sorted([str(weak), str(zero)])
+    assert trained_runs(tmp_path / "runs") == sorted([str(weak), str(zero)])
     explorer = FrequencyExplorer(runs=tmp_path / "runs")
     assert {"world", "ViT-B-16", str(weak), str(zero)} <= {value for _, value in explorer.model.choice.options}
     for run in (weak, zero):
@@ -737,7 +749,7 @@ def test_runs_that_have_not_got_a_best_checkpoint_yet_are_found_too(tmp_path: Pa
     "A run that is going on, or was never validated, opens with its last."
     torch.manual_seed(0)
     save_system(system_named("weclip").build(the_world(), WORLD_CLASSES, dim=16), tmp_path / "run" / "last.safetensors", step=1)
-    assert found_runs(tmp_path) == [str(tmp_path / "run")]
+    assert trained_runs(tmp_path) == [str(tmp_path / "run")]
 
 
 def test_the_model_of_a_saved_view_is_the_one_that_was_named(explorer: FrequencyExplorer, tmp_path: Path) -> None:

@@ -443,11 +443,11 @@ def add_world(commands: Any) -> None:
 # %% ../../nbs/faces/84_cli.ipynb #e279e94d
 def _values_of(args: argparse.Namespace, known: "dict[str, Parameter]") -> dict[str, Any]:
     "The parameters that -p names. Raises `InputError` for what the notebook cannot mean; for what no training would accept before a kernel starts."
-    from freqseg.systems.segmenter import SYSTEMS
+    from freqseg.systems.segmenter import known_systems
     from freqseg.work.experiments import parse_parameters, plain_warnings, plan
     from freqseg.work.runs import parse_parameter
     from freqseg.work.sweep_design import trained_system
-    if (system := trained_system(args.notebook)) in SYSTEMS:
+    if (system := trained_system(args.notebook)) in known_systems():
         with plain_warnings(): values = parse_parameters(system, args.parameter)
         plan(system, values)
         return values

@@ -6,9 +6,9 @@
 __all__ = ['LONGEST_SIDE', 'RANDOM', 'COMPOSED', 'MAPS', 'BANDS', 'AFFINITIES', 'COLOUR_MAPS', 'SCALES', 'KEPT', 'CELL_SIDE',
            'WAVELETS', 'Subject', 'photograph', 'scene', 'dataset_picture', 'open_model', 'View', 'Shown', 'Analysis',
            'usual_side', 'explore', 'Cell', 'jpeg', 'view_cells', 'class_colour', 'mask_cells', 'patch_cells',
-           'chart_svg', 'spectrum_svg', 'view_figure', 'view_code', 'save_view', 'uploaded', 'compare_cells',
-           'RunHistory', 'open_history', 'snapshot_cells', 'history_svg', 'learned_taps', 'wavelet_cells',
-           'prompt_tower', 'prompt_cells']
+           'spectrum_svg', 'view_figure', 'view_code', 'save_view', 'uploaded', 'compare_cells', 'RunHistory',
+           'open_history', 'snapshot_cells', 'history_svg', 'learned_taps', 'wavelet_cells', 'prompt_tower',
+           'prompt_cells']
 
 # %% ../../nbs/faces/76_explorer.ipynb #1130db27
 import difflib
@@ -42,11 +42,10 @@ from ..lists import IGNORE
 from ..pictures import palette, read_image, read_mask
 from ..maps import METHODS, CamParts, CamSettings, affinity_source, cam_parts, raw_map
 from ..metrics import class_iou, confusion_matrix
-from ..ot_cam import transport_maps
-from .plots import Sheet, cam_panel, overlays, paint_mask, png_bytes
 from ..options import Options, option
+from ..ot_cam import transport_maps
+from .plots import Drawing, Sheet, cam_panel, overlays, paint_mask, svg_chart
 from ..prompts import embed_wording, usual_wording
-from .report import LINES, Drawing, svg_line, svg_picture, svg_text
 from ..work.inference import evaluating, require_countable
 from ..spectra import band_stack, radial_power_spectrum
 from ..spectral_prompts import PromptedTower, filter_magnitude, radial_gain
@@ -242,20 +241,33 @@ class View(Options):
         colours of the heat map
     """
     maps: str = option("gradcam", "where the map comes from", choices=MAPS)
-    layers: int = option(8, "affinities are a mean over so many of the last blocks; more than there are means all", low=1, high=64, step=1)
-    skip: int = option(0, "leaves out so many blocks at the end: skip 2 and last 3 of 6 blocks are blocks 2 to 4", low=0, high=63, step=1)
+    layers: int = option(8, "affinities are a mean over so many of the last blocks; more than there are means all",
+        low=1, high=64, step=1)
+    skip: int = option(0, "leaves out so many blocks at the end: skip 2 and last 3 of 6 blocks are blocks 2 to 4",
+        low=0, high=63, step=1)
     mu: float = option(.14, "cut-off between low and high, in cycles per token", low=0., high=.5, step=.02)
-    shape: str = option("square", "form of the low band in the spectrum", choices={"square": "square (FFR)", "disc": "disc"})
-    band: str = option("whole", "which frequencies go on to the affinity and the labels: both bands (which are the whole map), one of them, or the whole beside several bands", choices=BANDS)
+    shape: str = option("square", "form of the low band in the spectrum", choices={"square": "square (FFR)",
+        "disc": "disc"})
+    band: str = option("whole",
+        "which frequencies go on to the affinity and the labels: both bands (which are the whole map), one of them, "
+        "or the whole beside several bands", choices=BANDS)
     bands: int = option(4, "how many bands the stack has", low=2, high=6, step=1)
-    affinity: str = option("smoothed", "which relations between patches carry the map on: none, those of attention (smoothed), those that attention took away (inverse), or both", choices=AFFINITIES)
-    lambda_l: float = option(1., "weight of the smoothed affinity where the map travels over both", low=0., high=2., step=.05)
-    lambda_h: float = option(.1, "weight of the inverse affinity where the map travels over both; untrained, its rows are nearly even, so it shows only where \u03bb low is near 0", low=0., high=2., step=.05)
+    affinity: str = option("smoothed",
+        "which relations between patches carry the map on: none, those of attention (smoothed), those that attention "
+        "took away (inverse), or both", choices=AFFINITIES)
+    lambda_l: float = option(1., "weight of the smoothed affinity where the map travels over both", low=0., high=2.,
+        step=.05)
+    lambda_h: float = option(.1,
+        "weight of the inverse affinity where the map travels over both; untrained, its rows are nearly even, so it "
+        "shows only where \u03bb low is near 0", low=0., high=2., step=.05)
     boxes: bool = option(True, "maps travel only inside boxes around their strong regions (WeCLIP)")
     epsilon: float = option(.1, "temperature of transport: small is sharp", low=.01, high=1., step=.01)
-    threshold: float = option(.4, "the background's score: a pixel needs more to belong to a class", low=0., high=1., step=.01)
+    threshold: float = option(.4, "the background's score: a pixel needs more to belong to a class", low=0., high=1.,
+        step=.01)
     renamed: ClassVar = {"scale": "colour_scale"}
-    colour_scale: str = option("own", "what 1 on the colour bar means: every map's own maximum, or one for the map and its bands, so that a weak band looks weak", choices=SCALES)
+    colour_scale: str = option("own",
+        "what 1 on the colour bar means: every map's own maximum, or one for the map and its bands, so that a weak "
+        "band looks weak", choices=SCALES)
     opacity: float = option(.5, "weight of the heat map over the picture", low=0., high=1., step=.05)
     cmap: str = option("inferno", "colours of the heat map", choices={name: name for name in COLOUR_MAPS})
 
@@ -590,10 +602,11 @@ def _drawn(analysis: Analysis, title: str, values: np.ndarray|Tensor, how: tuple
     analysis.drawn[title] = (how, values, files)
     return files
 
-def _told(scores: Mapping[str, Mapping[str, float]], title: str) -> str:
+def _in_brackets(scores: Mapping[str, Mapping[str, float]], title: str) -> str:
     "IoU in brackets, where there is one."
     return f" (mIoU\u00a0{100*scores[title]['mean']:.1f})" if title in scores else ""
 
+# %% ../../nbs/faces/76_explorer.ipynb #0bf75494
 def view_cells(
     analysis: Analysis,
     shown: Shown,
@@ -621,7 +634,7 @@ def mask_cells(analysis: Analysis, shown: Shown) -> list[Cell]:
     masks = {"pseudo-label": shown.labels, "prediction": shown.prediction, "mask": analysis.truth}
     files = {"picture": _drawn(analysis, "picture", analysis.small, (), lambda small: small[None])}
     files |= {title: _drawn(analysis, f"{title}, painted", labels, (), lambda found: _painted(analysis, found)[None]) for title, labels in masks.items() if labels is not None}
-    return [Cell(title + _told(shown.scores, title), "", file[0], f"{title} of {analysis.subject.title}") for title, file in files.items()]
+    return [Cell(title + _in_brackets(shown.scores, title), "", file[0], f"{title} of {analysis.subject.title}") for title, file in files.items()]
 
 def patch_cells(
     analysis: Analysis,
@@ -639,9 +652,9 @@ def patch_cells(
     """
     row, column = patch
     if not (0 <= row < analysis.grid[0] and 0 <= column < analysis.grid[1]): raise InputError(f"patch {patch} lies outside the grid of {analysis.grid[0]} x {analysis.grid[1]}.")
-    asked, cells, alpha = row*analysis.grid[1] + column, [], max(view.opacity, .6)
-    rows = [affinity[0, asked].clone() for affinity in (analysis.parts.smooth, analysis.parts.invert)]
-    for values in rows: values[asked] = values.median()   # a patch is related to itself most of all
+    place, alpha = row*analysis.grid[1] + column, max(view.opacity, .6)
+    rows = [affinity[0, place].clone() for affinity in (analysis.parts.smooth, analysis.parts.invert)]
+    for values in rows: values[place] = values.median()   # a patch is related to itself most of all
     smooth, inverse = rows[0]/rows[0].max().clamp_min(1e-12), rows[1] - rows[1].median()
     reach = float(inverse.abs().max()) or 1.
     patch_title = f"patch in row {row}, column {column}"
@@ -650,45 +663,6 @@ def patch_cells(
     return [Cell(title, "", jpeg(pictures[0]), title) for title, pictures in drawn.items()]
 
 # %% ../../nbs/faces/76_explorer.ipynb #9058d8b2
-def chart_svg(
-    lines: Mapping[str, Sequence[tuple[float, float]]],   # title -> points (x, y), y a share of the height in 0..1
-    across: Sequence[tuple[float, str]],                  # ticks along x: where, and what is written there; the first and last are the ends
-    up: Sequence[tuple[float, str]],                      # ticks along y, as shares of the height
-    title: str,                                           # what x measures
-    mark: tuple[float, str]|None = None,                  # a vertical line at x, and what it is
-    width: int = 260,
-) -> Drawing:
-    """Lines over one axis, small, in the page's own colours.
-
-    Parameters
-    ----------
-    lines : Mapping[str, Sequence[tuple[float, float]]]
-        title -> points (x, y), y a share of the height in 0..1
-    across : Sequence[tuple[float, str]]
-        ticks along x: where, and what is written there; the first and last are the ends
-    up : Sequence[tuple[float, str]]
-        ticks along y, as shares of the height
-    title : str
-        what x measures
-    mark : tuple[float, str]|None
-        a vertical line at x, and what it is
-    """
-    left, top, height, ends = 46, 26, 130, (across[0][0], across[-1][0])
-    x = lambda value: left + width*(value - ends[0])/((ends[1] - ends[0]) or 1)
-    y = lambda share: top + height*(1 - min(max(share, 0), 1))
-    parts = [svg_line(left, y(share), left + width, y(share)) + svg_text(left - 6, y(share) + 4, text, 11, "end") for share, text in up]
-    parts += [svg_text(x(value), top + height + 16, text, 11, "middle") for value, text in across]
-    room = left
-    for place, (name, points) in enumerate(lines.items()):
-        colour, drawn = LINES[place % len(LINES)], " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in points)
-        parts.append(f'<polyline points="{drawn}" fill="none" stroke="{colour}" stroke-width="2"/><rect x="{room}" y="6" width="12" height="4" fill="{colour}"/>'
-                     + svg_text(room + 16, 12, name, 11))
-        room += 28 + 6*len(name)
-    if mark is not None:
-        parts.append(svg_line(x(mark[0]), top, x(mark[0]), top + height, 'stroke="currentColor" stroke-dasharray="4 3"') + svg_text(x(mark[0]) + 4, top + 12, mark[1], 11))
-    parts.append(svg_text(left + width/2, top + height + 33, title, 11, "middle"))
-    return svg_picture(max(left + width, room) + 12, top + height + 40, parts, f"{', '.join(lines)} over {title}" + (f"; {mark[1]}" if mark else ""))
-
 def spectrum_svg(
     shown: Shown,
     cutoff: float|None = None,   # cycles per token, drawn in
@@ -702,7 +676,7 @@ def spectrum_svg(
     """
     level = lambda share: 1 + math.log10(max(share, 1e-4))/4
     lines = {title: [(f, level(e)) for f, e in zip(shown.frequencies.tolist(), energy.tolist())] for title, energy in shown.spectra.items()}
-    return chart_svg(lines, [(0, "0"), (.2, "0.2"), (.4, "0.4"), (.6, "0.6"), (.5**.5, "")], [(level(10.**p), f"{100*10.**p:g}%") for p in range(-4, 1)],
+    return svg_chart(lines, [(0, "0"), (.2, "0.2"), (.4, "0.4"), (.6, "0.6"), (.5**.5, "")], [(level(10.**p), f"{100*10.**p:g}%") for p in range(-4, 1)],
                      "radial frequency, cycles per token", None if cutoff is None else (cutoff, f"cut-off {cutoff:g}"))
 
 # %% ../../nbs/faces/76_explorer.ipynb #f53a0ff5
@@ -710,7 +684,7 @@ def view_figure(analysis: Analysis, view: View = View()) -> Sheet:
     "A view as a figure with names and a colour bar."
     shown = analysis.shown(view)
     masks = {"pseudo-label": shown.labels, "prediction": shown.prediction, "mask": analysis.truth}
-    beside = {title + _told(shown.scores, title): paint_mask(labels, analysis.subject.image) for title, labels in masks.items() if labels is not None}
+    beside = {title + _in_brackets(shown.scores, title): paint_mask(labels, analysis.subject.image) for title, labels in masks.items() if labels is not None}
     return cam_panel(analysis.subject.image, shown.columns, analysis.names, view.opacity, view.cmap, heading=f"{analysis.subject.title}, {analysis.model}", beside=beside)
 
 def view_code(
@@ -729,7 +703,7 @@ def view_code(
     seen = {name: round(value, 6) if isinstance(value, float) else value for name, value in asdict(replace(view, layers=min(view.layers, analysis.depth))).items()}
     options = ", ".join(f"{name}={value!r}" for name, value in seen.items() if value != getattr(usual, name))
     head = ["from pathlib import Path", "from freqseg.faces.explorer import View, dataset_picture, explore, photograph, scene, view_figure", ""]
-    drawn = ["here = Path(__file__).parent", f"view_figure(analysis, view).savefig(here/'{stem}-again.png', dpi=150)", f"print('wrote {stem}-again.png beside this program:', {{title: round(found['mean'], 3) for title, found in shown.scores.items()}})"] if stem else ["view_figure(analysis, view)"]
+    drawn = ["here = Path(__file__).parent", f"view_figure(analysis, view).savefig(here/'{stem}-again.png', dpi=150)", f"print('wrote {stem}-again.png beside this program:', {{title: round(scores['mean'], 3) for title, scores in shown.scores.items()}})"] if stem else ["view_figure(analysis, view)"]
     return "\n".join([*head[0 if stem else 1:], f"analysis = explore({analysis.subject.code}, {list(analysis.names)!r}, model={analysis.model!r}, longest={analysis.longest})",
                       f"view = View({options})", "shown = analysis.shown(view)   # maps, labels, scores, spectra", *drawn, ""])
 
@@ -863,8 +837,8 @@ def history_svg(history: RunHistory, step: int) -> Drawing:
     scored = [(row["step"], row["scores"]["miou"]) for row in history.rows if "scores" in row and row["scores"].get("miou") is not None]
     if scored: lines["mIoU"] = scored
     last = max([row["step"] for row in history.rows], default=step)
-    return chart_svg(lines, [(0, "0"), (last/2, f"{last//2}"), (last, f"{last}")], [(0, "0"), (.25, "25%"), (.5, "50%"), (.75, "75%"), (1, "100%")],
-                     "step (losses: 50% = their first value)", (step, f"step {step}"), 330)
+    return svg_chart(lines, [(0, "0"), (last/2, f"{last//2}"), (last, f"{last}")], [(0, "0"), (.25, "25%"), (.5, "50%"), (.75, "75%"), (1, "100%")],
+                     "step (losses: 50% = their first value)", (step, f"step {step}"), (330, 130))
 
 # %% ../../nbs/faces/76_explorer.ipynb #e6561bdc
 WAVELETS = ("haar", "db2", "db4", "sym4", "bior2.2", "coif1")
@@ -945,5 +919,5 @@ def prompt_cells(analysis: Analysis, cmap: str = "inferno") -> tuple[list[list[C
         lines[f"block {block + 1}"] = list(zip(frequencies.tolist(), profile[0].tolist()))
         top = max(top, float(profile.max()))
     lines = {name: [(f, v/top) for f, v in points] for name, points in lines.items()}
-    return table, chart_svg(lines, [(0, "0"), (.2, "0.2"), (.4, "0.4"), (.6, "0.6"), (.5**.5, "")], [(0, "0"), (.5, f"{top/2:.2g}"), (1, f"{top:.2g}")],
+    return table, svg_chart(lines, [(0, "0"), (.2, "0.2"), (.4, "0.4"), (.6, "0.6"), (.5**.5, "")], [(0, "0"), (.5, f"{top/2:.2g}"), (1, f"{top:.2g}")],
                             "radial frequency, cycles per token")

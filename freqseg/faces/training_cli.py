@@ -237,12 +237,21 @@ def add_evaluate(commands: Any) -> None:
     parser.set_defaults(run=evaluate_command)
 
 # %% ../../nbs/faces/82_training_cli.ipynb #37116144
-def _together(system: str, names: Sequence[str], texts: Sequence[str]) -> list[Any]:
-    "One value each of parameters that change together."
-    from freqseg.work.experiments import parse_parameters
-    if len(names) != len(texts): raise InputError(f"--grid {','.join(names)}: {','.join(texts)} has {len(texts)} values for {len(names)} parameters.")
-    values = parse_parameters(system, [f"{name}={text}" for name, text in zip(names, texts)])
-    return [values[name] for name in names]
+def _points(system: str, axis: str, values: str) -> list[dict[str, Any]]:
+    "The parameters of each value of one --grid, under today's names. Raises `InputError` as `parse_parameters` does."
+    from freqseg.work.experiments import parse_parameters, plain_warnings
+    from freqseg.work.sweep_design import parameters_of
+    names = parameters_of(axis) if "," in axis else [axis]
+    together = "," in axis
+    rows = [row.split(",") if together else [row] for row in values.split(";" if together or ";" in values else ",")]
+    for row in rows:
+        if len(row) != len(names):
+            raise InputError(f"--grid {axis}: {','.join(row)} has {len(row)} values for {len(names)} parameters.")
+    pairs = [[f"{name}={text}" for name, text in zip(names, row)] for row in rows]
+    with plain_warnings(): points = [parse_parameters(system, point) for point in pairs]
+    if any(len(point) < len(names) for point in points):
+        raise InputError(f"--grid {axis}: an option that is gone cannot vary.")
+    return points
 
 def grid_axes(
     system: str,
@@ -255,15 +264,14 @@ def grid_axes(
     texts : Sequence[str]
         such as mu=0.1,0.2
     """
-    from freqseg.work.experiments import parse_parameters
-    from freqseg.work.sweep_design import parameters_of
     axes: dict[str, list[Any]] = {}
     for text in texts:
         axis, equals, values = text.partition("=")
         if not equals or not values: raise InputError(f"--grid {text}: give a name and its values, such as --grid mu=0.1,0.2,0.4.")
-        if axis in axes: raise InputError(f"--grid names {axis} twice: give all its values at once.")
-        if "," in axis: axes[axis] = [_together(system, parameters_of(axis), row.split(",")) for row in values.split(";")]
-        else: axes[axis] = [parse_parameters(system, [f"{axis}={value}"])[axis] for value in values.split(";" if ";" in values else ",")]
+        points = _points(system, axis, values)
+        today = ",".join(points[0])
+        if today in axes: raise InputError(f"--grid names {today} twice: give all its values at once.")
+        axes[today] = [list(point.values()) if "," in axis else point[today] for point in points]
     return axes
 
 def sweep_command(args: argparse.Namespace) -> int:

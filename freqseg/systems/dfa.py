@@ -25,8 +25,9 @@ from ..ot_cam import map_similarity, similarity_matrix, transport_maps
 from .segmenter import ForwardPass, Segmenter, SegmenterOptions, enlarged, require_labels
 
 # %% ../../nbs/systems/43_dfa.ipynb #4ccfa123
-_SHARED = ("align", "inverse", "per_head", "inversion", "hidden", "normalise", "mu", "shape", "normalise_features", "align_scale", "align_within",
-           "align_reduction", "relation_scale", "vote_window", "agreement")   # with the meaning that they have in `DualAffinitySettings`
+_SHARED = (   # with the meaning that they have in `DualAffinitySettings`
+    "align", "inverse", "per_head", "inversion", "hidden", "normalise", "mu", "shape", "normalise_features",
+    "align_scale", "align_within", "align_reduction", "relation_scale", "vote_window", "agreement")
 
 @dataclass(frozen=True)
 class DFAOptions(SegmenterOptions):
@@ -67,7 +68,8 @@ class DFAOptions(SegmenterOptions):
     box : float | None
         maps propagate only from inside boxes around at least this share of their maximum; none: from everywhere
     """
-    renamed: ClassVar = {"blocks": "layers", "eps": "epsilon", "walks": "walk_steps", "nothing": "background_from", "window": "vote_window"}
+    renamed: ClassVar = {"blocks": "layers", "eps": "epsilon", "walks": "walk_steps", "nothing": "background_from",
+                         "window": "vote_window"}
     retired: ClassVar = {"momentum": .99}
     layers: int = option(8, "how many of the last blocks the affinities read", low=1, high=64)
     relate: bool = option(True, "learn the inverse affinity, A_ha; otherwise it stays A_inv")
@@ -88,30 +90,40 @@ class DFAOptions(SegmenterOptions):
     agreement: bool = same_option(DualAffinitySettings, "agreement")
     lambda_align: float = option(.1, "weight of the alignment loss L_a", low=0)
     lambda_relation: float = option(.2, "weight of the rectification loss L_r", low=0)
-    maps: str = option("transport", "where maps come from", choices={"transport": "optimal transport, DFA", "propagate": "GradCAM that travels over both affinities"})
+    maps: str = option("transport", "where maps come from", choices={"transport": "optimal transport, DFA",
+        "propagate": "GradCAM that travels over both affinities"})
     similarity: str = option("value", "what the similarity S of patches and classes is made of",
-                             choices={"value": "patches and names, MaskCLIP", "intra": "the same after intra-correlation", "gradcam": "GradCAM"})
-    contrast: str = option("rest", "the background of S", choices={"rest": "1 minus the largest of the classes' maps", "prompts": "a softmax against the background prompts"})
+        choices={"value": "patches and names, MaskCLIP", "intra": "the same after intra-correlation",
+        "gradcam": "GradCAM"})
+    contrast: str = option("rest", "the background of S", choices={"rest": "1 minus the largest of the classes' maps",
+        "prompts": "a softmax against the background prompts"})
     lambda_l: float = option(1., "weight of the smoothed affinity in the score of the transport", low=0)
     lambda_h: float = option(.1, "weight of the inverse affinity in the score of the transport", low=0)
     score: str = option("class", "what the transport maximises",
-                        choices={"class": "similarities spread by both affinities", "literal": "as printed, where the inverse affinity cannot matter"})
+        choices={"class": "similarities spread by both affinities",
+        "literal": "as printed, where the inverse affinity cannot matter"})
     epsilon: float = option(.1, "entropic regularisation of the transport; smaller is sharper", above=0, high=100)
     temperature: float | None = option(None, "temperature of the class shares; none: the number of patches", above=0)
-    background_from: str = option("max", "background of pseudo-labels", choices={"max": "1 minus the largest map", "prompts": "the background's own column of the transport"})
+    background_from: str = option("max", "background of pseudo-labels", choices={"max": "1 minus the largest map",
+        "prompts": "the background's own column of the transport"})
     combine: str = option("sum", "how maps that propagate put the two affinities together", choices=("sum", "product"))
     walk_steps: int = option(2, "steps of maps that propagate", low=0, high=64)
-    box: float | None = option(.4, "maps propagate only from inside boxes around at least this share of their maximum; none: from everywhere", above=0, high=1)
+    box: float | None = option(.4,
+        "maps propagate only from inside boxes around at least this share of their maximum; none: from everywhere",
+        above=0, high=1)
 
     def check(self) -> None:
         "Raise `InputError` for options that contradict each other."
         super().check()
         self.affinities(self.source)   # says what is wrong with them
         if self.background_from == "prompts" and self.maps != "transport":
-            raise InputError("background_from='prompts' needs maps='transport': only a transport has a column for the background.")
+            raise InputError("background_from='prompts' needs maps='transport': only a transport has a column for the "
+                             "background.")
         if self.maps == "transport" and not self.lambda_l + self.lambda_h:
-            raise InputError("lambda_l=0 and lambda_h=0 leave the transport nothing to go by: give one of them a weight.")
-        if self.contrast == "prompts" and self.background == (): raise InputError("contrast='prompts' needs background prompts: name some, or take contrast='rest'.")
+            raise InputError("lambda_l=0 and lambda_h=0 leave the transport nothing to go by: give one of them a "
+                             "weight.")
+        if self.contrast == "prompts" and self.background == ():
+            raise InputError("contrast='prompts' needs background prompts: name some, or take contrast='rest'.")
 
     def affinities(self, source: str | None) -> DualAffinitySettings:
         "The part that `DualAffinity` wants."

@@ -72,31 +72,51 @@ class FFROptions(SegmenterOptions):
     """
     renamed: ClassVar = {"lambda_h": "lambda_head"}
     retired: ClassVar = {"dilation": 5, "pool": "max"}
-    mu: float = option(.4, "cut-off between low and high frequencies, cycles per token (in FFR's table 0.4 is the best of 0.1 to 0.4)", low=0, high=.5)
+    mu: float = option(.4,
+        "cut-off between low and high frequencies, cycles per token (in FFR's table 0.4 is the best of 0.1 to 0.4)",
+        low=0, high=.5)
     shape: str = option("square", "form of the low band in the spectrum", choices=("square", "disc"))
-    threshold: float = option(.7, "score of the map from which a token counts for its class's prototype", low=0, below=1)
-    lambda_head: float = option(2., "weight of the high-frequency head within the segmentation loss (FFR's lambda_h)", low=0)
+    threshold: float = option(.7, "score of the map from which a token counts for its class's prototype", low=0,
+        below=1)
+    lambda_head: float = option(2., "weight of the high-frequency head within the segmentation loss (FFR's lambda_h)",
+        low=0)
     lambda_1: float = option(1., "weight of the rectification", low=0)
     lambda_seg: float = option(.1, "weight of both segmentation losses", low=0)
-    lambda_energy: float = option(0., "weight of the dense energy loss, a mean in [0, 1] (ToCo's 0.05 is for a sum)", low=0)
-    middle: int = option(-3, "block whose tokens the intermediate classifier reads; negative ones count from the last", low=-64, high=63)
-    order: str = option("tokens", "what both classifiers pool", choices={"tokens": "tokens, and classify the result, as ToCo, on which FFR builds", "scores": "the scores of all tokens"})
-    maps: str = option("gradcam", "where pseudo-labels come from",
-                       choices={"gradcam": "CLIP's GradCAM", "smoothed": "GradCAM that travels over attention, as in WeCLIP", "classifier": "the classifier, as in the paper"})
-    box: float | None = option(.4, "smoothed maps travel only from inside boxes around at least this share of their maximum; none: from everywhere", above=0, high=1)
-    rectified: str | None = option(None, "what is rectified", choices={None: "tokens where they learn", "tokens": "those of the tower's last block", "decoder": "the decoder's features"})
-    unfreeze: tuple[int, ...] | str | None = option(None, "blocks of the tower that learn, or all of it; none: it stays frozen", low=-64, high=63, least=1)
-    head_scale: float = option(10., "learning rate of everything new, relative to what a tower learns with; a frozen tower's heads have it, too", above=0, high=1000)
+    lambda_energy: float = option(0., "weight of the dense energy loss, a mean in [0, 1] (ToCo's 0.05 is for a sum)",
+        low=0)
+    middle: int = option(-3, "block whose tokens the intermediate classifier reads; negative ones count from the last",
+        low=-64, high=63)
+    order: str = option("tokens", "what both classifiers pool",
+        choices={"tokens": "tokens, and classify the result, as ToCo, on which FFR builds",
+        "scores": "the scores of all tokens"})
+    maps: str = option("gradcam", "where pseudo-labels come from", choices={"gradcam": "CLIP's GradCAM",
+        "smoothed": "GradCAM that travels over attention, as in WeCLIP",
+        "classifier": "the classifier, as in the paper"})
+    box: float | None = option(.4,
+        "smoothed maps travel only from inside boxes around at least this share of their maximum; none: from "
+        "everywhere", above=0, high=1)
+    rectified: str | None = option(None, "what is rectified", choices={None: "tokens where they learn",
+        "tokens": "those of the tower's last block", "decoder": "the decoder's features"})
+    unfreeze: tuple[int, ...] | str | None = option(None,
+        "blocks of the tower that learn, or all of it; none: it stays frozen", low=-64, high=63, least=1)
+    head_scale: float = option(10.,
+        "learning rate of everything new, relative to what a tower learns with; a frozen tower's heads have it, too",
+        above=0, high=1000)
     hidden: int = option(512, "channels of the convolution that both heads share", low=1, high=4096)
-    start: str = option("identity", "weights that this convolution starts from", choices={"identity": "hands on what it reads, which a short training needs", "random": "random ones"})
+    start: str = option("identity", "weights that this convolution starts from",
+        choices={"identity": "hands on what it reads, which a short training needs", "random": "random ones"})
 
     def check(self) -> None:
         "Raise `InputError` for options that contradict each other."
         super().check()
-        if isinstance(self.unfreeze, str) and self.unfreeze != "all": raise InputError(f"unfreeze={self.unfreeze!r}: give indices of blocks such as -2,-1, or all.")
-        if self.rectify is not None: raise InputError(f"rectify={self.rectify}: FFR always rectifies; set its cut-off with mu, its weight with lambda_1.")
+        if isinstance(self.unfreeze, str) and self.unfreeze != "all":
+            raise InputError(f"unfreeze={self.unfreeze!r}: give indices of blocks such as -2,-1, or all.")
+        if self.rectify is not None:
+            raise InputError(f"rectify={self.rectify}: FFR always rectifies; set its cut-off with mu, its weight with "
+                             "lambda_1.")
         if self.rectified == "tokens" and self.unfreeze is None:
-            raise InputError("rectified='tokens' needs tokens that learn: set unfreeze, or rectify the decoder's features.")
+            raise InputError("rectified='tokens' needs tokens that learn: set unfreeze, or rectify the decoder's "
+                             "features.")
 
 # %% ../../nbs/systems/44_ffr.ipynb #0080c2cf
 class FFR(Segmenter):
@@ -110,7 +130,8 @@ class FFR(Segmenter):
     def __init__(self, backbone: Backbone, classes: Sequence[str], options: FFROptions):
         super().__init__(backbone if options.unfreeze is None else unfreeze(backbone, options.unfreeze), classes, options)
         if not -backbone.depth <= options.middle < backbone.depth:
-            raise InputError(f"middle={options.middle}: the tower has {backbone.depth} blocks, 0 to {backbone.depth - 1}, or -1 for the last, -2 ...")
+            raise InputError(f"middle={options.middle}: the tower has {backbone.depth} blocks, 0 to "
+                             f"{backbone.depth - 1}, or -1 for the last, -2 ...")
         self.middle_block, known = options.middle % backbone.depth, len(self.classes)
         self.rectification = FrequencyRectification(options.mu, options.shape, options.threshold)
         self.classifier = TokenClassifier(options.dim, known, order=options.order)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..affinity import SOURCES, affinity_request
+from ..affinity import SOURCE_CHOICES, affinity_request
 from ..cam import best_class, grad_cam, pack_present, pseudo_labels
 from ..clip import Backbone, Features, merge_requests
 from ..data import Batch
@@ -63,59 +63,66 @@ class SegmenterOptions(Options):
     background : tuple[str, ...] | None
         prompts that compete with the classes; none: the usual ones
     source : str | None
-        relations that the affinity is made of; none: what suits the backbone
+        relations that the affinity is made of
     background_power : float
         exponent of the background's score (1 - max)^power in pseudo-labels: above 1 it claims less
     par_iterations : int
         rounds of pixel-adaptive refinement (PAR); 0: no refinement
     """
-    decoder: str = option("transformer", "what reads the tokens", choices={"transformer": "WeCLIP", "wavelet": "WTCLIP"})
+    decoder: str = option("transformer", "what reads the tokens", choices={"transformer": "WeCLIP",
+        "wavelet": "WTCLIP"})
     dim: int = option(256, "channels of the decoder, a multiple of 8", low=8, high=4096)
     decoder_layers: int = option(3, "transformer blocks of the decoder", low=0, high=32)
-    dropout: float = option(.1, "share of whole channels of the fused tokens that are dropped in training", low=0, below=1)
+    dropout: float = option(.1, "share of whole channels of the fused tokens that are dropped in training", low=0,
+        below=1)
     gate: bool = option(True, "the wavelet decoder weighs places before it fuses the blocks")
-    levels: int = option(1, "levels of the wavelet decoder's transform: 1 in WTCLIP's code, 2 in its figure", low=1, high=6)
+    levels: int = option(1, "levels of the wavelet decoder's transform: 1 in WTCLIP's code, 2 in its figure", low=1,
+        high=6)
     wavelet: str = option("haar", "name of the wavelet decoder's wavelet, any orthogonal or biorthogonal one", least=1)
     learn_filters: bool = option(False, "learn the taps of the wavelet, as in WTCLIP's text; its code keeps them")
     reconstruction: float = option(0., "weight of the perfect-reconstruction penalty on learned taps", low=0)
-    rectify: float | None = option(None, "cut-off of FFR's rectification of the decoder's features, cycles per token; none: no rectification", low=0, high=.5)
+    rectify: float | None = option(None,
+        "cut-off of FFR's rectification of the decoder's features, cycles per token; none: no rectification", low=0,
+        high=.5)
     rectify_weight: float = option(1., "weight of that rectification (FFR's lambda_1)", low=0)
     background: tuple[str, ...] | None = option(None, "prompts that compete with the classes; none: the usual ones", least=0)
-    source: str | None = option(None, "relations that the affinity is made of; none: what suits the backbone")
+    source: str | None = option(None, "relations that the affinity is made of", choices=SOURCE_CHOICES)
     background_power: float = option(1., "exponent of the background's score (1 - max)^power in pseudo-labels: above 1 it claims less", above=0, high=100)
     par_iterations: int = option(20, "rounds of pixel-adaptive refinement (PAR); 0: no refinement", low=0, high=1000)
 
     def check(self) -> None:
-        "Raise `InputError` for options that contradict each other, and for an unknown source or wavelet."
-        if self.source is not None: SOURCES.find(self.source)
-        if self.dim % 8: raise InputError(f"dim={self.dim}: give a multiple of 8, for the decoder's attention has 8 heads.")
+        "Raise `InputError` for options that contradict each other, and for an unknown wavelet."
+        if self.dim % 8:
+            raise InputError(f"dim={self.dim}: give a multiple of 8, for the decoder's attention has 8 heads.")
         if self.reconstruction and not (self.decoder == "wavelet" and self.learn_filters):
-            raise InputError(f"reconstruction={self.reconstruction} weighs a penalty on learned taps: it needs decoder='wavelet' and learn_filters=True.")
+            raise InputError(f"reconstruction={self.reconstruction} weighs a penalty on learned taps: it needs "
+                             "decoder='wavelet' and learn_filters=True.")
         try: filter_bank(self.wavelet)
         except ValueError as error:
-            raise InputError(f"wavelet={self.wavelet!r}: give haar, db2, sym4, coif1, bior2.2 or another discrete wavelet that PyWavelets knows.") from error
+            raise InputError(f"wavelet={self.wavelet!r}: give haar, db2, sym4, coif1, bior2.2 or another discrete "
+                             "wavelet that PyWavelets knows.") from error
 
 # %% ../../nbs/systems/40_segmenter.ipynb #dcc0e92d
 class System(nn.Module):
     """What trainer, evaluator and checkpoints know of a system: a frozen backbone, classes, options, and what of it all learns.
 
-    Systems add `training_step(batch, progress)`, losses by name, and `predict(images)`, logits at token resolution. A subclass is known by its `name`,
-    without one by the name of its class in lower case."""
+    Systems add `training_step(batch, progress)`, losses by name, and `predict(images)`, logits at token resolution. A
+    subclass is known by its `name`, without one by the name of its class in lower case."""
     name: ClassVar[str] = "system"
     Options: ClassVar[type] = SegmenterOptions
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}   # preset -> parameters that it sets: of preset, schedule and options; parents' come first
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}   # preset -> values of its parameters; parents' come first
     supervision: ClassVar[str] = "labels"      # what it learns from: image "labels", or "masks"
     activation: ClassVar[str] = "softmax"      # what makes scores of logits: classes compete, or "sigmoid", each by itself
 
     def __init_subclass__(cls, abstract: bool = False, **others: Any) -> None:
-        "Name a system and make it known; `abstract` is for a base of systems. Raises `InputError` when another system has the name."
+        "Name a system, `abstract` if it is a base of systems, and make it known. Raises `InputError` when its name is taken."
         super().__init_subclass__(**others)
         if "name" not in vars(cls): cls.name = cls.__name__.lower()
         if not abstract: _register(cls)
 
     @classmethod
     def build(cls, backbone: Backbone, classes: Sequence[str], **options: Any) -> "System":
-        "The system on a backbone, for these foreground classes. Raises `InputError` for an unknown option, and for a value that cannot be."
+        "The system on a backbone, for these foreground classes. Raises `InputError` for wrong options."
         return cls(backbone, classes, cls.Options.read(options))
 
     def __init__(self, backbone: Backbone, classes: Sequence[str], options: Any):
@@ -126,8 +133,8 @@ class System(nn.Module):
     def config(self) -> dict[str, Any]:
         "What builds this system again; JSON can hold it. The class of a user's file says which file that was."
         record = plugin_record(type(self))
-        return dict(system=self.name, backbone=dict(self.backbone.recipe), classes=list(self.classes), options=asdict(self.options),
-                    **({"plugin": record} if record else {}))
+        return dict(system=self.name, backbone=dict(self.backbone.recipe), classes=list(self.classes),
+                    options=asdict(self.options), **({"plugin": record} if record else {}))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         "What an optimiser trains: parameters and the factor on the learning rate."
@@ -150,14 +157,15 @@ class System(nn.Module):
         except RuntimeError as error: raise InputError(f"the weights do not fit {self.name}: {str(error).splitlines()[1].strip()}") from error
 
 # %% ../../nbs/systems/40_segmenter.ipynb #182becc1
-SYSTEMS: dict[str, type[System]] = {}   # name -> class, of every system that was defined so far; `known_systems` completes it
+SYSTEMS: dict[str, type[System]] = {}   # name -> class, of all that were defined; `known_systems` completes it
 
 def known_systems() -> list[str]:
     "Names of all systems, sorted: those of the package, and your own that were defined or loaded."
     package = importlib.import_module("freqseg.systems")
     for room in pkgutil.iter_modules(package.__path__): importlib.import_module(f"freqseg.systems.{room.name}")
     load_inherited()
-    for name in [name for name, kind in SYSTEMS.items() if kind.__module__ not in sys.modules]: del SYSTEMS[name]   # of a file that failed further down
+    failed = [name for name, kind in SYSTEMS.items() if kind.__module__ not in sys.modules]   # further down in their files
+    for name in failed: del SYSTEMS[name]
     return sorted(SYSTEMS)
 
 def system_named(
@@ -165,7 +173,8 @@ def system_named(
 ) -> type[System]:
     """The system of a name, or of a file of the user's, which is run.
 
-    Raises `InputError` for an unknown name, naming the nearest, for a file that cannot be run, and for a class in it that is no system.
+    Raises `InputError` for an unknown name, naming the nearest, for a file that cannot be run, and for a class in it
+    that is no system.
 
     Parameters
     ----------
@@ -186,13 +195,14 @@ def _register(kind: type[System]) -> None:
     if not kind.__module__.startswith("freqseg.systems."): known_systems()   # the package's own names are taken first
     other = SYSTEMS.get(kind.name)
     if other is not None and not _same_again(other, kind):
-        raise InputError(f"two systems are called {kind.name!r}: {_place(other)} and {_place(kind)}. Give one of them a name of its own: "
-                         f'name = "{kind.name}_2" in the class.')
+        raise InputError(f"two systems are called {kind.name!r}: {_place(other)} and {_place(kind)}. Give one of them a name "
+                         f'of its own: name = "{kind.name}_2" in the class.')
     SYSTEMS[kind.name] = kind
 
 def _same_again(old: type, new: type) -> bool:
-    "Is a class the other one, defined again: by its module, by a session that works on a copy, or by its file after a change?"
-    if old.__module__ == new.__module__ or "__main__" in (old.__module__, new.__module__): return old.__qualname__ == new.__qualname__
+    "Is a class the other one again: of its module, of a session that works on a copy, or of its file after a change?"
+    modules = (old.__module__, new.__module__)
+    if modules[0] == modules[1] or "__main__" in modules: return old.__qualname__ == new.__qualname__
     return _source(old) is not None and _source(old) == _source(new)
 
 def _source(kind: type) -> str | None:
@@ -206,7 +216,7 @@ def _place(kind: type) -> str:
 def plugin_record(
     kind: type,   # a class
 ) -> dict[str, str] | None:
-    """File name, SHA-256 and class of what comes from a file of the user's, as that file was when it was run; None for any other class.
+    """File name, SHA-256 and class of what a user's file defined, as that file was when it was run; None for other classes.
 
     Parameters
     ----------
@@ -214,7 +224,8 @@ def plugin_record(
         a class
     """
     digest = getattr(sys.modules.get(kind.__module__), "__sha256__", None)
-    return None if digest is None else {"file": Path(str(_source(kind))).name, "sha256": digest, "class": kind.__qualname__}
+    if digest is None: return None
+    return {"file": Path(str(_source(kind))).name, "sha256": digest, "class": kind.__qualname__}
 
 # %% ../../nbs/systems/40_segmenter.ipynb #b634ea43
 def assign_labels(

@@ -46,11 +46,16 @@ class WeCLIPOptions(SegmenterOptions):
     """
     renamed: ClassVar = {"walks": "walk_steps"}
     retired: ClassVar = {"radius": 8}
-    switch: float = option(.5, "share of the training after which the decoder selects attention maps; above 1: never", low=0, high=2)
+    switch: float = option(.5, "share of the training after which the decoder selects attention maps; above 1: never",
+        low=0, high=2)
     early_layers: int = option(8, "last blocks whose attention is averaged before the switch", low=1, high=64)
-    late_layers: int = option(6, "last blocks whose attention is selected from after the switch (COCO: 10)", low=1, high=64)
-    box: float | None = option(.4, "maps travel only from inside boxes around at least this share of their maximum (COCO: 0.7); none: from everywhere", above=0, high=1)
-    normalise: str = option("weclip", "how the affinity is brought to rows and columns that sum to 1", choices={"weclip": "three rounds, then squared", "sinkhorn": "to a tolerance"})
+    late_layers: int = option(6, "last blocks whose attention is selected from after the switch (COCO: 10)", low=1,
+        high=64)
+    box: float | None = option(.4,
+        "maps travel only from inside boxes around at least this share of their maximum (COCO: 0.7); none: from "
+        "everywhere", above=0, high=1)
+    normalise: str = option("weclip", "how the affinity is brought to rows and columns that sum to 1",
+        choices={"weclip": "three rounds, then squared", "sinkhorn": "to a tolerance"})
     walk_steps: int = option(1, "steps of a map over the affinity; 0: maps stay where they are", low=0, high=64)
     affinity_weight: float = option(.1, "weight of the affinity loss", low=0)
 

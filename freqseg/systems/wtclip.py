@@ -31,7 +31,8 @@ class WTCLIPOptions(WeCLIPOptions):
     """
     retired: ClassVar = {**WeCLIPOptions.retired, "edge_levels": 3, "edge_floor": .5}
     decoder: str = same_option(WeCLIPOptions, "decoder", "wavelet")
-    edge: str = option("none", "edges that weigh the maps", choices={"none": "as the code runs", "image": "those of the picture, as the figure draws"})
+    edge: str = option("none", "edges that weigh the maps", choices={"none": "as the code runs",
+        "image": "those of the picture, as the figure draws"})
 
 # %% ../../nbs/systems/42_wtclip.ipynb #37665a11
 def edge_map(

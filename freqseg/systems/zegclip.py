@@ -102,49 +102,73 @@ class ZegCLIPOptions(Options):
     retired: ClassVar = {"filter_init": "normal", "self_from": .5}
     unseen: tuple[str, ...] | None = option(None, "classes without masks in training; none: the published split of VOC or COCO-Stuff, or of the CLIP's domain", least=1)
     seen: tuple[str, ...] | None = option(None, "classes with masks in training; none: all others", least=1)
-    wording: str = option("single", "how a class name is put", choices={"single": "one sentence", "scene": "the mean of fifteen, COCO-Stuff"})
+    wording: str = option("single", "how a class name is put", choices={"single": "one sentence",
+        "scene": "the mean of fifteen, COCO-Stuff"})
     prompts: int = option(10, "learnable tokens in every block (COCO-Stuff: 100)", low=0, high=1000)
     prompt_dropout: float = option(.1, "share of the prompts' values that are dropped in training", low=0, below=1)
-    drop_path: float = option(0., "chance that the last block's branches are left out in training, less before it; ZegCLIP sets 0.1, but its blocks never use it", low=0, below=1)
+    drop_path: float = option(0.,
+        "chance that the last block's branches are left out in training, less before it; ZegCLIP sets 0.1, but its "
+        "blocks never use it", low=0, below=1)
     spectral: str | None = option(None, "blocks with spectral prompts, such as 1-2 in SPT-SEG; none: without", least=1)
-    shared_filter: bool = option(True, "one spectral filter for all of these blocks, as in SPT-SEG's code; otherwise one each")
-    filter_size: int | None = option(None, "side of the pictures that filters are made for, best that of training crops, pixels; none: the model's own", low=8, high=8192)
-    decoder: str = option("cross", "how names ask patches", choices={"cross": "cross-attention, ZegCLIP", "spectral": "guided by frequencies, SPT-SEG"})
+    shared_filter: bool = option(True,
+        "one spectral filter for all of these blocks, as in SPT-SEG's code; otherwise one each")
+    filter_size: int | None = option(None,
+        "side of the pictures that filters are made for, best that of training crops, pixels; none: the model's own",
+        low=8, high=8192)
+    decoder: str = option("cross", "how names ask patches", choices={"cross": "cross-attention, ZegCLIP",
+        "spectral": "guided by frequencies, SPT-SEG"})
     decoder_layers: int = option(3, "layers of the decoder", low=1, high=32)
     heads: int = option(8, "heads of its attention", low=1, high=64)
     decoder_dropout: float = option(.1, "share of its branches' values that are dropped in training", low=0, below=1)
-    self_attention: bool = option(False, "class names see one another in the cross decoder; published weights hold it, published code never runs it")
-    whole_last: bool = option(False, "all of the cross decoder's last layer, of which only the scores are used, for the published weights; "
-                                     "several devices then need the strategy ddp_find_unused_parameters_true")
-    high_heads: int = option(1, "heads of the spectral decoder that look within windows; SPT-SEG's code has 1, its text a share alpha", low=0, high=64)
+    self_attention: bool = option(False,
+        "class names see one another in the cross decoder; published weights hold it, published code never runs it")
+    whole_last: bool = option(False,
+        "all of the cross decoder's last layer, of which only the scores are used, for the published weights; "
+        "several devices then need the strategy ddp_find_unused_parameters_true")
+    high_heads: int = option(1,
+        "heads of the spectral decoder that look within windows; SPT-SEG's code has 1, its text a share alpha", low=0,
+        high=64)
     head_window: int = option(3, "side of these windows, patches", low=1, high=64)
-    mask_padding: bool = option(True, "the spectral decoder does not look at the padding of the last windows; SPT-SEG's code does")
+    mask_padding: bool = option(True,
+        "the spectral decoder does not look at the padding of the last windows; SPT-SEG's code does")
     reads: str = option("tower", "what layers of the spectral decoder after the first one filter",
-                        choices={"tower": "the tower's patches, as in SPT-SEG's code", "previous": "what the layer before made"})
-    residual: bool = option(False, "the spectral decoder adds patches to what both kinds of heads see; the paper does not, short trainings need it")
+        choices={"tower": "the tower's patches, as in SPT-SEG's code", "previous": "what the layer before made"})
+    residual: bool = option(False,
+        "the spectral decoder adds patches to what both kinds of heads see; the paper does not, short trainings need "
+        "it")
     similarity: str = option("shifted", "how the spectral decoder weighs its heads' answers",
-                             choices={"shifted": "(1 + cos)/2", "clamp": "cosine cut off at 0, as in SPT-SEG's code, which can die"})
+        choices={"shifted": "(1 + cos)/2", "clamp": "cosine cut off at 0, as in SPT-SEG's code, which can die"})
     focal: float = option(100., "weight of the focal loss", low=0)
     dice: float = option(1., "weight of the dice loss", low=0)
     ssim: float = option(0., "weight of the structural similarity loss (SPT-SEG: 1)", low=0)
-    ssim_over: str = option("present", "masks that structural similarity looks at", choices={"present": "of classes that are there", "all": "all, most of them empty, as in SPT-SEG's code"})
-    ignored_as_negative: bool = option(True, "pixels without a label are negatives of every class, as in the published code")
-    transductive: bool = option(False, "in the second half of the training learn unseen names, too, from the system's own answers on pixels without labels")
-    bias: float | None = option(None, "taken off the scores of seen classes; none: 0.1, or 0 when transductive", low=-1, high=1)
+    ssim_over: str = option("present", "masks that structural similarity looks at",
+        choices={"present": "of classes that are there", "all": "all, most of them empty, as in SPT-SEG's code"})
+    ignored_as_negative: bool = option(True,
+        "pixels without a label are negatives of every class, as in the published code")
+    transductive: bool = option(False,
+        "in the second half of the training learn unseen names, too, from the system's own answers on pixels without "
+        "labels")
+    bias: float | None = option(None, "taken off the scores of seen classes; none: 0.1, or 0 when transductive", low=-1,
+        high=1)
 
     def check(self) -> None:
         "Raise `InputError` for options that contradict each other, and for blocks that no tower has."
-        if not self.focal + self.dice + self.ssim: raise InputError(f"focal={self.focal}, dice={self.dice}, ssim={self.ssim}: one loss must have a weight above 0.")
-        if self.high_heads > self.heads: raise InputError(f"high_heads={self.high_heads}: give at most heads={self.heads}.")
+        if not self.focal + self.dice + self.ssim:
+            raise InputError(f"focal={self.focal}, dice={self.dice}, ssim={self.ssim}: one loss must have a weight "
+                             "above 0.")
+        if self.high_heads > self.heads:
+            raise InputError(f"high_heads={self.high_heads}: give at most heads={self.heads}.")
         try: () if self.spectral is None else prompt_blocks(self.spectral, DEEPEST)
         except InputError as error:
-            raise InputError(f"spectral={self.spectral!r}: name blocks by a range such as 1-2, by one number such as 3, or all of them by all.") from error
+            raise InputError(f"spectral={self.spectral!r}: name blocks by a range such as 1-2, by one number such as "
+                             "3, or all of them by all.") from error
 
 DEEPEST = 64   # blocks of the deepest tower that options are checked for; what a shorter one lacks, building the system says
 
 # %% ../../nbs/systems/45_zegclip.ipynb #daeb89ca
-_PUBLISHED = dict(batch=16, lr=2e-4, warmup=1500, lr_power=.9, validate_every=0, crop=512, largest=.75, vary_colours=True, filter_size=512,
-                  short=512, flip=False, window=512, stride=426, average="probabilities", crf=None)   # what both data sets share
+_PUBLISHED = dict(batch=16, lr=2e-4, warmup=1500, lr_power=.9, validate_every=0, crop=512, largest=.75, vary_colours=True,
+                  filter_size=512, short=512, flip=False, window=512, stride=426, average="probabilities", crf=None)
+_SMALL = dict(lr=3e-3, grad_clip=1., flip=False, average="probabilities", filter_size=128, residual=True)
 
 class ZegCLIP(System):
     """ZegCLIP (Zhou et al., 2023): deep visual prompts, a relationship descriptor and a cross-attention decoder under focal and dice loss.
@@ -156,7 +180,7 @@ class ZegCLIP(System):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "voc": dict(_PUBLISHED, iterations=20_000),
         "coco_stuff": dict(_PUBLISHED, iterations=80_000, prompts=100, wording="scene"),
-        **dict.fromkeys(("world", "smoke"), dict(lr=3e-3, grad_clip=1., flip=False, average="probabilities", filter_size=128, residual=True))}
+        **dict.fromkeys(("world", "smoke"), _SMALL)}
     supervision: ClassVar[str] = "masks"
     activation: ClassVar[str] = "sigmoid"
 
@@ -166,7 +190,8 @@ class ZegCLIP(System):
         self.split = self.trained = seen_and_unseen(self.classes, o.unseen, o.seen, backbone.domain)
         blocks = () if o.spectral is None else prompt_blocks(o.spectral, backbone.depth)
         grid = None if o.filter_size is None else (nearest_multiple(o.filter_size, backbone.patch_size)//backbone.patch_size,)*2
-        self.tower = PromptedTower(backbone, o.prompts, blocks, o.shared_filter, dropout=o.prompt_dropout, drop_path=o.drop_path, grid=grid)
+        self.tower = PromptedTower(backbone, o.prompts, blocks, o.shared_filter, dropout=o.prompt_dropout,
+                                   drop_path=o.drop_path, grid=grid)
         self.describe, self.decoder = RelationshipDescriptor(backbone.embed_dim), build_text_decoder(backbone.embed_dim, o)
         self._learn_names(self.classes)
 
@@ -256,5 +281,5 @@ def build_text_decoder(dim: int, options: ZegCLIPOptions) -> nn.Module:
     o = options
     if o.decoder == "cross": return CrossAttentionDecoder(dim, o.decoder_layers, o.heads, dropout=o.decoder_dropout, self_attention=o.self_attention,
                                                            whole_last=o.whole_last)
-    return SpectralGuidedDecoder(dim, o.decoder_layers, o.heads, o.high_heads, o.head_window, o.mask_padding, o.similarity, dropout=o.decoder_dropout,
-                                 reads=o.reads, residual=o.residual)
+    return SpectralGuidedDecoder(dim, o.decoder_layers, o.heads, o.high_heads, o.head_window, o.mask_padding,
+                                 o.similarity, dropout=o.decoder_dropout, reads=o.reads, residual=o.residual)

@@ -104,7 +104,7 @@ def save_system(
     return Path(path)
 
 def _shipped_weights() -> tuple[str, ...]:
-    "Names of the systems whose weights ship; none where the installation lacks them, which `shipped` says when they are asked for."
+    "Names of the systems whose weights ship; none where the installation lacks them."
     try: return tuple(sorted(path.stem for path in shipped("systems").glob("*.safetensors")))
     except InputError: return ()
 
@@ -128,12 +128,12 @@ def load_system(
     backbone: Backbone|None = None,           # None = load the one that the checkpoint names
     device: str|torch.device = "cpu",
     classes: Sequence[str]|None = None,       # refuse a checkpoint for other classes; a zero-shot system answers for them
-    plugin: str | Path | None = None,         # the file of the user's that defines the system; None = the package does, or the file is loaded already
+    plugin: str | Path | None = None,         # file of the user's that defines the system; None = the package, or a loaded one
 ) -> System:
     """The system of a checkpoint, in eval mode.
 
-    Raises `InputError` for a file that cannot be read, another class list, a backbone that does not fit, and a system that was trained by a file of
-    the user's which is not given or has changed since.
+    Raises `InputError` for a file that cannot be read, another class list, a backbone that does not fit, and a system that
+    was trained by a file of the user's which is not given or has changed since.
 
     Parameters
     ----------
@@ -144,7 +144,7 @@ def load_system(
     classes : Sequence[str]|None
         refuse a checkpoint for other classes; a zero-shot system answers for them
     plugin : str | Path | None
-        the file of the user's that defines the system; None = the package does, or the file is loaded already
+        file of the user's that defines the system; None = the package, or a loaded one
     """
     path = checkpoint_path(path)
     stored = read_checkpoint(path)
@@ -159,7 +159,7 @@ def load_system(
     return system.with_vocabulary(classes) if others else system
 
 def _trained_class(path: Path, config: Mapping[str, Any], plugin: str | Path | None) -> type[System]:
-    "The class that a checkpoint was trained by. Only the package, this session and `plugin` can define it, never a path in the checkpoint."
+    "The class that trained a checkpoint. The package, this session or `plugin` defines it, never a path in the checkpoint."
     record = config.get("plugin")
     if plugin is not None and (record is None or Path(plugin).is_file()): load_plugin(plugin)
     kind = SYSTEMS[config["system"]] if config["system"] in known_systems() else None
@@ -167,14 +167,19 @@ def _trained_class(path: Path, config: Mapping[str, Any], plugin: str | Path | N
     if record is not None: _require_same_file(path, record, kind and plugin_record(kind), plugin)
     return kind
 
-def _require_same_file(path: Path, record: Mapping[str, str], loaded: Mapping[str, str] | None, plugin: str | Path | None) -> None:
+def _require_same_file(
+    path: Path, record: Mapping[str, str], loaded: Mapping[str, str] | None, plugin: str | Path | None
+) -> None:
     "Raise `InputError` unless the loaded file is the one that trained a checkpoint."
     trained = f"{path} was trained by {record['class']} of {record['file']}, SHA-256 {record['sha256'][:12]}"
     if loaded is None:
-        missing = "which is not loaded" if plugin is None else f"which {plugin} does not define" if Path(plugin).is_file() else f"and there is no {plugin}"
-        raise InputError(f"{trained}, {missing}: name that file, as load_system(..., plugin=\"{record['file']}\") or --plugin {record['file']}.")
+        missing = "which is not loaded" if plugin is None else f"and there is no {plugin}"
+        if plugin is not None and Path(plugin).is_file(): missing = f"which {plugin} does not define"
+        raise InputError(f"{trained}, {missing}: name that file, as load_system(..., plugin=\"{record['file']}\") or "
+                         f"--plugin {record['file']}.")
     if loaded["sha256"] != record["sha256"]:
-        raise InputError(f"{trained}; {loaded['file']} is now another, SHA-256 {loaded['sha256'][:12]}: give the version that trained it, or train anew.")
+        raise InputError(f"{trained}; {loaded['file']} is now another, SHA-256 {loaded['sha256'][:12]}: give the version that "
+                         "trained it, or train anew.")
 
 def weights_title(system: System) -> str:
     "Which CLIP a system stands on, in words; random weights are said to be random."

@@ -31,6 +31,7 @@ from ..files import InputError
 from ..memory import keep_memory
 from .inference import evaluating
 from ..systems.segmenter import Segmenter, System, known_systems, system_named
+from ..tables import markdown_table
 from .train import seeded
 from ..world.scenes import WORLD_CLASSES
 
@@ -407,10 +408,6 @@ def _cells(effort: Effort) -> list[str]:
     median, low, high = map(_short, effort.milliseconds)
     return [_short(effort.flops/1e9), f"{median} [{low}, {high}]", _short(effort.memory/1e6)]
 
-def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    "A Markdown table, all columns but the first to the right."
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] + ["---:"]*(len(head) - 1), *rows])
-
 def _aspects(cost: Cost) -> tuple[str, ...]:
     "Under which conditions a cost was measured."
     names = cost.classes - cost.background
@@ -437,13 +434,14 @@ def conditions(costs: Sequence[Cost]) -> str:
     lines += [f"{text}." for text in _by_system(unseen)]
     return " ".join(lines)
 
+# %% ../../nbs/work/68_cost.ipynb #c649b0d5
 def cost_markdown(costs: Sequence[Cost]) -> str:
     "A table of costs in Markdown, the conditions above it. Raises `InputError` for none."
     above, steps = conditions(costs), any(cost.step for cost in costs)
     head = ["system", "parameters M", "trainable M", "GFLOP", "ms", "MB", *(["step GFLOP", "step ms", "step MB"] if steps else [])]
     rows = [[cost.system, f"{cost.parameters/1e6:.1f}", f"{cost.trainable/1e6:.3f}", *_cells(cost.predict),
              *((_cells(cost.step) if cost.step else ["–"]*3) if steps else [])] for cost in costs]
-    return f"{above}\n\n{_rows(head, rows)}\n"
+    return f"{above}\n\n{markdown_table(head, rows)}\n"
 
 _PARTS = {"tower": "CLIP on the picture", "rest": "what no module does (transforms, losses)", "backward": "gradients of all parts"}
 
@@ -462,6 +460,6 @@ def parts_markdown(
     if not efforts: raise InputError(f"no {of} was measured: measure with training=True.")
     parts = list(dict.fromkeys(part for effort in efforts.values() for part in effort.parts))
     cell = lambda effort, part: f"{_short(effort.parts[part]/1e9)} ({effort.parts[part]/effort.flops:.0%})" if part in effort.parts else "–"
-    table = _rows([f"GFLOP, {of}", *parts], [[name, *(cell(effort, part) for part in parts)] for name, effort in efforts.items()])
+    table = markdown_table([f"GFLOP, {of}", *parts], [[name, *(cell(effort, part) for part in parts)] for name, effort in efforts.items()])
     known = "; ".join(f"{part}: {text}" for part, text in _PARTS.items() if part in parts)
     return f"{table}\n\n{known}; other columns: the system's own modules.\n"

@@ -523,6 +523,7 @@ def evaluate_system(
     return _report(job, tally, dataset, tuning, figures=scored, settings=_settings_record(job, crf, tally.seeds, limit), seconds=seconds, weights=weights, training=training, command=command,
                    zero_shot=zero_shot)
 
+# %% ../../nbs/work/54_evaluation.ipynb #150afddc
 def _handicap(job: Job) -> float:
     "How far the system holds seen classes back."
     return 0. if job.scoring.handicap is None else job.scoring.handicap.max().item()

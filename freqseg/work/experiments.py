@@ -84,31 +84,40 @@ class Preset(Options):
     data: str = option(help="folder of the data set, or world for scenes drawn into the run's folder")
     model: str = option("ViT-B-16", "an open_clip ViT, world, or a saved model", least=1)
     pretrained: str = option("openai", "published weights, a weights file, or none for random ones")
-    colours: str = option("clip", "mean and deviation of the pictures", choices={"clip": "the model's own", "imagenet": "as WeCLIP feeds them"})
+    colours: str = option("clip", "mean and deviation of the pictures", choices={"clip": "the model's own",
+        "imagenet": "as WeCLIP feeds them"})
     train_split: str = option("train", "split that is learned from", least=1)
     val_split: str = option("val", "split that chooses the best checkpoint and the seeds' threshold", least=1)
     test_split: str = option("val", "split that is reported", least=1)
     share: float = option(1., "share of the training pictures that is used", above=0, high=1)
-    scenes: tuple[int, int, int] = option((0, 0, 0), "scenes of the embedded world in train, val and test", low=0, high=1_000_000)
+    scenes: tuple[int, int, int] = option((0, 0, 0), "scenes of the embedded world in train, val and test", low=0,
+        high=1_000_000)
     crop: int = option(320, "side of the training crops, pixels", low=16, high=8192)
-    resize_range: tuple[float, float] = option((.5, 2.), "least and largest factor of the random resize before a crop is drawn", above=0, high=16)
-    largest: float = option(1., "a crop is drawn again while one class fills this share of it; needs masks", above=0, high=1)
+    resize_range: tuple[float, float] = option((.5, 2.),
+        "least and largest factor of the random resize before a crop is drawn", above=0, high=16)
+    largest: float = option(1., "a crop is drawn again while one class fills this share of it; needs masks", above=0,
+        high=1)
     vary_colours: bool = option(False, "vary brightness, contrast, saturation and hue of crops")
-    short: int | None = option(None, "short side at scale 1, in training and evaluation, pixels; none: as in the files", low=1, high=16384)
-    side: int | None = option(None, "or long side at scale 1 in evaluation, pixels; none: as in the files", low=1, high=16384)
-    window: int | None = option(None, "side of a sliding window in evaluation, pixels; none: whole pictures", low=32, high=16384)
+    short: int | None = option(None, "short side at scale 1, in training and evaluation, pixels; none: as in the files",
+        low=1, high=16384)
+    side: int | None = option(None, "or long side at scale 1 in evaluation, pixels; none: as in the files", low=1,
+        high=16384)
+    window: int | None = option(None, "side of a sliding window in evaluation, pixels; none: whole pictures", low=32,
+        high=16384)
     stride: int | None = same_option(Inference, "stride")
     average: str = same_option(Inference, "average")
     scales: tuple[float, ...] = same_option(Inference, "scales")
     flip: bool = same_option(Inference, "flip")
-    crf: str | None = option(None, "dense CRF after the network", choices={None: "without", **dict.fromkeys(CRF_PRESETS, "")})
+    crf: str | None = option(None, "dense CRF after the network", choices={None: "without",
+        **dict.fromkeys(CRF_PRESETS, "")})
     settings: TrainSettings = TrainSettings()
     options: Mapping[str, Any] = field(default_factory=dict)   # of the system
 
     @property
     def inference(self) -> Inference:
         "How pictures are shown when evaluating."
-        return Inference(self.scales, self.flip, self.side, self.short, self.average, self.window, self.stride, self.settings.batch)
+        shared = {name: getattr(self, name) for name in declared(Inference).keys() & declared(Preset).keys()}
+        return Inference(**shared, batch=self.settings.batch)
 
     def check(self) -> None:
         "Raise `InputError` for options that contradict each other."
@@ -120,10 +129,12 @@ class Preset(Options):
 _VOC = Preset("", train_split="train_aug", settings=TrainSettings(30_000), crf="weclip")
 _LARGE = replace(_VOC, train_split="train", settings=TrainSettings(80_000, validate_every=5000))   # what is common to COCO and COCO-Stuff
 _WORLD = Preset("world", "world", "", test_split="test", scenes=(3200, 100, 200), crop=128, resize_range=(.6, 1.1),
-                settings=TrainSettings(400, batch=8, lr=1e-3, warmup=20, validate_every=200, save_every=100, log_every=20, workers=1))
+                settings=TrainSettings(400, batch=8, lr=1e-3, warmup=20, validate_every=200, save_every=100, log_every=20,
+                                       workers=1))
 _SMOKE = replace(_WORLD, scenes=(16, 8, 8), crop=80,
-                 settings=TrainSettings(6, batch=2, lr=1e-3, warmup=2, validate_every=0, save_every=3, log_every=2, workers=0))
-BASES: dict[str, Preset] = {"voc": _VOC, "coco": _LARGE, "coco_stuff": _LARGE, "world": _WORLD, "smoke": _SMOKE}   # of the presets of all systems
+                 settings=TrainSettings(6, batch=2, lr=1e-3, warmup=2, validate_every=0, save_every=3, log_every=2,
+                                        workers=0))
+BASES: dict[str, Preset] = {"voc": _VOC, "coco": _LARGE, "coco_stuff": _LARGE, "world": _WORLD, "smoke": _SMOKE}
 
 # %% ../../nbs/work/60_experiments.ipynb #35fc21c2
 @dataclass(frozen=True)
@@ -176,21 +187,23 @@ class RunOptions(Options):
     limit : int | None
         report only the first so many pictures; none: all
     """
-    preset: str = option("smoke", "smoke: seconds; world: minutes on two CPU cores; {papers}: the papers' schedules", least=1)
+    preset: str = option("smoke", "smoke: seconds; world: minutes on two CPU cores; {papers}: the papers' schedules",
+        least=1)
     out: Path | None = option(None, "folder of the run; none: runs/SYSTEM, in a notebook a temporary one", least=1)
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     limit: int | None = option(None, "report only the first so many pictures; none: all", low=1)
 
 def known_parameters(system: str) -> dict[str, tuple[str, ...]]:
     "Names of parameters of a system's experiments, by what they belong to. Raises `InputError` for an unknown system."
-    return {kind: tuple(name for name in declared(home) if name not in ("settings", "options")) for kind, home in _homes(system).items()}
+    return {kind: tuple(name for name in declared(home) if name not in ("settings", "options"))
+            for kind, home in _homes(system).items()}
 
 def _homes(system: str) -> dict[str, type[Options]]:
     "The class of options that each kind of parameter belongs to."
     return dict(run=RunOptions, preset=Preset, schedule=TrainSettings, system=system_named(system).Options)
 
 def _kind_of(system: str, name: str) -> str:
-    "What a parameter belongs to; a name of today comes before an older one. Raises `InputError` for an unknown one, naming the nearest."
+    "What a parameter belongs to, today's names first. Raises `InputError` for an unknown one, naming the nearest."
     known, homes = known_parameters(system), _homes(system)
     for kind in homes:
         if name in known[kind]: return kind
@@ -198,23 +211,28 @@ def _kind_of(system: str, name: str) -> str:
         if name in home.renamed or name in home.retired: return kind
     raise unknown_name(name, [name for names in known.values() for name in names], f"parameter of {system}")
 
-def _grouped(system: str, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    "Parameters under today's names, by what they belong to; the text none is None where there can be none. Raises `InputError` for unknown names."
-    homes, groups = _homes(system), {kind: {} for kind in _homes(system)}
-    for name, value in given.items(): groups[_kind_of(system, name)][name] = value
-    groups = {kind: homes[kind].current(values) for kind, values in groups.items()}
-    able = {kind: [name for name, (hint, _) in declared(home).items() if type(None) in kinds(hint)] for kind, home in homes.items()}
-    return {kind: {name: None if value == "none" and name in able[kind] else value for name, value in values.items()} for kind, values in groups.items()}
+def _given(home: type[Options], values: Mapping[str, Any]) -> dict[str, Any]:
+    "Values under today's names; the text none is None where there can be none. Raises `InputError` as `current` does."
+    able = [name for name, (hint, _) in declared(home).items() if type(None) in kinds(hint)]
+    return {name: None if isinstance(value, str) and value == "none" and name in able else value
+            for name, value in home.current(values).items()}
+
+def _grouped(system: str, flat: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    "Flat parameters by what they belong to, under today's names. Raises `InputError` for unknown names."
+    groups: dict[str, dict[str, Any]] = {kind: {} for kind in _homes(system)}
+    for name, value in flat.items(): groups[_kind_of(system, name)][name] = value
+    return {kind: _given(_homes(system)[kind], values) for kind, values in groups.items()}
 
 def _flat(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    "What was given, `options` taken apart, without what is left to the preset. Raises `InputError` when `options` is no dictionary."
+    "What was given, `options` taken apart. Raises `InputError` when `options` is no dictionary."
     options = parameters.get("options") or {}
-    if not isinstance(options, Mapping): raise InputError(f"options={options!r}: give a dictionary of options of the system, such as {{'dim': 64}}.")
+    if not isinstance(options, Mapping):
+        raise InputError(f"options={options!r}: give a dictionary of options of the system, such as {{'dim': 64}}.")
     return {name: value for name, value in {**options, **parameters}.items() if value is not None and name != "options"}
 
 def plan(
     system: str,                     # a name, or FILE.py:CLASS
-    parameters: Mapping[str, Any],   # flat; None = what the preset says, "none" = no value at all; `options` may hold some of the system's as a dictionary
+    parameters: Mapping[str, Any],   # flat, or the system's in `options`; None = what the preset says, "none" = no value
 ) -> Plan:
     """Resolve parameters. Raises `InputError` for an unknown system, preset or parameter, naming the nearest, and for values that cannot be.
 
@@ -223,8 +241,7 @@ def plan(
     system : str
         a name, or FILE.py:CLASS
     parameters : Mapping[str, Any]
-        flat; None = what the preset says, "none" = no value at all; `options` may hold some of the system's as
-        a dictionary
+        flat, or the system's in `options`; None = what the preset says, "none" = no value
     """
     kind, presets, groups = system_named(system), presets_of(system), _grouped(system, _flat(parameters))
     run = RunOptions(**groups["run"])
@@ -232,16 +249,17 @@ def plan(
     base = presets[run.preset]
     chosen = replace(base, **groups["preset"], settings=replace(base.settings, **groups["schedule"]))
     if not chosen.data: raise InputError(f"preset {run.preset} needs the data: give data, the folder of the data set.")
-    own = {**base.options, **groups["system"]}
-    options = kind.Options.read(own)
+    own = {**kind.Options.current(base.options), **groups["system"]}
+    options = kind.Options(**own)
     given = {name: value for group in groups.values() for name, value in group.items()}
-    return Plan(system, run.preset, chosen, {name: getattr(options, name) for name in own}, run.out or Path(f"runs/{kind.name}"), run.device, run.limit, given)
+    own = {name: getattr(options, name) for name in own}
+    return Plan(system, run.preset, chosen, own, run.out or Path(f"runs/{kind.name}"), run.device, run.limit, given)
 
 # %% ../../nbs/work/60_experiments.ipynb #d48891ec
 def presets_of(
     system: str,   # a name, or FILE.py:CLASS
 ) -> dict[str, Preset]:
-    """Presets of a system by name: `world`, `smoke`, and what its class and the classes that it derives from declare in `presets`.
+    """Presets of a system by name: `world`, `smoke`, and what its class and its parents declare in `presets`.
 
     Raises `InputError` for an unknown system, and for a preset or parameter in a declaration that does not exist.
 
@@ -258,17 +276,19 @@ def presets_of(
     return {name: _overridden(system, base, declared[name]) for name, base in BASES.items() if name in declared}
 
 def _overridden(system: str, base: Preset, values: Mapping[str, Any]) -> Preset:
-    "A preset with other values of flat parameters. Raises `InputError` for a parameter that the system does not have, naming the nearest."
+    "A preset with other values of flat parameters. Raises `InputError` for a parameter that the system does not have."
     groups = _grouped(system, values)
     if groups["run"]: raise InputError(f"{min(groups['run'])} is a run's own, so no preset of {system} can declare it.")
-    return replace(base, **groups["preset"], settings=replace(base.settings, **groups["schedule"]), options={**base.options, **groups["system"]})
+    return replace(base, **groups["preset"], settings=replace(base.settings, **groups["schedule"]),
+                   options={**base.options, **groups["system"]})
 
 # %% ../../nbs/work/60_experiments.ipynb #e2f5e5e9
 def _notice_of(system: str, name: str, today: Mapping[str, Any], kind: str) -> str:
     "What is to be said of a parameter that goes by an older name, or whose name means something else now; else empty."
     own = system_named(system).Options.renamed
     if name in own and kind != "system":
-        return f"{name} is now: {described(declared(_homes(system)[kind])[name][1].metadata)}. What it meant for {system} before is {own[name]}."
+        means = described(declared(_homes(system)[kind])[name][1].metadata)
+        return f"{name} is now: {means}. What it meant for {system} before is {own[name]}."
     if not today: return f"{name} is gone, and has the value that is left: leave it out."
     return "" if name in today else f"{name} is called {next(iter(today))} now."
 
@@ -278,7 +298,7 @@ def parse_parameters(
 ) -> dict[str, Any]:
     """Values of parameters given as text, under today's names. Warns of an older name.
 
-    Raises `InputError` for an unknown name, naming the nearest, for one given twice, and for a text that means no value.
+    Raises `InputError` for an unknown name, naming the nearest, for one given twice, and for a text without meaning.
 
     Parameters
     ----------
@@ -291,17 +311,18 @@ def parse_parameters(
         if not found: raise InputError(f"-p {pair}: give a name and a value, such as -p iterations=500.")
         kind = _kind_of(system, name)
         home = _homes(system)[kind]
-        hint, about = next(((hint, one.metadata) for today, (hint, one) in declared(home).items() if today == home.renamed.get(name, name)), (Any, {}))
-        value = parsed(name, text, hint, about)
-        today = home.current({name: value})
+        known = declared(home)
+        hint, one = known.get(name) or known.get(home.renamed.get(name, name)) or (Any, option())   # gone: anything
+        today = home.current({name: parsed(name, text, hint, one.metadata)})
         if notice := _notice_of(system, name, today, kind): warnings.warn(notice)
-        if twice := values.keys() & today.keys(): raise InputError(f"-p {name}: {min(twice)} is given twice. Give it once.")
+        if twice := values.keys() & today.keys():
+            raise InputError(f"-p {name}: {min(twice)} is given twice. Give it once.")
         values |= {one: "none" if value is None else value for one, value in today.items()}
     return values
 
 # %% ../../nbs/work/60_experiments.ipynb #1c404c13
 def _lines(kind: str, home: type[Options], names: Sequence[str], papers: str) -> list[tuple[str, str]]:
-    "Assignment and comment of every parameter; a run's own have their defaults, behind a system's the default stands in brackets."
+    "Assignment and comment of every parameter; a run's own have their defaults, a system's have them in brackets."
     lines = []
     for name in names:
         one = declared(home)[name][1]
@@ -350,12 +371,13 @@ def training_notebook(
     kind, home = system_named(system), Path(freqseg.__file__).resolve().parent.parent/"nbs"/"train"
     if (home/f"{system}.ipynb").exists(): return home/f"{system}.ipynb"
     if not (home/"system.ipynb").exists():
-        raise InputError(f"there is no {home/'system.ipynb'}: freqseg was installed without its notebooks. Clone its repository and run this there, or "
-                         "train from Python: freqseg.work.experiments.experiment(...).")
+        raise InputError(f"there is no {home/'system.ipynb'}: freqseg was installed without its notebooks. Clone its repository "
+                         "and run this there, or train from Python: freqseg.work.experiments.experiment(...).")
     notebook = nbformat.read(home/"system.ipynb", as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code": cell.outputs, cell.execution_count = [], None
-        if "parameters" in cell.metadata.get("tags", []): cell.source = f"system = {json.dumps(system)}  # {_WHICH}\n{parameters_cell(system)}"
+        if "parameters" in cell.metadata.get("tags", []):
+            cell.source = f"system = {json.dumps(system)}  # {_WHICH}\n{parameters_cell(system)}"
     path = Path(folder)/f"train_{kind.name}.ipynb"
     with atomic_write(path) as partial: nbformat.write(notebook, partial)
     return path
@@ -529,7 +551,8 @@ class Experiment:
         "What a run's folder must agree on besides system, data and schedule."
         c = self.plan.chosen
         varied = dict(short=c.short, largest=c.largest, vary_colours=c.vary_colours, share=c.share)
-        return dict(crop=c.crop, resize_range=c.resize_range) | {name: value for name, value in varied.items() if value != getattr(Preset, name)}
+        changed = {name: value for name, value in varied.items() if value != getattr(Preset, name)}
+        return dict(crop=c.crop, resize_range=c.resize_range) | changed
 
     @cached_property
     def result(self) -> TrainResult:
@@ -613,7 +636,8 @@ def _parameters_among(system: str, namespace: Mapping[str, Any]) -> dict[str, An
     known = ["options", *(name for names in known_parameters(system).values() for name in names)]
     older = [name for home in _homes(system).values() for name in (*home.renamed, *home.retired)]
     for name, value in namespace.items():
-        if name.startswith("_") or name in (*known, *older) or not isinstance(value, (int, float, str, list, tuple)): continue
+        plain = isinstance(value, (int, float, str, list, tuple)) and not name.startswith("_")
+        if name in (*known, *older) or not plain: continue
         near = difflib.get_close_matches(name, known, 1, .85)
         if near: warnings.warn(f"{name} is no parameter of {system} and changes nothing. Did you mean {near[0]}?")
     return {name: value for name, value in namespace.items() if name in (*known, *older)}
@@ -622,7 +646,7 @@ def experiment(
     system: str,                     # a name, or FILE.py:CLASS
     parameters: Mapping[str, Any],   # flat, and `options` as a dictionary; of a notebook's `globals()` only names that are parameters are read
 ) -> Experiment:
-    """An experiment from flat parameters. Raises `InputError` for an unknown system, preset or parameter, and for values that cannot be.
+    """An experiment from flat parameters. Raises `InputError` for unknown names and for values that cannot be.
 
     Parameters
     ----------

@@ -109,23 +109,33 @@ class Inference(Options):
     precision : str | None
         numbers that the network computes with
     """
-    scales: tuple[float, ...] = option((1.,), "sizes at which a picture is shown, relative to its own; answers are averaged", above=0, high=8, least=1)
+    scales: tuple[float, ...] = option((1.,),
+        "sizes at which a picture is shown, relative to its own; answers are averaged", above=0, high=8, least=1)
     flip: bool = option(True, "show every scale mirrored, too")
     side: int | None = option(None, "long side at scale 1, pixels; none: the picture's own", low=1, high=16384)
-    short: int | None = option(None, "or the short side at scale 1, as ZegCLIP has it, pixels; the long one becomes at most four times as long; none: the picture's own", low=1, high=16384)
-    average: str = option("logits", "what is averaged over scales, mirror images and windows", choices=("logits", "probabilities"))
-    window: int | None = option(None, "side of a sliding window, pixels; none: the whole picture at once", low=1, high=16384)
+    short: int | None = option(None,
+        "or the short side at scale 1, as ZegCLIP has it, pixels; the long one becomes at most four times as long; "
+        "none: the picture's own", low=1, high=16384)
+    average: str = option("logits", "what is averaged over scales, mirror images and windows",
+        choices=("logits", "probabilities"))
+    window: int | None = option(None, "side of a sliding window, pixels; none: the whole picture at once", low=1,
+        high=16384)
     stride: int | None = option(None, "pixels from window to window; none: two thirds of the window", low=1, high=16384)
     batch: int = option(4, "most images in one forward pass; mirrored ones and windows count", low=1, high=4096)
-    precision: str | None = option(None, "numbers that the network computes with", choices={None: "bf16 on CUDA, else fp32", "fp32": "32 bits", "bf16": "bfloat16"})
+    precision: str | None = option(None, "numbers that the network computes with",
+        choices={None: "bf16 on CUDA, else fp32", "fp32": "32 bits", "bf16": "bfloat16"})
 
     def check(self) -> None:
         "Raise `InputError` for options that contradict each other."
         if len(set(self.scales)) < len(self.scales): raise InputError(f"scales={self.scales}: name each scale once.")
-        if self.side and self.short: raise InputError(f"side={self.side} and short={self.short}: the long side follows from the short one; give one of them.")
-        if self.stride and not self.window: raise InputError(f"stride={self.stride}: there is no window to move; give its side with window.")
+        if self.side and self.short:
+            raise InputError(f"side={self.side} and short={self.short}: the long side follows from the short one; give "
+                             "one of them.")
+        if self.stride and not self.window:
+            raise InputError(f"stride={self.stride}: there is no window to move; give its side with window.")
         if self.stride and self.stride > self.window:
-            raise InputError(f"stride={self.stride} leaves gaps between windows of {self.window}: take {self.window} or less.")
+            raise InputError(f"stride={self.stride} leaves gaps between windows of {self.window}: take {self.window} "
+                             "or less.")
 
     def fitted(self, size: tuple[int, int]) -> tuple[int, int]:
         "What (height, width) of a picture become at scale 1."

@@ -21,7 +21,8 @@ from .corruptions import CORRUPTIONS, Corruption
 from ..data import SegmentationFolder
 from ..files import InputError, atomic_write, finite
 from ..metrics import ConfusionMeter, Interval, bootstrap_interval, mean_iou
-from .evaluation import FIGURES, FigureScores, SystemReport, evaluate_system, main_figure
+from ..tables import markdown_table
+from .evaluation import FIGURES, SystemReport, evaluate_system, main_figure
 from .inference import Predictor
 from ..world.scenes import recorded_caveat
 
@@ -91,6 +92,7 @@ class RobustnessRow:
         names = ("miou", "boundary", "drop") + ("hiou",)*(self.hiou is not None)
         return {**self.corruption.as_dict(), **{name: finite(getattr(self, name)) for name in names}}
 
+# %% ../../nbs/work/66_robustness.ipynb #27563eab
 @dataclass(frozen=True, eq=False)
 class Robustness:
     """What `robustness` found, and under which conditions.
@@ -272,10 +274,6 @@ def _points(share: float, sign: str = "") -> str:
     "A fraction in percent, and no minus before a zero."
     return f"{round(100*share, 1) + 0:{sign}.1f}"
 
-def _lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    "A Markdown table, all columns but the first to the right."
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] + ["---:"]*(len(head) - 1), *rows])
-
 def _caption(table: Robustness) -> str:
     "What was measured, in sentences."
     lines = [f"{table.system} on {table.dataset}, split {table.split}, {table.images:,} pictures: {FIGURES[table.figure]} ({table.figure}).",
@@ -292,7 +290,7 @@ def _markdown(table: Robustness) -> str:
             *([_name(row.corruption), row.corruption.words, _percent(row.miou), _percent(row.drop), _percent(row.boundary), *harmonic(row.hiou)] for row in table.rows),
             [f"mean of {len(table.rows)}", "", _percent(table.mean), _percent(table.mean_drop), "", *harmonic(None)]]
     head = ["corruption", "setting", "mIoU %", "drop", "boundary IoU %"] + ["hIoU %"]*(table.clean_hiou is not None)
-    return f"{_caption(table)}\n\n{_lines(head, rows)}\n"
+    return f"{_caption(table)}\n\n{markdown_table(head, rows)}\n"
 
 # %% ../../nbs/work/66_robustness.ipynb #0fcc17e9
 _COLOURS = dict(zip(CORRUPTIONS, ("#0072B2", "#E69F00", "#009E73", "#CC79A7")))   # Okabe and Ito's, for the colour-blind
@@ -340,6 +338,7 @@ def robustness_plot(
     sheet.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=9, frameon=False)
     return sheet
 
+# %% ../../nbs/work/66_robustness.ipynb #8867f38c
 def robustness_markdown(
     systems: Mapping[str, Robustness],   # name -> what was found
     figure: str = "miou",                # or "hiou", of zero-shot systems
@@ -367,8 +366,9 @@ def robustness_markdown(
             [f"mean of {len(found[0].rows)}", *(cell(sum(column)/len(column), before) for column, before in zip(columns, clean))]]
     where = (f"{dict(miou='mIoU', hiou='hIoU')[figure]} in percent on {found[0].dataset}, split {found[0].split}, {found[0].images:,} pictures; "
              "in brackets the change against clean pictures.")
-    return f"{where}\n\n{_lines(['corruption', *systems], rows)}\n"
+    return f"{where}\n\n{markdown_table(['corruption', *systems], rows)}\n"
 
+# %% ../../nbs/work/66_robustness.ipynb #ae1c882f
 def _save(table: Robustness, folder: Path) -> tuple[Path, ...]:
     "The three files."
     paths = folder/"robustness.md", folder/"robustness.json", folder/"robustness.png"

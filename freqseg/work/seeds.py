@@ -6,7 +6,7 @@
 __all__ = ['SeedJob', 'batch_cams', 'method_seconds', 'seed_maps', 'paired_gain', 'SeedRow', 'SeedTable', 'evaluate_seeds']
 
 # %% ../../nbs/work/55_seeds.ipynb #7c133c63
-import json, math
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -29,6 +29,7 @@ from ..metrics import (ConfusionMeter, Interval, best_threshold, bootstrap_inter
                              confusion_matrix, mean_iou)
 from ..pictures import fitted_size
 from ..prompts import Wording, embed_wording, usual_wording
+from ..tables import markdown_table
 from .inference import OVERTAKING, SeedMaps, grouped, in_sequence, picture_indices
 from .thresholds import add_sweep, seed_labels, sweep_levels, tuning_split
 
@@ -65,6 +66,20 @@ class SeedJob:
     def shortened(self) -> Any:
         "bf16 for the tower and what is read off it directly; sums over patches stay in fp32."
         return torch.autocast(self.backbone.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+
+# %% ../../nbs/work/55_seeds.ipynb #8aa18638
+def _seed_job(dataset: SegmentationFolder, backbone: Backbone, methods: Sequence[str] | None, settings: CamSettings,
+              wording: Wording, precision: str | None, **options: Any) -> SeedJob:
+    "What does not change from batch to batch. Raises `InputError` for other classes, an unknown method or precision."
+    chosen = tuple(dict.fromkeys(method.name for method in chosen_methods(methods)))
+    precision = precision or ("bf16" if backbone.device.type == "cuda" else "fp32")
+    if precision not in ("fp32", "bf16"): raise InputError(f"precision={precision!r}: use 'fp32' or 'bf16'.")
+    if wording.classes != tuple(dataset.classes):
+        raise InputError(f"the wording is for {len(wording.classes)} classes, {', '.join(wording.classes[:3])} ...; "
+                         "the data set has others.")
+    text, background = embed_wording(backbone, wording)
+    return SeedJob(backbone, chosen, settings, text, background, precision=precision,
+                   watch=Stopwatch(backbone.device), **options)
 
 # %% ../../nbs/work/55_seeds.ipynb #2fb40554
 def batch_cams(
@@ -298,7 +313,7 @@ def _caption(table: SeedTable) -> str:
     own = table.threshold_split == table.split
     what = "background threshold" if table.variant == "threshold" else "background power"
     lines = [f"Seeds on {table.dataset}, split {table.split}, {table.rows[0].images} pictures; model {table.model}.",
-             f"The {what} of each method is the best {f'on this same split, as is usual for seeds' if own else f'on split {table.threshold_split}'}.",
+             f"The {what} of each method is the best {'on this same split, as is usual for seeds' if own else f'on split {table.threshold_split}'}.",
              f"Long side {table.size or 'as in the files'}{' px' * bool(table.size)}; {len(table.background)} background prompts; affinities from "
              f"{table.settings.source}; mu {table.settings.mu:g}. Brackets: {table.level:.0%} bootstrap interval over pictures. "
              f"Times on {table.device}, forward pass included."]
@@ -315,8 +330,7 @@ def _markdown(table: SeedTable) -> str:
     head = ["method", "mIoU %", "above gradcam", "threshold" if table.variant == "threshold" else "power", "boundary IoU %", "s / picture", "pictures"]
     rows = [[row.method, _spread(row.miou), _spread(row.gain, "+"), f"{row.threshold:.3g}", _spread(row.boundary), f"{row.seconds:.3g}",
              str(row.images)] for row in table.rows]
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join([table.caption, "", *(f"| {' | '.join(line)} |" for line in lines), ""])
+    return f"{table.caption}\n\n{markdown_table(head, rows)}\n"
 
 # %% ../../nbs/work/55_seeds.ipynb #c8615a3e
 def _as_dict(table: SeedTable) -> dict[str, Any]:
@@ -378,17 +392,6 @@ def _rows(job: SeedJob, dataset: SegmentationFolder, best: Sequence[Any], region
         gain = None if base in (None, m) else paired_gain(region, m, base, samples=samples, seed=seed)
         iou = dict(zip(dataset.listing.value_names, class_iou(region.total[m]).tolist()))
         yield SeedRow(method, pick(miou, m), best[m].threshold, best[m].miou, pick(edge, m), gain, method_seconds(job, method), len(region), iou)
-
-# %% ../../nbs/work/55_seeds.ipynb #8aa18638
-def _seed_job(dataset: SegmentationFolder, backbone: Backbone, methods: Sequence[str] | None, settings: CamSettings, wording: Wording,
-              precision: str | None, **options: Any) -> SeedJob:
-    "Everything that does not change from batch to batch. Raises `InputError` for other classes, an unknown method or precision."
-    methods = [method.name for method in chosen_methods(methods)]
-    precision = precision or ("bf16" if backbone.device.type == "cuda" else "fp32")
-    if precision not in ("fp32", "bf16"): raise InputError(f"precision={precision!r}: use 'fp32' or 'bf16'.")
-    if wording.classes != tuple(dataset.classes): raise InputError(f"the wording is for {len(wording.classes)} classes, {', '.join(wording.classes[:3])} ...; the data set has others.")
-    text, background = embed_wording(backbone, wording)
-    return SeedJob(backbone, tuple(dict.fromkeys(methods)), settings, text, background, precision=precision, watch=Stopwatch(backbone.device), **options)
 
 # %% ../../nbs/work/55_seeds.ipynb #c4b40582
 def evaluate_seeds(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import InputError, atomic_write, write_json
+from ..tables import markdown_table, plain
 from ..world.scenes import recorded_caveat
 from .sweep_design import Design, Run, finished, is_number, read_design, run_figures
 
@@ -220,10 +221,6 @@ def _percent(one: Estimate, done: int, sign: str = "") -> str:
     text = f"{100 * one.value:{sign}.1f}" + ("" if math.isnan(one.low) else f" [{100 * one.low:{sign}.1f}, {100 * one.high:{sign}.1f}]")
     return text if one.n == done else f"{text} ({one.n} seed{'s' * (one.n > 1)})"
 
-def _cell(value: Any) -> str:
-    "A value as a table shows it."
-    return str(value).replace("|", "\\|")
-
 def _table(sweep: Sweep) -> str:
     "The table in Markdown."
     main = main_measure(sweep.measures)
@@ -231,13 +228,13 @@ def _table(sweep: Sweep) -> str:
     names = list(first.point) or ["parameters"]
     measures = [name for name in sweep.measures if name not in NOT_IN_TABLES]
     head = [*names, "seeds", *(f"{TITLES[name]} %" for name in measures)]
-    if compared: head.append(f"{TITLES[main]} above {_cell(first.title)}")
-    lines = [head, ["---"] * len(names) + ["---:"] * (len(head) - len(names))]
+    if compared: head.append(f"{TITLES[main]} above {first.title}")
+    rows = []
     for row in sweep.rows:
-        cells = [*(map(_cell, row.point.values()) if row.point else ["as given"]), str(len(row.seeds))]
+        cells = [*(row.point.values() if row.point else ["as given"]), len(row.seeds)]
         cells += [_percent(row.measures[name], len(row.seeds)) for name in measures]
-        lines.append(cells + ([_percent(row.gain, len(row.seeds), "+") if row.gain else ""] if compared else []))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        rows.append(cells + ([_percent(row.gain, len(row.seeds), "+") if row.gain else ""] if compared else []))
+    return markdown_table(head, rows, len(names))
 
 def _caption(sweep: Sweep) -> str:
     "What the numbers mean."
@@ -253,22 +250,22 @@ def _caption(sweep: Sweep) -> str:
 def provenance(sweep: Sweep) -> str:
     "What the figures were measured on, in a sentence."
     if not any(row.seeds for row in sweep.rows): return "No run has finished yet."
-    where = "; and ".join(sweep.data) or "data that the runs do not name"
+    where = "; and ".join(map(plain, sweep.data)) or "data that the runs do not name"
     text = f"Measured on {where}." + " **The runs do not agree on the data: these rows are no comparison.**" * (len(sweep.data) > 1)
-    return text + (f" **The pictures are {sweep.caveat}.**" if sweep.caveat else "")
+    return text + (f" **The pictures are {plain(sweep.caveat)}.**" if sweep.caveat else "")
 
 def sweep_markdown(sweep: Sweep) -> str:
     "A sweep as Markdown: data, table, what the numbers mean, how to make them again, and what is missing."
     design = sweep.design
     fixed = ", ".join(f"{name}={value}" for name, value in design.fixed.items()) or "the notebook's defaults"
     grid = "; ".join(f"{name} = {', '.join(map(str, values))}" for name, values in design.grid.items()) or "nothing"
-    conditions = [f"- system: {design.system}; fixed: {_cell(fixed)}", f"- compared: {_cell(grid)}", f"- seeds: {', '.join(map(str, design.seeds))}",
-            *(f"- command: `{command}`" for command in design.commands)]
-    title = f"# Sweep of {design.system} over {', '.join(design.points[0]) or 'seeds'}"
+    conditions = [f"- system: {plain(design.system)}; fixed: {plain(fixed)}", f"- compared: {plain(grid)}", f"- seeds: {', '.join(map(str, design.seeds))}",
+            *(f"- command: `{plain(command)}`" for command in design.commands)]
+    title = f"# Sweep of {plain(design.system)} over {plain(', '.join(design.points[0]) or 'seeds')}"
     parts = [title, provenance(sweep), _table(sweep), _caption(sweep), "## Conditions", "\n".join(conditions)]
     if sweep.missing:
         parts += [f"## Without figures: {len(sweep.missing)} of {len(design.runs)} runs",
-                  "\n".join(f"- {name}: {' '.join(why.split())}" for name, why in sweep.missing.items())]
+                  "\n".join(f"- {plain(name)}: {plain(' '.join(why.split()))}" for name, why in sweep.missing.items())]
     return "\n\n".join(parts) + "\n"
 
 # %% ../../nbs/work/64_sweep_statistics.ipynb #69750022
@@ -300,7 +297,8 @@ def comparison_markdown(
     commands : Sequence[str]
         of figures that no sweep has made
     """
-    lines = [f"| {' | '.join(map(_cell, cells))} |" for cells in (head, ["---", *["---:"]*(len(head) - 1)], *rows)]
-    origins = [f"- {'; '.join(one.data)}; seeds {', '.join(map(str, one.design.seeds))}; `{one.design.commands[-1]}`" for one in sweeps]
+    origins = [f"- {plain('; '.join(one.data))}; seeds {', '.join(map(str, one.design.seeds))}; "
+               f"`{plain(one.design.commands[-1])}`" for one in sweeps]
     means = f"Brackets: {LEVEL:.0%} intervals (Student's t) over seeds, none where seeds agree; all runs are judged on the same pictures."
-    return "\n".join([*lines, "", "".join(f"The pictures are {caveat}. " for caveat in dict.fromkeys(one.caveat for one in sweeps) if caveat) + means, "", *origins, *(f"- `{one}`" for one in commands)])
+    pictures = "".join(f"The pictures are {plain(caveat)}. " for caveat in dict.fromkeys(one.caveat for one in sweeps) if caveat)
+    return "\n".join([markdown_table(head, rows), "", pictures + means, "", *origins, *(f"- `{plain(one)}`" for one in commands)])

@@ -140,15 +140,17 @@ class TrainSettings(Options):
     accumulate: int = option(1, "passes per optimiser step", low=1, high=4096)
     lr: float = option(2e-3, "peak learning rate", low=0)
     weight_decay: float = option(.01, "weight decay of AdamW", low=0)
-    betas: tuple[float, float] = option((.9, .999), "moments of AdamW: shares that a step keeps of the mean and of the squares", low=0, below=1)
+    betas: tuple[float, float] = option((.9, .999),
+        "moments of AdamW: shares that a step keeps of the mean and of the squares", low=0, below=1)
     warmup: int = option(50, "steps of linear warm-up", low=0, high=10**9)
     warmup_start: float = option(1e-6, "share of the learning rate at step 0", low=0, high=1)
     lr_power: float = option(1., "exponent of the learning rate's polynomial decay (FFR: 0.9)", low=0, high=100)
     grad_clip: float = option(0., "largest norm of the gradient; 0: no clipping", low=0)
-    precision: str = option("32-true", "numbers that training computes with",
-                            choices={"32-true": "32 bits", "bf16-mixed": "matrix products in bfloat16, weights in 32 bits"})
+    precision: str = option("32-true", "numbers that training computes with", choices={"32-true": "32 bits",
+        "bf16-mixed": "matrix products in bfloat16, weights in 32 bits"})
     seed: int = option(0, "seed of data order, augmentation and dropout", low=0)
-    validate_every: int = option(2000, "steps between validations; there is one at the end, too. 0: at the end only, here and below", low=0)
+    validate_every: int = option(2000,
+        "steps between validations; there is one at the end, too. 0: at the end only, here and below", low=0)
     save_every: int = option(500, "steps between checkpoints", low=0)
     log_every: int = option(50, "steps averaged in a line of metrics.jsonl", low=0)
     snapshot_every: int = option(0, "steps between snapshots, where the caller wants any", low=0)
@@ -156,14 +158,18 @@ class TrainSettings(Options):
     skip_bad: bool = option(False, "replace pictures that cannot be read by the next one")
     compile: bool = option(False, "torch.compile the parts that learn")
     tensorboard: bool = option(False, "write the losses for TensorBoard, too")
-    accelerator: str = option("auto", "kind of device", choices={"auto": "cuda where there is one", "cuda": "a GPU by NVIDIA", "cpu": "the processor", "mps": "a GPU by Apple"})
+    accelerator: str = option("auto", "kind of device", choices={"auto": "cuda where there is one",
+        "cuda": "a GPU by NVIDIA", "cpu": "the processor", "mps": "a GPU by Apple"})
     devices: int = option(0, "processes per node; 0: as many as torchrun started, else 1", low=0, high=1024)
     nodes: int = option(0, "machines; 0: as many as torchrun knows, else 1", low=0, high=1024)
-    strategy: str = option("ddp", "how several processes train together", choices={"ddp": "every parameter learns in every step", "ddp_find_unused_parameters_true": "some do not"})
+    strategy: str = option("ddp", "how several processes train together",
+        choices={"ddp": "every parameter learns in every step", "ddp_find_unused_parameters_true": "some do not"})
 
     def check(self) -> None:
         "Raise `InputError` for a warm-up that is longer than the training."
-        if self.warmup >= self.iterations: raise InputError(f"warmup={self.warmup} leaves nothing of iterations={self.iterations}: give a smaller warmup (0: none).")
+        if self.warmup >= self.iterations:
+            raise InputError(f"warmup={self.warmup} leaves nothing of iterations={self.iterations}: give a smaller "
+                             "warmup (0: none).")
 
 # %% ../../nbs/work/56_train.ipynb #61194f55
 def learning_rate(
@@ -793,21 +799,26 @@ def _claim(out: Path, described: dict[str, Any], command: str) -> None:
     with atomic_write(out/"run.json") as partial: partial.write_text(json.dumps({**described, "origin": origin}, indent=1), encoding="utf-8")
 
 def _as_today(stored: Any, kind: type) -> Any:
-    "Options that a run.json holds under the names they have now: none that is gone, with the default where an option is younger than the run."
+    "Options that a run.json holds, under today's names, without those that are gone, younger ones at their defaults."
     if not isinstance(stored, dict) or not issubclass(kind, Options): return stored
-    kept = {kind.renamed.get(name, name): value for name, value in stored.items() if name not in kind.retired or value != kind.retired[name]}
-    younger = {name: one.default for name, (_, one) in declared(kind).items() if name not in kept and one.default is not MISSING}
-    return {**kept, **json.loads(json.dumps(younger))}
+    stays = lambda name, value: name not in kind.retired or value != kind.retired[name]
+    kept = {kind.renamed.get(name, name): value for name, value in stored.items() if stays(name, value)}
+    known = {name: one.default for name, (_, one) in declared(kind).items() if one.default is not MISSING}
+    return {**json.loads(json.dumps(known)), **kept}
 
 def _read_run(out: Path, system: Trainable) -> dict[str, Any]:
     "What run.json says, in the words of today. Raises `InputError` when it cannot be read."
     try: there = dict(json.loads((out/"run.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{out/'run.json'} cannot be read ({error}). Restore it, or choose another out folder.") from error
-    there["settings"] = {name: value for name, value in _as_today(there.get("settings"), TrainSettings).items() if name not in _FREE} if isinstance(there.get("settings"), dict) else None
+    if isinstance(settings := there.get("settings"), dict):
+        today = _as_today(settings, TrainSettings)
+        there["settings"] = {name: value for name, value in today.items() if name not in _FREE}
+    if isinstance(identity := there.get("identity"), dict):
+        there["identity"] = {"resize_range" if name == "scale" else name: value for name, value in identity.items()}
     config = there["system"].get("config") if isinstance(there.get("system"), dict) else None
-    if isinstance(config, dict) and "options" in config: config["options"] = _as_today(config["options"], getattr(system, "Options", object))
-    if isinstance(there.get("identity"), dict): there["identity"] = {"resize_range" if name == "scale" else name: value for name, value in there["identity"].items()}
+    if isinstance(config, dict) and "options" in config:
+        config["options"] = _as_today(config["options"], getattr(system, "Options", object))
     return there
 
 def _complete_best(out: Path, saved: Checkpoint) -> None:

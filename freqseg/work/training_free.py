@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..clip import Backbone
 from ..files import InputError
-from ..maps import METHODS, CamSettings, cam_of, cam_parts, raw_map
+from ..maps import METHODS, CamMethod, CamSettings, cam_of, cam_parts, raw_map
 from ..prompts import embed_wording, usual_wording
 from .inference import Inference, Picture, merged_strips, scaled_pixels, augmented_views
 
@@ -62,6 +62,13 @@ def usual_showing(backbone: Backbone) -> Inference:
     native = backbone.native_size
     return Inference(flip=False, side=2 * (native if isinstance(native, int) else max(native)))
 
+def _compared(method: CamMethod, compare: str | None) -> bool:
+    "Are cosines compared? Raises `InputError` for another word, and for a method whose maps are no cosines."
+    if compare not in (None, "cosines", "maps"): raise InputError(f"compare={compare!r}: use 'cosines' or 'maps'.")
+    if compare == "cosines" and method.kind != "cosine":
+        raise InputError(f"the map {method.name!r} is made of no cosines: use compare='maps'.")
+    return method.kind == "cosine" and compare != "maps"
+
 @torch.no_grad()
 def segment_with_map(
     backbone: Backbone,
@@ -69,14 +76,16 @@ def segment_with_map(
     classes: Sequence[str],                     # any names
     method: str = "naclip",                     # one of `maps.METHODS`
     background: Sequence[str] | None = None,    # names that compete with the classes; None = the usual ones, () = none
-    threshold: float | None = None,             # least score of a class; None = 0 for maps of cosines, 0.4 for all others
+    threshold: float | None = None,             # least score of a class; None = 0 where cosines are compared, else 0.4
     settings: CamSettings = CamSettings(),
     inference: Inference | None = None,         # how the picture is shown, windows included; None = `usual_showing`
     scale: float | None = None,                 # on cosines before the softmax; None = CLIP's own
+    compare: str | None = None,                 # "cosines" or "maps"; None = cosines, where the method has them
 ) -> MapSegmentation:
-    """A mask for any class names, without any training, from one kind of map (MaskCLIP, SCLIP, ClearCLIP, NACLIP, CLIP Surgery, or any other).
+    """A mask for any class names, without training, from one kind of map (as in SCLIP, ClearCLIP, NACLIP, CLIP Surgery).
 
-    Raises `InputError` for an unknown method, no names or too many, one name without anything to compete with, and a threshold outside [0, 1].
+    Raises `InputError` for an unknown method, no names or too many, one name with nothing to compete with, and a
+    threshold outside [0, 1].
 
     Parameters
     ----------
@@ -89,32 +98,36 @@ def segment_with_map(
     background : Sequence[str] | None
         names that compete with the classes; None = the usual ones, () = none
     threshold : float | None
-        least score of a class; None = 0 for maps of cosines, 0.4 for all others
+        least score of a class; None = 0 where cosines are compared, else 0.4
     inference : Inference | None
         how the picture is shown, windows included; None = `usual_showing`
     scale : float | None
         on cosines before the softmax; None = CLIP's own
+    compare : str | None
+        "cosines" or "maps"; None = cosines, where the method has them
     """
-    names, chosen, image = [classes] if isinstance(classes, str) else list(classes), METHODS.find(method), _as_rgb(image)
-    compared = chosen.kind == "cosine"
-    threshold = (0. if compared else .4) if threshold is None else threshold
+    names, chosen = [classes] if isinstance(classes, str) else list(classes), METHODS.find(method)
+    image, cosines = _as_rgb(image), _compared(chosen, compare)
+    threshold = (0. if cosines else .4) if threshold is None else threshold
     if not 0 <= threshold <= 1: raise InputError(f"threshold={threshold}: give a score from 0 to 1.")
     if not 0 < len(names) < 255: raise InputError(f"{len(names)} class names: give 1 to 254.")
     prompts = embed_wording(backbone, usual_wording(backbone, names, background))
-    if compared and len(names) == 1 and prompts.background is None:
-        raise InputError(f"{names[0]!r} is the only name, so every pixel would be its own: name a background, or more classes.")
+    if cosines and len(names) == 1 and prompts.background is None:
+        raise InputError(f"{names[0]!r} is the only name, so every pixel would be its own: name a background.")
     every = prompts.text if prompts.background is None else torch.cat(prompts)
 
     def answer(images: Tensor, pictures: Tensor) -> Tensor:
         "Raw cosines with classes and background, or finished maps of the classes."
-        if compared: return raw_map(cam_parts(backbone, images, every, methods=[chosen.name], settings=settings), chosen.name)
-        return cam_of(cam_parts(backbone, images, prompts.text, None, prompts.background, [chosen.name], settings), chosen.name)
+        asked = (every, None, None) if cosines else (prompts.text, None, prompts.background)
+        parts = cam_parts(backbone, images, *asked, [chosen.name], settings)
+        return raw_map(parts, chosen.name) if cosines else cam_of(parts, chosen.name)
 
     inference = usual_showing(backbone) if inference is None else inference
     picture = Picture(0, "the picture", np.array(image), scaled_pixels(image, inference.scales, inference), None, None)
     views, scores, labels = augmented_views(backbone, [picture], answer, inference)[0], [], []
     for _, merged in merged_strips(views, picture.size):
-        own, rest = _shares(merged, len(names), scale or backbone.logit_scale) if compared else (merged, torch.zeros_like(merged[0]))
+        own, rest = merged, torch.zeros_like(merged[0])
+        if cosines: own, rest = _shares(merged, len(names), scale or backbone.logit_scale)
         scores.append(own)
         labels.append(_labels(own, rest, threshold))
     return MapSegmentation(np.concatenate(labels), torch.cat(scores, 1))

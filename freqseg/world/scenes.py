@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 
@@ -954,7 +955,7 @@ def _written(jobs: list, workers: int|None) -> list[tuple[str, tuple[str, ...], 
     try: return list(tqdm(pool.map(_write_scene, jobs, chunksize=16), **bar))
     finally: pool.shutdown(cancel_futures=True)
 
-def write_domain(folder: "Path") -> None:
+def write_domain(folder: Path) -> None:
     "Write what is to be known of the world's scenes, besides their classes, into a folder of them."
     write_json(folder/"domain.json", {name: value for name, value in asdict(WORLD_DOMAIN).items() if value and name != "classes"})
 
@@ -962,7 +963,7 @@ def recorded_caveat(record: dict) -> str:
     "What a report says of its pictures. Those of earlier versions say only whether they are scenes of this world."
     return record.get("caveat", WORLD_DOMAIN.caveat if record.get("world") else "")
 
-def _write_lists(folder: "Path", rows: list[tuple[str, tuple[str, ...], str]]) -> None:
+def _write_lists(folder: Path, rows: list[tuple[str, tuple[str, ...], str]]) -> None:
     "Class names, image labels, captions and id lists of a world on disk."
     from freqseg.lists import write_labels
     present = np.array([[name in classes for name in WORLD_CLASSES] for _, classes, _ in rows])
