@@ -25,7 +25,7 @@ pytestmark = pytest.mark.benchmark
 
 
 def freqseg(score: Tensor, share: Tensor, eps: float, threshold: float) -> Tensor:
-    return transport(score, share, eps=eps, tolerance=threshold, iterations=MOST)
+    return transport(score, share, epsilon=eps, tolerance=threshold, iterations=MOST)
 
 
 def pot_loop(score: Tensor, share: Tensor, eps: float, threshold: float) -> Tensor:

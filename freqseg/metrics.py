@@ -44,7 +44,7 @@ def _refuse(labels: Tensor, bad: Tensor, name: str, remedy: str) -> None:
 
 # %% ../nbs/35_metrics.ipynb #9c83782b
 def _any_outside(labels: Tensor, classes: int, void: bool) -> bool:
-    "Is there a value outside 0..classes-1 (and 255 if `void`)? Two reductions and no mask, as this runs on every batch."
+    "Is a value outside 0..classes-1 (and 255 if `void`)? Two reductions and no mask, as this runs on every batch."
     if labels.dtype != torch.uint8:
         low, high = labels.aminmax()
         if low.item() < 0 or high.item() > 255: return True
@@ -127,14 +127,19 @@ def _counts(
     confusion: Array,  # counts, or a prediction
     target: Array | None,  # its ground truth
 ) -> Tensor:  # (..., C, C) float64
-    "The counts that are given, or those of a prediction, for the classes that occur. Raises `InputError` for neither."
+    """The given counts, or those of a prediction with as many classes as occur.
+
+    Raises `InputError` for what is neither."""
     if target is not None:
         pred, truth = _tensor(confusion), _tensor(target)
         highest = [int(labels[labels != IGNORE].max()) for labels in (pred, truth) if (labels != IGNORE).any()]
         return confusion_matrix(pred, truth, max(highest, default=0) + 1).to(torch.float64)
     counts = _tensor(confusion).to(torch.float64)
     if counts.ndim >= 2 and counts.shape[-1] == counts.shape[-2]: return counts
-    raise InputError(f"{tuple(counts.shape)} are no counts (..., C, C): give those, or a prediction and its ground truth.")
+    raise InputError(
+        f"{tuple(counts.shape)} are no counts (..., C, C): "
+        "give a confusion matrix, or a prediction and its ground truth."
+    )
 
 def class_iou(
     confusion: Array,  # counts (..., C, C), rows = target; or a prediction, class ids (H, W) or (B, H, W)
@@ -256,7 +261,7 @@ def boundary_width(
     width: int,              # of the picture, pixels
     fraction: float = 0.02,  # share of the diagonal
 ) -> int:  # pixels
-    """Rim width in pixels: `fraction` of the diagonal, rounded, at least 1 (Boundary IoU, Cheng et al.).
+    """Border width in pixels: `fraction` of the diagonal, rounded, at least 1 (Boundary IoU, Cheng et al.).
 
     Parameters
     ----------
@@ -284,7 +289,7 @@ def _window_sums(counts: Tensor, height: int, width: int) -> Tensor:
 # %% ../nbs/35_metrics.ipynb #99503385
 def boundary_band(
     labels: Array,  # label maps (B, H, W) or (H, W)
-    width: int,  # rim width d in pixels
+    width: int,  # border width d in pixels
 ) -> Tensor:
     """Mask minus its erosion, for all classes at once: True where the `(2d+1)`-square window holds a second label.
 
@@ -296,7 +301,7 @@ def boundary_band(
     labels : Array
         label maps (B, H, W) or (H, W)
     width : int
-        rim width d in pixels
+        border width d in pixels
     """
     labels = _tensor(labels)
     height, breadth = labels.shape[-2:]
@@ -316,7 +321,7 @@ def boundary_confusion(
     fraction: float = 0.02,  # rim width as a share of the diagonal
     per_image: bool = False,  # one matrix per picture
 ) -> Tensor:
-    """Confusion matrix `(C+1, C+1)` of the rims; the last class is "not on a rim of its mask".
+    """Confusion matrix `(C+1, C+1)` of the borders; the last class is "not on a border of its mask".
 
     Add the matrices over a data set, then `iou_scores(total, average=range(C))` gives boundary IoU (Cheng et al.).
     `(B, C+1, C+1)` with `per_image`. Raises `InputError` like `confusion_matrix`; at most 254 classes.
@@ -351,7 +356,7 @@ def boundary_iou(
     classes: int,  # how many classes, background included
     fraction: float = 0.02,  # rim width as a share of the diagonal
 ) -> Scores:
-    """Boundary IoU of one batch: `iou` and `miou` of the rims (Cheng et al.). Over a set, add `boundary_confusion`s instead.
+    """Boundary IoU of one batch (Cheng et al.): `iou`, `miou` of borders. Over a set, add `boundary_confusion`s instead.
 
     Parameters
     ----------
@@ -454,7 +459,7 @@ def trimap_miou(
     classes: int,  # how many classes, background included
     widths: int = 20,  # the widest band in pixels
 ) -> Tensor:
-    """Mean IoU `(widths,)` within 1..`widths` pixels of the boundary, for one batch. Over a set, add `trimap_confusion`s.
+    """Mean IoU `(widths,)` within 1..`widths` pixels of the boundary, of one batch. Over a set, add `trimap_confusion`s.
 
     Parameters
     ----------
@@ -557,8 +562,9 @@ def sweep_bias(
 ) -> Tensor:  # (n, C, C) counts, rows = target
     """Confusion of argmax(scores - bias [class is seen]) for every bias, in one pass over the pixels.
 
-    The best seen class keeps a pixel while its lead over the best unseen one exceeds the bias; so two histograms over the leads, summed up, hold
-    all confusions. Raises `InputError` for lists as `gzss_scores` does, for classes in neither, and for biases that do not rise.
+    The best seen class keeps a pixel while its lead over the best unseen one exceeds the bias; so two histograms over
+    the leads, summed up, hold all confusions. Raises `InputError` for lists as `gzss_scores` does, for classes in
+    neither, and for biases that do not rise.
 
     Parameters
     ----------
@@ -586,21 +592,16 @@ def sweep_bias(
         )
     if sorted(set(biases)) != list(biases): raise InputError(f"biases={list(biases)}: give each once, in rising order.")
     (lead, first), (rival, second) = (scores[list(group)].max(0) for group in (seen, unseen))
-    best = (
-        torch.tensor(list(seen), device=scores.device)[first],
-        torch.tensor(list(unseen), device=scores.device)[second],
-    )
-    # biases below the lead
-    place = torch.bucketize(lead - rival, torch.tensor(biases, dtype=scores.dtype, device=scores.device)).flatten()
+    best = [torch.tensor(list(ids), device=scores.device)[k] for ids, k in ((seen, first), (unseen, second))]
+    edges = torch.tensor(biases, dtype=scores.dtype, device=scores.device)
+    below = torch.bucketize(lead - rival, edges).flatten()   # how many biases lie below the lead
     labelled = (target.flatten() != IGNORE).to(scores.device)
     rows, bins = target.flatten().long().to(scores.device)[labelled], len(biases) + 1
-    held, lost = ((rows * classes + own.flatten()[labelled]) * bins + place[labelled] for own in best)
-    held, lost = (
-        cells.bincount(minlength=classes * classes * bins).view(classes, classes, bins).movedim(-1, 0)
-        for cells in (held, lost)
+    cells = [(rows * classes + own.flatten()[labelled]) * bins + below[labelled] for own in best]
+    to_seen, to_unseen = (
+        cell.bincount(minlength=classes * classes * bins).view(classes, classes, bins).movedim(-1, 0) for cell in cells
     )
-    return (held.flip(0).cumsum(0).flip(0)[1:] + lost.cumsum(0)[:-1]).cpu()
-
+    return (to_seen.flip(0).cumsum(0).flip(0)[1:] + to_unseen.cumsum(0)[:-1]).cpu()
 
 # %% ../nbs/35_metrics.ipynb #df6bb339
 def _strongest(cam: Tensor, present: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -669,11 +670,8 @@ def sweep_background(
         background score t, or (1 - max)^t
     """
     if variant not in ("threshold", "power"): raise InputError(f"variant is {variant!r}: choose 'threshold' or 'power'")
-    cam, present, values = (
-        _tensor(cam).float(),
-        _tensor(present).bool(),
-        torch.as_tensor(thresholds, dtype=torch.float64),
-    )
+    cam, present = _tensor(cam).float(), _tensor(present).bool()
+    values = torch.as_tensor(thresholds, dtype=torch.float64)
     if cam.ndim == 3: cam, present = cam[None], present[None]
     classes = cam.shape[1] + 1
     target = _label_map(mask, classes, "mask", void=True).to(cam.device)
@@ -724,11 +722,10 @@ def best_threshold(
 
 # %% ../nbs/35_metrics.ipynb #fccde7c8
 class ConfusionMeter:
-    """Collects per-picture count matrices in sparse form: 12 bytes per cell that is not zero.
+    """Collects count matrices of pictures in sparse form, 12 bytes per cell that is not zero; a picture fills 4 to 40.
 
-    Typically a picture fills 4 to 40 cells, so memory is some hundred bytes per picture whatever the number of
-    classes. Feed it label maps (`update`) or matrices of any leading shape (`add`), then read `total`,
-    or hand it to `bootstrap_interval`.
+    Give it label maps (`update`) or matrices of any leading shape (`add`), then read `total`, or pass it to
+    `bootstrap_interval`.
 
     Parameters
     ----------
@@ -764,8 +761,7 @@ class ConfusionMeter:
 
     def merge(self, other: "ConfusionMeter") -> None:
         "Append the pictures of another meter, for instance one of another process; `InputError` for another shape."
-        if other.shape != self.shape:
-            raise InputError(f"cannot merge a meter of {other.shape} into one of {self.shape}")
+        if other.shape != self.shape: raise InputError(f"a meter of {self.shape} cannot merge one of {other.shape}")
         offset = torch.tensor([[self._images], [0], [0]], dtype=torch.int32)
         self._append(other.triples + offset, len(other))
 
@@ -789,9 +785,8 @@ class ConfusionMeter:
         "Float64 sparse `(cells, pictures)`: what resampled sums are products with."
         image, cell, count = self.triples.to(torch.int64)
         size = (math.prod(self.shape), self._images)
-        return torch.sparse_coo_tensor(
-            torch.stack([cell, image]), count.to(torch.float64), size, check_invariants=False
-        ).coalesce()
+        places = torch.stack([cell, image])
+        return torch.sparse_coo_tensor(places, count.to(torch.float64), size, check_invariants=False).coalesce()
 
 # %% ../nbs/35_metrics.ipynb #017e40b0
 def _multiplicities(images: int, samples: int, seed: int, block: int) -> Iterator[Tensor]:
@@ -915,7 +910,7 @@ def patch_labels(
     grid: tuple[int, int],  # patches (h, w); a pixel belongs to patch floor(y h / H), floor(x w / W)
     classes: int = IGNORE,  # values allowed: 0..classes-1 and 255
 ) -> Tensor:
-    """Majority label of every patch, int64 `(B, N)` row-major, 255 where most pixels are ignored (the lowest of equals).
+    """Majority label of every patch (the lowest of equals), int64 `(B, N)` row-major; 255 where most are ignored.
 
     One `(H, W)` mask gives `(N,)`. Raises `InputError` for values that are no class.
 
@@ -977,7 +972,7 @@ def average_precision(
     labels: Array,  # 0/1 or bool (n, C)
     weights: Array | None = None,  # (..., n): how often each picture counts; default once
 ) -> Tensor:
-    """Average precision of every class, float64 `(..., C)`: sum over thresholds of (R_k - R_{k-1}) P_k, not interpolated.
+    """Average precision of every class, float64 `(..., C)`: sum over thresholds of (R_k - R_{k-1}) P_k.
 
     NaN for classes without a positive picture. Raises `InputError` on shapes that differ or scores that are not finite.
 
@@ -1009,7 +1004,7 @@ def mean_average_precision(
     scores: Array,  # (n, C)
     labels: Array,  # 0/1 or bool (n, C)
 ) -> float:
-    """Multi-label mAP over the classes that have a positive picture; NaN when none has. Errors as in `average_precision`.
+    """Multi-label mAP over the classes with a positive picture; NaN without any. Raises as `average_precision`.
 
     Parameters
     ----------

@@ -28,8 +28,8 @@ def unit_vectors(
 ) -> Tensor:         # like x, fp32 or fp64
     """Vectors scaled to length 1 along `dim`; zero vectors stay 0.
 
-    Divided by their largest entry first: squares of entries beyond 1e19 overflow, and below 1e-23 they vanish. The lower
-    bound on the length afterwards only concerns zero vectors, whose gradient it keeps finite.
+    Divided by their largest entry first: squares of entries beyond 1e19 overflow, and below 1e-23 they vanish. The
+    lower bound on the length afterwards only concerns zero vectors, whose gradient it keeps finite.
 
     Parameters
     ----------
@@ -64,7 +64,7 @@ def class_prototypes(
     cam: Tensor,                   # (B, K, h, w) in [0, 1]
     present: Tensor|None = None,   # (B, K) bool: classes in the picture; None = all
     threshold: float = 0.7,        # a token counts where the map exceeds it
-) -> tuple[Tensor, Tensor]:        # (B, K, D) fp32 or fp64 without gradient, 0 where not found; (B, K) bool
+) -> tuple[Tensor, Tensor]:        # (B, K, D) fp32 or fp64 without gradient, 0 without a prototype; (B, K) bool
     """Mean of the tokens where a class is certain, p_c = mean of f_i over {CAM_c > threshold}, image by image (FFR).
 
     Raises `InputError` when maps, tokens and `present` do not fit together.
@@ -83,7 +83,7 @@ def class_prototypes(
     Returns
     -------
     tuple[Tensor, Tensor]
-        (B, K, D) fp32 or fp64 without gradient, 0 where not found; (B, K) bool
+        (B, K, D) fp32 or fp64 without gradient, 0 without a prototype; (B, K) bool
     """
     _check_maps(tokens, cam, "cam")
     certain = cam > threshold
@@ -139,20 +139,20 @@ def _top_share(gap: Tensor, share: float) -> Tensor:
 
 def attenuated(
     gap: Tensor,             # (B, K, h, w) of `attenuation_gap`
-    found: Tensor,           # (B, K) bool: classes with a prototype
+    has_prototype: Tensor,           # (B, K) bool: classes with a prototype
     select: str = "mean",    # "mean" (FFR) or "share" (ours)
     share: float = 0.25,     # of all tokens, for "share"
-) -> Tensor:                 # (B, K, h, w) bool, False for classes not found
+) -> Tensor:                 # (B, K, h, w) bool, False for classes without a prototype
     """Omega_c, the tokens whose gap is above the mean of their class's map, or the highest `share` of them.
 
-    "mean" is FFR's and the default; "share" is ours. A constant gap selects nothing with "mean", a gap of 0 nothing at all.
-    Raises `InputError` for an unknown selection, a share outside (0, 1], or a `found` that does not fit.
+    "mean" is FFR's and the default; "share" is ours. A constant gap selects no token with "mean", a gap of 0 none at
+    all. Raises `InputError` for an unknown selection, a share outside (0, 1], or another shape of `has_prototype`.
 
     Parameters
     ----------
     gap : Tensor
         (B, K, h, w) of `attenuation_gap`
-    found : Tensor
+    has_prototype : Tensor
         (B, K) bool: classes with a prototype
     select : str
         "mean" (FFR) or "share" (ours)
@@ -162,28 +162,28 @@ def attenuated(
     Returns
     -------
     Tensor
-        (B, K, h, w) bool, False for classes not found
+        (B, K, h, w) bool, False for classes without a prototype
     """
     if select not in SELECTIONS: raise InputError(f"select={select!r}: use 'mean' (FFR) or 'share'.")
     if not 0 < share <= 1: raise InputError(f"share={share}: give a part of all tokens, above 0 and at most 1.")
-    if found.shape != gap.shape[:2]:
-        raise InputError(f"found {tuple(found.shape)} does not fit gaps {tuple(gap.shape)}.")
+    if has_prototype.shape != gap.shape[:2]:
+        raise InputError(f"has_prototype {tuple(has_prototype.shape)} does not fit gaps {tuple(gap.shape)}.")
     # the margin: a constant map's mean can round to just below its value
     chosen = gap > gap.mean((-2, -1), keepdim=True) * (1 + 1e-6) if select == "mean" else _top_share(gap, share)
-    return chosen & found[:, :, None, None]
+    return chosen & has_prototype[:, :, None, None]
 
 # %% ../nbs/26_prototypes.ipynb #c44c054a
 def rectification_loss(
     tokens: Tensor,   # (B, D, h, w): gets the gradient
     low: Tensor,      # (B, D, h, w) their low-frequency version: a fixed target
     omega: Tensor,    # (B, K, h, w) bool of `attenuated`
-    found: Tensor,    # (B, K) bool: classes with a prototype
+    has_prototype: Tensor,    # (B, K) bool: classes with a prototype
 ) -> Tensor:          # scalar in [0, 2], fp32 or fp64
-    """Mean over images, over the classes found, over Omega_c of 1 - cos(f_i, stopgrad f_i^low) (FFR).
+    """Mean over images, over classes with a prototype, over Omega_c of 1 - cos(f_i, stopgrad f_i^low) (FFR).
 
-    A class that is not found is left out of its image's mean; one that selects nothing counts as 0, as does an image without
-    classes. So a batch's loss is the mean of its images' losses. A token or target of exactly 0 costs 1/2. Raises `InputError` for
-    shapes that disagree.
+    A class without a prototype is left out of its image's mean; one that selects no token counts as 0, as does an image
+    without classes. So a batch's loss is the mean of its images' losses. A token or target of exactly 0 costs 1/2.
+    Raises `InputError` for shapes that disagree.
 
     Parameters
     ----------
@@ -193,7 +193,7 @@ def rectification_loss(
         (B, D, h, w) their low-frequency version: a fixed target
     omega : Tensor
         (B, K, h, w) bool of `attenuated`
-    found : Tensor
+    has_prototype : Tensor
         (B, K) bool: classes with a prototype
 
     Returns
@@ -204,18 +204,18 @@ def rectification_loss(
     if low.shape != tokens.shape:
         raise InputError(f"low {tuple(low.shape)} must have the shape of tokens {tuple(tokens.shape)}.")
     _check_maps(tokens, omega, "omega")
-    if found.shape != omega.shape[:2]:
-        raise InputError(f"found {tuple(found.shape)} does not fit selections {tuple(omega.shape)}.")
+    if has_prototype.shape != omega.shape[:2]:
+        raise InputError(f"has_prototype {tuple(has_prototype.shape)} does not fit selections {tuple(omega.shape)}.")
     distance = (unit_vectors(tokens) - unit_vectors(low.detach())).square().sum(1) / 2
-    chosen = (omega & found[:, :, None, None]).to(distance.dtype)
+    chosen = (omega & has_prototype[:, :, None, None]).to(distance.dtype)
     weight = chosen / chosen.sum((-2, -1), keepdim=True).clamp_min(1)
-    weight = weight.sum(1) / found.sum(1).clamp_min(1)[:, None, None]
+    weight = weight.sum(1) / has_prototype.sum(1).clamp_min(1)[:, None, None]
     return (weight * distance).sum((-2, -1)).mean()
 
 # %% ../nbs/26_prototypes.ipynb #88f2ecf3
 @dataclass
 class Rectification:
-    """What `FrequencyRectification` found in B images with K classes on a grid (h, w) of tokens of width D.
+    """What `FrequencyRectification` computes for B images with K classes on a grid (h, w) of tokens of width D.
 
     Attributes
     ----------
@@ -231,7 +231,7 @@ class Rectification:
         (B, D, h, w) high-frequency tokens, with gradient
     prototypes : Tensor
         (B, K, D), no gradient
-    found : Tensor
+    has_prototype : Tensor
         (B, K) bool: classes with a prototype
     """
     loss: Tensor         # scalar, weighted
@@ -240,7 +240,7 @@ class Rectification:
     low: Tensor          # (B, D, h, w) low-frequency tokens; a gradient flows here, but none from the loss
     high: Tensor         # (B, D, h, w) high-frequency tokens, with gradient
     prototypes: Tensor   # (B, K, D), no gradient
-    found: Tensor        # (B, K) bool: classes with a prototype
+    has_prototype: Tensor        # (B, K) bool: classes with a prototype
 
 # %% ../nbs/26_prototypes.ipynb #019c9f58
 class FrequencyRectification(nn.Module):
@@ -285,7 +285,8 @@ class FrequencyRectification(nn.Module):
 
     def extra_repr(self) -> str:
         "The settings, for `print`."
-        return f"mu={self.mu}, shape={self.shape!r}, threshold={self.threshold}, weight={self.weight}, select={self.select!r}"
+        names = ("mu", "shape", "threshold", "weight", "select")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     def forward(self,
         tokens: Tensor,                # (B, D, h, w): gets the gradient
@@ -304,8 +305,8 @@ class FrequencyRectification(nn.Module):
             (B, K) bool; None = all
         """
         low, high = split_bands(tokens, self.mu, self.shape)
-        prototypes, found = class_prototypes(tokens, cam, present, self.threshold)
+        prototypes, has_prototype = class_prototypes(tokens, cam, present, self.threshold)
         gap = attenuation_gap(tokens, low, prototypes)
-        selected = attenuated(gap, found, self.select, self.share)
-        loss = self.weight * rectification_loss(tokens, low, selected, found)
-        return Rectification(loss, selected, gap, low, high, prototypes, found)
+        selected = attenuated(gap, has_prototype, self.select, self.share)
+        loss = self.weight * rectification_loss(tokens, low, selected, has_prototype)
+        return Rectification(loss, selected, gap, low, high, prototypes, has_prototype)

@@ -33,7 +33,7 @@ class SinkhornResult(NamedTuple):
 
 # %% ../nbs/04_sinkhorn.ipynb #ee9bf34f
 TRUSTED = 1e13  # e^30: scalings within [1/TRUSTED, TRUSTED] cannot have lost an fp32 entry that matters
-CHECK_EVERY = 5  # rounds between two looks at the error: each look waits for the device
+CHECK_EVERY = 5  # rounds between two measurements of the error: each one waits for the device
 # columns; products with the transpose of a narrower matrix are twice as fast from a copy, of a wider one hardly faster
 WIDE = 128
 
@@ -63,8 +63,8 @@ class _Alternating:
     def __init__(self, row: Tensor, col: Tensor) -> None:
         self.row, self.col = row, col
         number = torch.finfo(row.dtype)
-        nothing = -number.max / 2  # below any score, and still finite after adding one
-        self.log_row, self.log_col = (torch.where(m > 0, m.clamp(min=number.tiny).log(), nothing) for m in (row, col))
+        lowest = -number.max / 2  # below any score, and still finite after adding one
+        self.log_row, self.log_col = (torch.where(m > 0, m.clamp(min=number.tiny).log(), lowest) for m in (row, col))
         self.dead = _dead(row, col)
 
     def kernel(self, density: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,16 +73,17 @@ class _Alternating:
         return kernel, kernel.mT.contiguous() if kernel.shape[-1] < WIDE else kernel.mT
 
     def start(self) -> tuple[Tensor, Tensor]:
-        "Scalings (..., R) and (..., C) under which the first column sums are those of exp(density) itself, as it is given."
-        return torch.where(self.row > 0, 1 / self.row.clamp(min=torch.finfo(self.row.dtype).tiny), 1), torch.ones_like(
-            self.col
-        )
+        "Scalings (..., R) and (..., C) under which the first column sums are those of exp(density) as given."
+        smallest = torch.finfo(self.row.dtype).tiny
+        return torch.where(self.row > 0, 1 / self.row.clamp(min=smallest), 1), torch.ones_like(self.col)
 
     def ones(self) -> tuple[Tensor, Tensor]:
         "Scalings that change nothing: (..., R) and (..., C)."
         return torch.ones_like(self.row), torch.ones_like(self.col)
 
-    def in_numbers(self, kernel: tuple[Tensor, Tensor], scale: tuple[Tensor, Tensor], rounds: int) -> tuple[Tensor, Tensor]:
+    def in_numbers(
+        self, kernel: tuple[Tensor, Tensor], scale: tuple[Tensor, Tensor], rounds: int
+    ) -> tuple[Tensor, Tensor]:
         "Scalings after more rounds."
         u, v = scale
         for _ in range(rounds):
@@ -95,7 +96,8 @@ class _Alternating:
         for _ in range(rounds):
             density = density - torch.logsumexp(density + self.log_row[..., :, None], -2, keepdim=True)
             weighted = density + self.log_col[..., None, :]
-            top = weighted.detach().amax(-1, keepdim=True)  # first, or a large one swallows the logarithm of the sum
+            # subtracted first, or a large one swallows the logarithm of the sum
+            top = weighted.detach().amax(-1, keepdim=True)
             density = (density - top) - torch.logsumexp(weighted - top, -1, keepdim=True)
         return density
 
@@ -115,12 +117,13 @@ class _Alternating:
             (scale[1].log() + self.log_col)[..., None, :]
         )
 
-
 # %% ../nbs/04_sinkhorn.ipynb #b1548bcb
 class _Symmetric(_Alternating):
     "Scale rows and columns of a symmetric log matrix (..., N, N) with the same vector, both marginals being 1."
 
-    def in_numbers(self, kernel: tuple[Tensor, Tensor], scale: tuple[Tensor, Tensor], rounds: int) -> tuple[Tensor, Tensor]:
+    def in_numbers(
+        self, kernel: tuple[Tensor, Tensor], scale: tuple[Tensor, Tensor], rounds: int
+    ) -> tuple[Tensor, Tensor]:
         "Scalings, twice the same vector, after more rounds."
         x = scale[0]
         for _ in range(rounds):
@@ -240,15 +243,15 @@ def sinkhorn(
     col: Tensor | None = None,  # (..., C) wanted column sums, uniform by default; rescaled to the rows' total
     iterations: int = 100,  # most rounds
     tolerance: float = 1e-4,  # stop when every column sum is right within this share of itself
-    rounds: int | None = None,  # exactly so many rounds, no look at the error (WeCLIP: 3)
+    rounds: int | None = None,  # exactly so many rounds, the error is not checked (WeCLIP: 3)
     mask: Tensor | None = None,  # (..., C) bool, False gives a column no mass
     gradient: str = "unroll",  # "unroll" through the rounds, or "implicit" at the solution
 ) -> SinkhornResult:
     """Scale exp(log_kernel) to prescribed row and column sums (Sinkhorn; columns first, rows last, hence rows exact).
 
-    Works on any batch of matrices, in fp32 at least; results come back in the dtype of `log_kernel`. Rows and columns of
-    mass zero, and problems whose columns are all masked, give zeros. Rounds are done with products where that is safe and
-    in logarithms where it is not, so any finite input gives finite plans. A problem that is not solved within
+    Works on any batch of matrices, in fp32 at least; results come back in the dtype of `log_kernel`. Rows and columns
+    of mass zero, and problems whose columns are all masked, give zeros. Rounds are done with products where that is
+    safe and in logarithms where it is not, so any finite input gives finite plans. A problem that is not solved within
     `iterations` is returned as it is, with its error.
     Raises `ValueError` for negative marginals, unknown `gradient`, or "implicit" with `rounds` (there is no solution to
     differentiate at).
@@ -266,7 +269,7 @@ def sinkhorn(
     tolerance : float
         stop when every column sum is right within this share of itself
     rounds : int | None
-        exactly so many rounds, no look at the error (WeCLIP: 3)
+        exactly so many rounds, the error is not checked (WeCLIP: 3)
     mask : Tensor | None
         (..., C) bool, False gives a column no mass
     gradient : str
@@ -314,14 +317,15 @@ def doubly_stochastic(
     iterations: int = 100,  # most rounds
     tolerance: float = 1e-4,  # stop when all rows and columns sum to 1 within this
     rounds: int | None = None,  # exactly so many rounds of column, then row normalisation (WeCLIP: 3)
-    symmetric: str | None = None,  # None; "average" of result and transpose (DFA, WeCLIP); "scaling" of the symmetrised input
+    symmetric: str | None = None,  # None; "average" of result and transpose (DFA, WeCLIP); "scaling" alike, see below
     gradient: str = "unroll",  # "unroll" or "implicit"
 ) -> Tensor:
-    """Scale a non-negative affinity so that rows and columns sum to 1: (..., N, N) (Sinkhorn normalisation in DFA and WeCLIP).
+    """Scale a non-negative affinity so that rows and columns sum to 1: (..., N, N) (Sinkhorn; DFA and WeCLIP).
 
-    "average" is the papers' form and takes any input. "scaling" replaces the input by its symmetric part and scales rows and
-    columns alike: exactly symmetric, and faster where patches mostly attend to themselves. Zeros are taken as the
-    smallest normal number. Raises `ValueError` for negative entries, a matrix that is not square, or unknown options.
+    "average" is the papers' form and takes any input. "scaling" replaces the input by its symmetric part and scales
+    rows and columns alike: exactly symmetric, and faster where patches mostly attend to themselves. Zeros are taken as
+    the smallest normal number. Raises `ValueError` for negative entries, a matrix that is not square, or unknown
+    options.
 
     Parameters
     ----------
@@ -334,7 +338,7 @@ def doubly_stochastic(
     rounds : int | None
         exactly so many rounds of column, then row normalisation (WeCLIP: 3)
     symmetric : str | None
-        None; "average" of result and transpose (DFA, WeCLIP); "scaling" of the symmetrised input
+        None; "average" of result and transpose (DFA, WeCLIP); "scaling" alike, see below
     gradient : str
         "unroll" or "implicit"
     """
@@ -360,7 +364,7 @@ def transport(
     score: Tensor,  # (..., N, K) what is gained by moving mass from patch i to class c
     col: Tensor,  # (..., K) share of the classes
     row: Tensor | None = None,  # (..., N) mass of the patches, uniform 1/N by default
-    eps: float = 0.1,  # entropic regularisation, in units of the score
+    epsilon: float = 0.1,  # entropic regularisation, in units of the score
     mask: Tensor | None = None,  # (..., K) bool, False for classes that are absent
     iterations: int = 100,  # most rounds
     tolerance: float = 1e-4,  # stop when every class is filled within this share of itself
@@ -368,9 +372,10 @@ def transport(
     gradient: str = "unroll",  # "unroll" or "implicit"
 ) -> Tensor:
     """Entropic optimal transport from patches to classes (DFA): the plan T (..., N, K) that maximises
-    <T, score> + eps H(T) under T 1 = row and T^T 1 = col, found as the scaling of exp(score / eps).
+    <T, score> + epsilon H(T) under T 1 = row and T^T 1 = col, the scaling of exp(score / epsilon).
 
-    `col` is rescaled to the mass of the rows after masking. Raises `ValueError` for `eps <= 0` and what `sinkhorn` raises.
+    `col` is rescaled to the mass of the rows after masking. Raises `ValueError` for `epsilon <= 0` and what `sinkhorn`
+    raises.
 
     Parameters
     ----------
@@ -380,7 +385,7 @@ def transport(
         (..., K) share of the classes
     row : Tensor | None
         (..., N) mass of the patches, uniform 1/N by default
-    eps : float
+    epsilon : float
         entropic regularisation, in units of the score
     mask : Tensor | None
         (..., K) bool, False for classes that are absent
@@ -393,10 +398,10 @@ def transport(
     gradient : str
         "unroll" or "implicit"
     """
-    if not eps > 0:
+    if not epsilon > 0:
         raise ValueError(
-            f"eps={eps}: the entropic regularisation must be positive; DFA-style scores work with 0.01 to 1"
+            f"epsilon={epsilon}: the entropic regularisation must be positive; DFA-style scores work with 0.01 to 1"
         )
     wide = score if score.dtype == torch.float64 else score.float()
-    plan = sinkhorn(wide / eps, row, col, iterations, tolerance, rounds, mask, gradient).plan
+    plan = sinkhorn(wide / epsilon, row, col, iterations, tolerance, rounds, mask, gradient).plan
     return plan.to(score.dtype)

@@ -28,7 +28,7 @@ def prompt_blocks(
     text: str|Sequence[int],   # "1-2", "3" or "all", counted from 1 as papers do; or indices, counted from 0
     depth: int,                # blocks of the tower
 ) -> tuple[int, ...]:
-    """Indices 0..depth-1, rising, of blocks that a paper numbers 1..depth: "1-2" is (0, 1), where SPT-SEG puts its spectral prompts.
+    """Indices 0..depth-1, rising, of blocks that a paper numbers 1..depth: "1-2" is (0, 1), the choice of SPT-SEG.
 
     Raises `InputError` for blocks that the tower does not have, ranges that run backwards, and anything else.
 
@@ -45,8 +45,8 @@ def prompt_blocks(
     if 1 <= first <= last <= depth: return tuple(range(first - 1, last))
     if _are_indices(text, depth): return tuple(sorted(set(text)))
     raise InputError(
-        f"blocks {text!r}: this tower has blocks 1 to {depth}. Write a range such as '1-2', one block such as '3', or 'all'; "
-        f"or give indices counted from 0, such as (0, 1)."
+        f"blocks {text!r}: this tower has blocks 1 to {depth}. Write a range such as '1-2', one block such as '3', "
+        "or 'all'; or give indices counted from 0, such as (0, 1)."
     )
 
 def _are_indices(blocks: Any, depth: float = math.inf) -> TypeGuard[Sequence[int]]:
@@ -56,10 +56,10 @@ def _are_indices(blocks: Any, depth: float = math.inf) -> TypeGuard[Sequence[int
 
 # %% ../nbs/28_spectral_prompts.ipynb #0fa34c74
 class DeepPrompts(nn.Module):
-    """M learned tokens for each block of a frozen tower, behind one linear layer that they share (visual prompt tuning, Jia et al. 2022; ZegCLIP).
+    """M learned tokens for each block of a frozen tower, behind one shared linear layer (VPT, Jia et al., as ZegCLIP).
 
-    Tokens start uniform in +-sqrt(6 / (3 patch^2 + width)), the linear layer kaiming-normal over its fan-out with a bias of 0.
-    Raises `InputError` for a negative number of tokens; with 0 there is nothing that learns.
+    Tokens start uniform in +-sqrt(6 / (3 patch^2 + width)), the linear layer kaiming-normal over its fan-out with a
+    bias of 0. Raises `InputError` for a negative number of tokens; with 0 no parameter learns.
 
     Parameters
     ----------
@@ -96,7 +96,7 @@ class DeepPrompts(nn.Module):
             nn.init.zeros_(self.projection.bias)
 
     def forward(self, block: int, pictures: int|None = None) -> Tensor:
-        "The prompts of one block (0 is the first): (M, D), or (pictures, M, D), each picture with a dropout of its own."
+        "The prompts of one block (0 is the first): (M, D), or (pictures, M, D), dropout drawn for each picture."
         prompts = self.projection(self.tokens[block])
         return self.dropout(prompts if pictures is None else prompts.expand(pictures, -1, -1))
 
@@ -113,7 +113,7 @@ def _in_token_order(maps: Tensor) -> Tensor:
 
 # %% ../nbs/28_spectral_prompts.ipynb #5466d16b
 class _Filter(torch.autograd.Function):
-    "F^-1(F(x) w) for maps x (B, D, h, w) and a gain w (D, h, w // 2 + 1), in token order. Two real transforms, and two more backwards."
+    "F^-1(F(x) w) for maps x (B, D, h, w) and a gain w (D, h, w // 2 + 1), in token order; two real FFTs each way."
 
     @staticmethod
     def forward(ctx: Any, maps: Tensor, gain: Tensor) -> Tensor:
@@ -138,9 +138,10 @@ def spectral_prompt(
     cls: Tensor,      # (B, D) or (B, 1, D) CLS token g at the same depth
     gain: Tensor,     # (h, w // 2 + 1, D) complex w_f, as `SpectralFilter.response` gives it
 ) -> Tensor:          # (B, D, h, w), dtype of the tokens
-    """S = F^-1(F(H * g) w_f), what a spectral prompt adds to the tokens (SPT-SEG, Eq. 1): orthonormal real FFT over the grid, in fp32.
+    """S = F^-1(F(H * g) w_f), what a spectral prompt adds to the tokens (SPT-SEG, Eq. 1).
 
-    Raises `InputError` for a gain of another grid or other channels, and a CLS token of other pictures.
+    Orthonormal real FFT over the grid, in fp32. Raises `InputError` when the gain is of another grid or another number
+    of channels, or the CLS token of other pictures.
 
     Parameters
     ----------
@@ -156,12 +157,18 @@ def spectral_prompt(
     """
     (count, width), (h, w) = tokens.shape[:2], tokens.shape[2:]
     if tuple(cls.shape) not in ((count, width), (count, 1, width)):
-        shapes = f"cls {tuple(cls.shape)} does not fit tokens {tuple(tokens.shape)}"
-        raise InputError(f"{shapes}: expected {(count, width)}.")
+        raise InputError(
+            f"cls {tuple(cls.shape)} does not fit tokens {tuple(tokens.shape)}: expected {(count, width)}, "
+            "a CLS token for every picture."
+        )
     if gain.shape != (h, w // 2 + 1, tokens.shape[1]):
         raise InputError(
             f"gain {tuple(gain.shape)} does not fit {tokens.shape[1]} channels on a {h} x {w} grid: expected "
             f"{(h, w // 2 + 1, tokens.shape[1])}. SpectralFilter.response(({h}, {w})) carries a filter over."
+        )
+    if cls.shape != tokens.shape[:2]:
+        raise InputError(
+            f"cls {tuple(cls.shape)}: one CLS token for each picture, {tuple(tokens.shape[:2])}, is expected."
         )
     product = _precise(tokens) * _precise(cls).reshape(count, width, 1, 1)
     return _Filter.apply(product, gain.permute(2, 0, 1).contiguous()).to(tokens.dtype)
@@ -170,8 +177,8 @@ def spectral_prompt(
 class SpectralPrompts(nn.Module):
     """Learned filters that add a spectral prompt to the patch tokens entering some blocks of a frozen tower (SPT-SEG).
 
-    "normal" draws real and imaginary part from `std` N(0, 1), as in the authors' code; with "zero" nothing is added at first.
-    Raises `InputError` for another start, and for blocks that are no indices or none at all.
+    "normal" draws real and imaginary part from `std` N(0, 1), as in the authors' code; with "zero" the prompt is 0 at
+    first. Raises `InputError` for another start, and for blocks that are no indices or none at all.
 
     Parameters
     ----------
@@ -214,17 +221,19 @@ class SpectralPrompts(nn.Module):
 
     def forward(self,
         block: int,               # index of the block, 0 is the first
-        tokens: Tensor,           # (B, N, D) patch tokens that enter it
+        sequence: Tensor,         # (B, N, D) patch tokens that enter it
         cls: Tensor,              # (B, D) or (B, 1, D) its CLS token
         grid: tuple[int, int],    # (h, w), N = h * w row-major
     ) -> Tensor:                  # (B, N, D)
-        """The tokens with their spectral prompt, or as they are where the block has none. Raises `InputError` for another grid than theirs.
+        """The patch tokens with their spectral prompt, or as they are where the block has none.
+
+        Raises `InputError` for another grid than theirs.
 
         Parameters
         ----------
         block : int
             index of the block, 0 is the first
-        tokens : Tensor
+        sequence : Tensor
             (B, N, D) patch tokens that enter it
         grid : tuple[int, int]
             (h, w), N = h * w row-major
@@ -234,26 +243,30 @@ class SpectralPrompts(nn.Module):
         Tensor
             (B, N, D)
         """
-        if block not in self.blocks: return tokens
-        if grid[0] * grid[1] != tokens.shape[1]:
-            raise InputError(f"{tokens.shape[1]} patch tokens are no {grid[0]} x {grid[1]} grid: leave the CLS out.")
-        gain = self.gain(block, (grid[0], grid[1]))
-        return tokens + spectral_prompt(tokens.mT.unflatten(2, grid), cls, gain).flatten(2).mT
+        if block not in self.blocks: return sequence
+        if sequence.ndim != 3 or grid[0] * grid[1] != sequence.shape[1]:
+            raise InputError(
+                f"patch tokens {tuple(sequence.shape)} are no (B, {grid[0]} x {grid[1]}, D): leave the CLS out."
+            )
+        prompt = spectral_prompt(sequence.mT.unflatten(2, grid), cls, self.gain(block, (grid[0], grid[1])))
+        return sequence + prompt.flatten(2).mT
+
 
 # %% ../nbs/28_spectral_prompts.ipynb #e9466bff
 def _full_gain(gain: Tensor, grid: tuple[int, int]) -> Tensor:
-    "What a gain (h, w // 2 + 1, D) does to real maps at every frequency of the whole plane: complex (h, w, D), FFT layout."
+    "A gain (h, w // 2 + 1, D) as it acts on real maps, over the whole plane: complex (h, w, D), FFT layout."
     if gain.shape[:2] != (grid[0], grid[1] // 2 + 1):
-        raise InputError(
-            f"gain {tuple(gain.shape)} is not of a {grid[0]} x {grid[1]} grid: expected ({grid[0]}, {grid[1] // 2 + 1}, D)."
-        )
+        expected = f"({grid[0]}, {grid[1] // 2 + 1}, D)"
+        raise InputError(f"gain {tuple(gain.shape)} is not of a {grid[0]} x {grid[1]} grid: expected {expected}.")
     return torch.fft.fft2(torch.fft.irfft2(gain.detach(), s=grid, dim=(0, 1)), dim=(0, 1))
 
 def filter_magnitude(
     gain: Tensor,             # (h, w // 2 + 1, D) complex
     grid: tuple[int, int],    # (h, w)
 ) -> Tensor:                  # (h, w)
-    """Magnitude of a gain over the whole plane, averaged over channels, the constant at (h // 2, w // 2). Raises `InputError` for another grid.
+    """Magnitude of a gain over the whole plane, averaged over channels, the constant at (h // 2, w // 2).
+
+    Raises `InputError` for another grid.
 
     Parameters
     ----------
@@ -318,10 +331,10 @@ class Prompted:
 
 # %% ../nbs/28_spectral_prompts.ipynb #05a348db
 class PromptedTower(nn.Module):
-    """What learns in a frozen image tower: prompts in every block, spectral prompts in some, a LayerNorm on the last output (SPT-SEG on ZegCLIP).
+    """The learned part of a frozen image tower: prompts, spectral prompts, a last LayerNorm (SPT-SEG on ZegCLIP).
 
-    The backbone is used, not kept. Raises `InputError` for blocks that it does not have, a negative number of tokens, an unknown start of
-    the filters, and a `drop_path` outside [0, 1).
+    The backbone is used, not kept. Raises `InputError` for blocks that it does not have, a negative number of tokens,
+    an unknown start of the filters, and a `drop_path` outside [0, 1).
 
     Parameters
     ----------
@@ -330,7 +343,7 @@ class PromptedTower(nn.Module):
     tokens : int
         M prompts per block, 0 for none
     spectral : str|Sequence[int]
-        blocks with spectral prompts: indices, or as `prompt_blocks` reads; () for none
+        blocks with spectral prompts, read by `prompt_blocks`; () for none
     shared : bool
         one filter for all of them
     init : str
@@ -340,35 +353,34 @@ class PromptedTower(nn.Module):
     drop_path : float
         stochastic depth of the last block
     grid : tuple[int, int]|None
-        patches that the filters are made for, best those of training; None = the native grid
+        (h, w) that the filters are made for; None = the native grid
     """
 
     def __init__(self,
         backbone: Backbone,                        # the frozen CLIP
         tokens: int = 10,                          # M prompts per block, 0 for none
-        spectral: str|Sequence[int] = (0, 1),      # blocks with spectral prompts: indices, or as `prompt_blocks` reads; () for none
+        spectral: str|Sequence[int] = (0, 1),      # blocks with spectral prompts, read by `prompt_blocks`; () for none
         shared: bool = True,                       # one filter for all of them
         init: str = "normal",                      # start of the filters: "normal" or "zero"
         dropout: float = 0.1,                      # on the prompts
         drop_path: float = 0.0,                    # stochastic depth of the last block
-        grid: tuple[int, int]|None = None,         # patches that the filters are made for, best those of training; None = the native grid
+        grid: tuple[int, int]|None = None,         # (h, w) that the filters are made for; None = the native grid
     ):
         super().__init__()
         if not 0 <= drop_path < 1:
             raise InputError(f"drop_path={drop_path}: give a probability from 0 up to, but not including, 1.")
         blocks = prompt_blocks(spectral, backbone.depth)
         self.prompts = DeepPrompts(backbone.width, backbone.patch_size, backbone.depth, tokens, dropout)
-        self.spectral = (
-            SpectralPrompts(backbone.width, grid or backbone.native_grid, blocks, shared, init) if blocks else None
-        )
+        grid = grid or backbone.native_grid
+        self.spectral = SpectralPrompts(backbone.width, grid, blocks, shared, init) if blocks else None
         self.norm = nn.LayerNorm(backbone.width, eps=1e-6)
         self.drop_path = torch.linspace(0, drop_path, backbone.depth).tolist()
 
     def _attend(self, block: ResidualAttentionBlock, x: Tensor, prompts: Tensor) -> Tensor:
-        "The attention branch of a block: x (B, n, D) asks, x and the prompts (B, M, D) answer."
-        seen = block.ln_1(x)
-        if prompts.shape[1]: seen = torch.cat([seen, block.ln_1(prompts)], 1)
-        query, key, value = split_qkv(block, seen)
+        "The attention branch of a block: queries from x (B, n, D), keys and values from x and the prompts (B, M, D)."
+        sequence = block.ln_1(x)
+        if prompts.shape[1]: sequence = torch.cat([sequence, block.ln_1(prompts)], 1)
+        query, key, value = split_qkv(block, sequence)
         return merge_heads(block, F.scaled_dot_product_attention(query[:, :, :x.shape[1]], key, value))
 
     def _block(self, index: int, block: ResidualAttentionBlock, x: Tensor) -> Tensor:
@@ -381,7 +393,9 @@ class PromptedTower(nn.Module):
         backbone: Backbone,    # the one it was made for, or one like it
         images: Tensor,        # (B, 3, H, W) normalised, any whole number of patches
     ) -> Prompted:
-        """Joint embeddings under the prompts, in fp32. Raises `InputError` for a tower of another size and images that are not whole patches.
+        """Joint embeddings under the prompts, in fp32.
+
+        Raises `InputError` for a tower of another size and images that are not whole patches.
 
         Parameters
         ----------
@@ -393,7 +407,8 @@ class PromptedTower(nn.Module):
         grid, (depth, _, width) = backbone.grid_of(images), self.prompts.tokens.shape
         if (depth, width) != (backbone.depth, backbone.width):
             raise InputError(
-                f"these prompts are for {depth} blocks of width {width}, {backbone.name} has {backbone.depth} of {backbone.width}."
+                f"these prompts are for {depth} blocks of width {width}, {backbone.name} has {backbone.depth} "
+                f"of {backbone.width}."
             )
         with torch.no_grad(): x = backbone.embed(images)
         for index, block in enumerate(backbone.blocks):

@@ -43,12 +43,20 @@ def multilabel_loss(
 POOLS = ("max", "mean")
 ORDERS = ("scores", "tokens")
 
-class TokenClassifier(nn.Module):
-    """Multi-label classifier on maps of tokens: a bias-free 1 x 1 convolution and a global pooling (FFR, intermediate classifier).
+def _pooled(
+    maps: Tensor,   # (B, C, h, w)
+    pool: str,      # one of POOLS
+) -> Tensor:        # (B, C, 1, 1)
+    "Maximum or mean over the grid."
+    return maps.amax((-2, -1), keepdim=True) if pool == "max" else maps.mean((-2, -1), keepdim=True)
 
-    FFR leaves open what is pooled. Pooling the "scores" is the default, because the activation map then shows where a score came
-    from; "tokens" pools channel by channel and classifies the result, as ToCo's code does with its auxiliary classifier. For the
-    mean both are the same. Raises `InputError` for unknown options, and for tokens that do not fit.
+# %% ../nbs/27_token_classifier.ipynb #f1b1b2b5
+class TokenClassifier(nn.Module):
+    """Multi-label classifier on maps of tokens: a bias-free 1 x 1 convolution and a global pooling (FFR).
+
+    FFR leaves open what is pooled. Pooling the "scores" is the default, because the activation map then shows where a
+    score came from; "tokens" pools channel by channel and classifies the result, as ToCo's code does with its auxiliary
+    classifier. For the mean both are the same. Raises `InputError` for unknown options and tokens that do not fit.
 
     Parameters
     ----------
@@ -61,7 +69,7 @@ class TokenClassifier(nn.Module):
     order : str
         pool the class "scores", or the "tokens" before classifying (ToCo)
     normalise : bool
-        LayerNorm without parameters on every token first: CLIP's blocks have outlier channels
+        LayerNorm without parameters on every token first: CLIP has outlier channels
     """
 
     def __init__(self,
@@ -69,7 +77,7 @@ class TokenClassifier(nn.Module):
         classes: int,              # K, without background
         pool: str = "max",         # over the grid: "max" or "mean"
         order: str = "scores",     # pool the class "scores", or the "tokens" before classifying (ToCo)
-        normalise: bool = False,   # LayerNorm without parameters on every token first: CLIP's blocks have outlier channels
+        normalise: bool = False,   # LayerNorm without parameters on every token first: CLIP has outlier channels
     ):
         super().__init__()
         if width < 1 or classes < 1: raise InputError(f"width={width}, classes={classes}: both must be at least 1.")
@@ -82,7 +90,7 @@ class TokenClassifier(nn.Module):
         "The settings, for `print`."
         return f"pool={self.pool!r}, order={self.order!r}, normalise={self.normalise}"
 
-    def _read(self, tokens: Tensor) -> Tensor:
+    def _input(self, tokens: Tensor) -> Tensor:
         "Tokens (B, D, h, w) as the convolution takes them."
         if tokens.ndim != 4 or tokens.shape[1] != self.width:
             raise InputError(f"tokens {tuple(tokens.shape)} do not fit: this classifier reads (B, {self.width}, h, w).")
@@ -90,11 +98,7 @@ class TokenClassifier(nn.Module):
 
     def evidence(self, tokens: Tensor) -> Tensor:
         "Signed score of every class at every token: (B, D, h, w) -> (B, K, h, w)."
-        return self.score(self._read(tokens))
-
-    def _pool(self, maps: Tensor) -> Tensor:
-        "(B, C, h, w) -> (B, C, 1, 1)."
-        return maps.amax((-2, -1), keepdim=True) if self.pool == "max" else maps.mean((-2, -1), keepdim=True)
+        return self.score(self._input(tokens))
 
     def forward(self,
         tokens: Tensor,   # (B, D, h, w)
@@ -111,10 +115,8 @@ class TokenClassifier(nn.Module):
         Tensor
             (B, K)
         """
-        pooled = (
-            self._pool(self.evidence(tokens)) if self.order == "scores" else self.score(self._pool(self._read(tokens)))
-        )
-        return pooled[:, :, 0, 0]
+        if self.order == "scores": return _pooled(self.evidence(tokens), self.pool)[:, :, 0, 0]
+        return self.score(_pooled(self._input(tokens), self.pool))[:, :, 0, 0]
 
     @torch.no_grad()
     def cam(self,
@@ -122,7 +124,9 @@ class TokenClassifier(nn.Module):
         present: Tensor|None = None,   # (B, K) bool: classes in the picture; None = all
         eps: float = 1e-7,             # of the min-max scaling
     ) -> Tensor:                       # (B, K, h, w) in [0, 1], fp32 or fp64, without gradient; 0 for absent classes
-        """Activation maps: ReLU of the scores, min-max scaled map by map (FFR). Raises `InputError` when `present` does not fit.
+        """Activation maps: ReLU of the scores, min-max scaled map by map (FFR).
+
+        Raises `InputError` when `present` does not fit.
 
         Parameters
         ----------

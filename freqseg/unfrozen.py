@@ -74,9 +74,9 @@ def _projection(visual: VisionTransformer) -> Iterator[nn.Parameter]:
 class TrainableBackbone(Backbone):
     """A copy of a backbone in which parts of the image tower receive gradients (FFR trains its vision transformer).
 
-    The text tower and all other parameters stay frozen, and the backbone given is left alone. Activation maps taken from it carry
-    a graph where features do: detach what serves as a label. Raises `InputError` for blocks that do not exist and when nothing is
-    left to learn.
+    The text tower and all other parameters stay frozen, and the given backbone is not changed. Activation maps taken
+    from it carry a graph where features do: detach what serves as a label. Raises `InputError` for blocks that do not
+    exist and when nothing is left to learn.
 
     Parameters
     ----------
@@ -104,10 +104,8 @@ class TrainableBackbone(Backbone):
             raise InputError("blocks is empty: nothing would learn. Use the frozen backbone.")
         for index in self.learning: self.blocks[index].requires_grad_(True)
         visual = self.model.visual
-        for parameter in [
-            *(_embedding(visual) if self.embedding else ()),
-            *(_projection(visual) if projection else ()),
-        ]:
+        chosen = [*(_embedding(visual) if self.embedding else ()), *(_projection(visual) if projection else ())]
+        for parameter in chosen:
             parameter.requires_grad_(True)
 
     @property
@@ -123,13 +121,14 @@ class TrainableBackbone(Backbone):
 
     @torch.no_grad()
     def load_trainable(self, state: Mapping[str, Tensor]) -> None:
-        "Copy in what `trainable_state` gave. Raises `InputError` naming what is missing, unexpected or of another shape."
+        "Copy in what `trainable_state` gave. Raises `InputError` naming parameters that are missing or do not fit."
         own = self.trainable_state()
         wrong = sorted(own.keys() ^ state.keys()) or [name for name in own if own[name].shape != state[name].shape]
         if wrong:
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             raise InputError(
-                f"this state does not fit the unfrozen parts of {self.name}: {', '.join(wrong[:3])}"
-                f"{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}. Unfreeze the same blocks as when it was saved."
+                f"this state does not fit the unfrozen parts of {self.name}: {', '.join(wrong[:3])}{more}. "
+                "Unfreeze the same blocks as when it was saved."
             )
         for name, tensor in own.items(): tensor.copy_(state[name])
 

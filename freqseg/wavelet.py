@@ -24,7 +24,7 @@ def _pywt_taps(name: str) -> Sequence[Sequence[float]]:
         import pywt
     except ImportError as error:
         raise ImportError(
-            f"the taps of {name!r} are read from PyWavelets: pip install PyWavelets (haar needs nothing)"
+            f"the taps of {name!r} are read from PyWavelets: pip install PyWavelets (haar does not need it)"
         ) from error
     if name not in pywt.wavelist(kind="discrete"):
         raise ValueError(f"unknown wavelet {name!r}: choose one of {', '.join(pywt.wavelist(kind='discrete'))}")
@@ -399,7 +399,7 @@ class LearnableWavelet(nn.Module):
 
 # %% ../nbs/02_wavelet.ipynb #ca5db17f
 class ScaledDepthwise(nn.Module):
-    """Depthwise convolution with 'same' zero padding, times a learnable scale per channel: `(B, C, h, w)` -> the same shape.
+    """Depthwise convolution with 'same' zero padding, times a learnable scale per channel: `(B, C, h, w)` -> the same.
 
     Parameters
     ----------
@@ -460,7 +460,7 @@ class WaveletConv2d(nn.Module):
         super().__init__()
         if levels < 1: raise ValueError(f"levels must be at least 1, got {levels}")
         self.filters = LearnableWavelet(wavelet) if learn_filters else None
-        # A buffer, because a compiled graph cannot ask PyWavelets; not persistent, because the wavelet's name says it all.
+        # A buffer, as a compiled graph cannot call PyWavelets; not persistent, as the name determines the taps.
         fixed = None if learn_filters else filter_bank(wavelet).to(torch.get_default_dtype(), copy=True)
         self.fixed_taps: Tensor
         self.register_buffer("fixed_taps", fixed, persistent=False)

@@ -606,7 +606,7 @@ def test_the_spectral_layer_equals_loops_over_windows_heads_and_patches(height, 
     update = layer.update
     answer = update.norm_1(queries + layer.out(weights @ expected))
     answer = update.norm_2(answer + update.mlp[3](update.mlp[0](answer).clamp_min(0)))
-    torch.testing.assert_close(layer.ask(queries, filtered), answer)
+    torch.testing.assert_close(layer.read(queries, filtered), answer)
 
 
 @pytest.mark.parametrize("reads", ["tower", "previous"])
@@ -617,7 +617,7 @@ def test_the_spectral_decoder_is_its_layers_in_a_row(reads: str) -> None:
     one = first(patches)
     two = second(patches if reads == "tower" else one)
     three = third(patches if reads == "tower" else two)
-    asked = second.ask(first.ask(queries, one), two)
+    asked = second.read(first.read(queries, one), two)
     torch.testing.assert_close(decoder(queries, patches), torch.einsum("bce,behw->bchw", asked, three))
     assert third.out is None and third.update is None
 

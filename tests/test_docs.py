@@ -147,7 +147,8 @@ def test_every_link_and_picture_of_the_site_is_there(site: Path) -> None:
 def test_the_navigation_begins_with_home_and_the_guide(site: Path) -> None:
     found = [target for target in links(site / "index.html").targets if target.endswith(".html") and "://" not in target]
     inside = list(dict.fromkeys(found))
-    guide = ["guide/first_hour.html", "guide/own_data.html", "guide/own_classes.html", "guide/own_system.html", "guide/cluster.html", "guide/crf.html", "guide/systems.html"]
+    names = ("first_hour", "own_data", "own_classes", "own_system", "cluster", "crf", "systems", "glossary")
+    guide = [f"guide/{name}.html" for name in names]
     assert [page for page in inside if page.startswith("guide/")] == guide
     assert inside.index(guide[-1]) < next(place for place, page in enumerate(inside) if page.startswith("explore/"))
 

@@ -10,7 +10,7 @@ from PIL import Image
 from sklearn.metrics import average_precision_score
 from sklearn.metrics import confusion_matrix as sklearn_confusion
 from torchmetrics.functional.classification import multiclass_jaccard_index
-from toy_inference import MEAN, NAMES, SIZES, Toy, ZeroShotToy, by_hand, dataset, folder, system, write_folder  # noqa: F401 (fixtures)
+from toy_inference import MEAN, NAMES, QUIET, SIZES, Toy, ZeroShotToy, by_hand, dataset, folder, system, write_folder  # noqa: F401 (fixtures)
 
 from freqseg.conditions import software
 from freqseg.data import SegmentationFolder, open_folder, zero_shot_view
@@ -31,7 +31,6 @@ from freqseg.work.inference import (
     stream,
 )
 
-QUIET = dict(progress=False, samples=20)
 
 
 @pytest.fixture(scope="module")

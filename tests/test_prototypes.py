@@ -27,9 +27,9 @@ def scene(seed, batch=2, dim=6, classes=4, grid=(5, 6), dtype=torch.float64):
 def parts(tokens, cam, present, mu=0.25, shape="square"):
     "Every step of the rectification, one after the other."
     low, _ = split_bands(tokens, mu, shape)
-    prototypes, found = class_prototypes(tokens, cam, present)
+    prototypes, has_prototype = class_prototypes(tokens, cam, present)
     gap = attenuation_gap(tokens, low, prototypes)
-    return low, prototypes, found, gap, attenuated(gap, found)
+    return low, prototypes, has_prototype, gap, attenuated(gap, has_prototype)
 
 def cosine(a, b):
     return float(a @ b / np.sqrt((a @ a) * (b @ b)))
@@ -69,26 +69,26 @@ def test_the_module_equals_a_loop_over_images_classes_and_tokens(seed, mu, shape
 @given(seeds, st.floats(0.0, 0.95))
 def test_a_prototype_is_the_mean_of_the_tokens_above_the_threshold(seed, threshold):
     tokens, cam, present = scene(seed)
-    prototypes, found = class_prototypes(tokens, cam, present, threshold)
-    assert torch.equal(found, present)   # every map reaches 1
-    for b, c in found.nonzero().tolist():
+    prototypes, has_prototype = class_prototypes(tokens, cam, present, threshold)
+    assert torch.equal(has_prototype, present)   # every map reaches 1
+    for b, c in has_prototype.nonzero().tolist():
         assert torch.allclose(prototypes[b, c], tokens[b][:, cam[b, c] > threshold].mean(1), atol=1e-12)
-    assert not prototypes[~found].any()
+    assert not prototypes[~has_prototype].any()
 
 def test_a_map_below_the_threshold_has_no_prototype():
     tokens, cam, _ = scene(0)
     cam[0, 1] *= 0.7
-    prototypes, found = class_prototypes(tokens, cam)
-    assert not found[0, 1] and not prototypes[0, 1].any() and found.sum() == found.numel() - 1
+    prototypes, has_prototype = class_prototypes(tokens, cam)
+    assert not has_prototype[0, 1] and not prototypes[0, 1].any() and has_prototype.sum() == has_prototype.numel() - 1
 
 def test_the_module_bundles_the_single_steps():
     inputs = scene(3)
-    low, prototypes, found, gap, chosen = parts(*inputs)
+    low, prototypes, has_prototype, gap, chosen = parts(*inputs)
     result = FrequencyRectification(0.25, weight=3.0)(*inputs)
-    for ours, theirs in ((result.low, low), (result.high, inputs[0] - low), (result.prototypes, prototypes), (result.found, found),
+    for ours, theirs in ((result.low, low), (result.high, inputs[0] - low), (result.prototypes, prototypes), (result.has_prototype, has_prototype),
                          (result.gap, gap), (result.selected, chosen)):
         assert torch.equal(ours, theirs)
-    assert torch.equal(result.loss, 3 * rectification_loss(inputs[0], low, chosen, found))
+    assert torch.equal(result.loss, 3 * rectification_loss(inputs[0], low, chosen, has_prototype))
     assert not list(FrequencyRectification().parameters()) and "mu=0.25" in repr(FrequencyRectification(0.25))
 
 
@@ -116,14 +116,14 @@ def test_forcing_a_selection_at_full_pass_still_costs_nothing(seed):
 def test_no_gradient_reaches_the_low_pass_version_or_the_prototypes(seed, mu):
     tokens, cam, present = scene(seed)
     tokens.requires_grad_(); cam.requires_grad_()
-    low, prototypes, found, gap, chosen = parts(tokens, cam, present, mu)
+    low, prototypes, has_prototype, gap, chosen = parts(tokens, cam, present, mu)
     low.retain_grad()
-    loss = rectification_loss(tokens, low, chosen, found)
+    loss = rectification_loss(tokens, low, chosen, has_prototype)
     loss.backward()
     assert low.requires_grad and low.grad is None and cam.grad is None
     assert not prototypes.requires_grad and not gap.requires_grad
     fixed = tokens.detach().clone().requires_grad_()   # the gradient is that for a target which is a constant
-    rectification_loss(fixed, low.detach(), chosen, found).backward()
+    rectification_loss(fixed, low.detach(), chosen, has_prototype).backward()
     assert torch.equal(tokens.grad, fixed.grad)
 
 @few
@@ -196,8 +196,8 @@ def test_gap_and_loss_stay_in_their_range(seed, mu):
 def test_gradients_are_those_of_finite_differences(seed):
     tokens, cam, present = scene(seed, dim=3, grid=(3, 4))
     present[:, 0] = True
-    low, _, found, _, chosen = parts(tokens, cam, present)
-    assert torch.autograd.gradcheck(lambda x: rectification_loss(x, low, chosen, found), tokens.requires_grad_(), atol=1e-6)
+    low, _, has_prototype, _, chosen = parts(tokens, cam, present)
+    assert torch.autograd.gradcheck(lambda x: rectification_loss(x, low, chosen, has_prototype), tokens.requires_grad_(), atol=1e-6)
 
 
 # ---- selection ------------------------------------------------------------------------------------------------------
@@ -210,10 +210,10 @@ def test_a_constant_gap_selects_nothing_above_its_mean(value, side):
 @few
 @given(seeds, st.floats(0.01, 1.0))
 def test_a_share_selects_the_highest_gaps_and_just_so_many(seed, share):
-    _, gap, found = scene(seed)
-    chosen = attenuated(gap, found, "share", share)
-    assert (chosen.sum((-2, -1))[found] == math.ceil(share * 30 - 1e-6)).all() and not chosen[~found].any()
-    for b, c in found.nonzero().tolist():
+    _, gap, has_prototype = scene(seed)
+    chosen = attenuated(gap, has_prototype, "share", share)
+    assert (chosen.sum((-2, -1))[has_prototype] == math.ceil(share * 30 - 1e-6)).all() and not chosen[~has_prototype].any()
+    for b, c in has_prototype.nonzero().tolist():
         rest = gap[b, c][~chosen[b, c]]
         assert not len(rest) or gap[b, c][chosen[b, c]].min() >= rest.max()
 
@@ -244,12 +244,12 @@ def test_descending_the_loss_lowers_the_high_frequency_share_of_free_tokens():
 def test_tokens_of_any_size_give_finite_losses_and_gradients(factor):
     tokens, cam, present = scene(2, dtype=torch.float32)
     tokens = (factor * tokens).requires_grad_()
-    low, _, found, gap, _ = parts(tokens.detach(), cam, present)
+    low, _, has_prototype, gap, _ = parts(tokens.detach(), cam, present)
     everything = torch.ones_like(cam, dtype=torch.bool)
-    loss = rectification_loss(tokens, low, everything, found)
+    loss = rectification_loss(tokens, low, everything, has_prototype)
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(gap).all() and not tokens.grad.isnan().any()
-    if factor not in (0.0, 1e-38): assert torch.allclose(loss, rectification_loss(tokens / factor, low / factor, everything, found), atol=1e-5)
+    if factor not in (0.0, 1e-38): assert torch.allclose(loss, rectification_loss(tokens / factor, low / factor, everything, has_prototype), atol=1e-5)
 
 def test_single_tokens_of_zero_and_constant_maps_are_harmless():
     tokens, cam, present = scene(4)
@@ -302,13 +302,13 @@ def test_settings_that_cannot_be_are_named(settings, message):
 
 def test_shapes_that_disagree_are_named():
     tokens, cam, present = scene(0)
-    low, prototypes, found, gap, chosen = parts(tokens, cam, present)
+    low, prototypes, has_prototype, gap, chosen = parts(tokens, cam, present)
     with pytest.raises(InputError, match="resize the maps"): class_prototypes(tokens, cam[..., :-1])
     with pytest.raises(InputError, match="present"): class_prototypes(tokens, cam, present[:, :2])
     with pytest.raises(InputError, match="low"): attenuation_gap(tokens, low[:1], prototypes)
-    with pytest.raises(InputError, match="low"): rectification_loss(tokens, low[:1], chosen, found)
-    with pytest.raises(InputError, match="omega"): rectification_loss(tokens, low, chosen[..., :-1], found)
-    with pytest.raises(InputError, match="found"): rectification_loss(tokens, low, chosen, found[:, :2])
-    with pytest.raises(InputError, match="found"): attenuated(gap, found[:, :2])
-    with pytest.raises(InputError, match="select='best'"): attenuated(gap, found, "best")
-    with pytest.raises(InputError, match="share=2"): attenuated(gap, found, "share", 2)
+    with pytest.raises(InputError, match="low"): rectification_loss(tokens, low[:1], chosen, has_prototype)
+    with pytest.raises(InputError, match="omega"): rectification_loss(tokens, low, chosen[..., :-1], has_prototype)
+    with pytest.raises(InputError, match="has_prototype"): rectification_loss(tokens, low, chosen, has_prototype[:, :2])
+    with pytest.raises(InputError, match="has_prototype"): attenuated(gap, has_prototype[:, :2])
+    with pytest.raises(InputError, match="select='best'"): attenuated(gap, has_prototype, "best")
+    with pytest.raises(InputError, match="share=2"): attenuated(gap, has_prototype, "share", 2)

@@ -18,7 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from test_inference import NAMES, QUIET, SIZES, Toy, write_folder
+from toy_inference import NAMES, QUIET, SIZES, Toy, write_folder
 
 import freqseg.faces.report as room
 from freqseg.data import SegmentationFolder, open_folder

@@ -208,28 +208,24 @@ def test_papermill_finds_the_parameters_of_the_training_notebooks() -> None:
 
 EXCEPTIONS = {
     "long_cells": """
-        06_options=1 10_data=1 21_dual_affinity=1 27_token_classifier=1 30_decoders=1 35_metrics=1 36_maps=1
-        faces/74_report=1 faces/76_explorer=2 faces/78_widgets=5 faces/80_segment_cli=1 faces/82_training_cli=1
-        faces/84_cli=1 systems/40_segmenter=1 systems/43_dfa=1 systems/44_ffr=1 systems/45_zegclip=2 work/52_inference=1
-        work/56_train=1 work/60_experiments=3 work/62_sweeps=2 work/66_robustness=2 work/68_cost=1 world/47_scenes=2
-        world/48_clip=1
+        06_options=2 21_dual_affinity=1 36_maps=1 faces/76_explorer=1 systems/40_segmenter=1 systems/43_dfa=1
+        systems/44_ffr=1 systems/45_zegclip=2 work/53_training_free=1 work/56_train=2 work/57_checkpoints=1
+        work/60_experiments=2
     """,
     "lessons_lacking": """
-        faces/72_plots=1 faces/76_explorer=5 faces/78_widgets=12 faces/80_segment_cli=1 faces/82_training_cli=2
-        work/50_check=2 work/55_seeds=1 work/56_train=4 work/57_checkpoints=1 work/60_experiments=2 work/62_sweeps=5
+        faces/75_sweep_plots=1 faces/76_explorer=3 faces/80_segment_cli=3 faces/82_training_cli=2 work/50_check=2
+        work/56_train=4 work/57_checkpoints=1 work/60_experiments=4
     """,
     "wide_lines": """
-        00_spectra=3 02_wavelet=2 04_sinkhorn=9 06_options=5 07_memory=3 08_files=2 09_plugins=5 10_data=73 14_clip=45
-        15_unfrozen=6 18_prompts=15 20_affinity=22 21_dual_affinity=51 22_cam=30 24_ot_cam=17 26_prototypes=5
-        27_token_classifier=6 28_spectral_prompts=20 30_decoders=39 31_crf=8 32_refine=3 34_losses=23 35_metrics=9
-        36_maps=22 explore/ablations=1 explore/compare_systems=1 explore/zero_shot=2 faces/70_terminal=16
-        faces/72_plots=35 faces/74_report=85 faces/76_explorer=126 faces/78_widgets=102 faces/80_segment_cli=17
-        faces/82_training_cli=54 faces/84_cli=88 systems/40_segmenter=25 systems/41_weclip=8 systems/42_wtclip=4
-        systems/43_dfa=16 systems/44_ffr=19 systems/45_zegclip=46 systems/46_sptseg=8 train/dfa=5 train/ffr=8
-        train/sptseg=15 train/weclip=4 train/world_clip=1 train/wtclip=4 train/zegclip=15 work/50_check=6
-        work/51_corruptions=4 work/52_inference=140 work/55_seeds=47 work/56_train=90 work/57_checkpoints=11
-        work/58_runs=13 work/60_experiments=79 work/62_sweeps=75 work/66_robustness=39 work/68_cost=48 world/47_scenes=5
-        world/48_clip=6 world/49_report=5
+        05_conditions=4 06_options=6 09_plugins=8 10_lists=26 11_pictures=9 12_data=41 13_transforms=10 14_clip=47
+        18_prompts=20 21_dual_affinity=54 22_cam=2 24_ot_cam=2 explore/frequency_cam=1 faces/70_terminal=45
+        faces/72_plots=45 faces/74_report=50 faces/75_sweep_plots=9 faces/76_explorer=113 faces/80_segment_cli=19
+        faces/82_training_cli=36 faces/84_cli=84 systems/40_segmenter=26 systems/41_weclip=7 systems/42_wtclip=4
+        systems/43_dfa=11 systems/44_ffr=12 systems/45_zegclip=27 systems/46_sptseg=9 train/dfa=24 train/ffr=16
+        train/sptseg=22 train/system=5 train/weclip=11 train/world_clip=1 train/wtclip=12 train/zegclip=22
+        work/52_inference=66 work/53_thresholds=10 work/53_training_free=2 work/54_evaluation=69 work/55_seeds=41
+        work/56_train=75 work/57_checkpoints=21 work/60_experiments=46 work/62_sweep_design=29
+        work/63_sweep_processes=10 work/64_sweep_statistics=26 work/65_sweeps=12 work/66_robustness=38 work/68_cost=48
     """,
 }
 

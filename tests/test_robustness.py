@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_inference import QUIET, SIZES, Toy, ZeroShotToy, write_folder
+from toy_inference import QUIET, SIZES, Toy, ZeroShotToy, write_folder
 
 from freqseg.faces.cli import main
 from freqseg.clip import load_clip

@@ -130,9 +130,9 @@ def test_rounds_in_logarithms_equal_rounds_in_numbers(monkeypatch: pytest.Monkey
 @given(sizes, sizes)
 def test_adding_a_function_of_the_row_or_the_column_changes_nothing(r: int, c: int) -> None:
     score, col = torch.randn(2, r, c, dtype=torch.float64), shares(2, c)
-    plan = transport(score, col, eps=0.5, iterations=2000, tolerance=1e-10)
+    plan = transport(score, col, epsilon=0.5, iterations=2000, tolerance=1e-10)
     for shift in (torch.randn(2, r, 1), torch.randn(2, 1, c)):
-        torch.testing.assert_close(transport(score + shift, col, eps=0.5, iterations=2000, tolerance=1e-10), plan,
+        torch.testing.assert_close(transport(score + shift, col, epsilon=0.5, iterations=2000, tolerance=1e-10), plan,
                                    atol=1e-9, rtol=1e-7)
 
 
@@ -153,13 +153,13 @@ def test_a_batch_is_its_problems_one_by_one() -> None:
 
 def test_large_eps_gives_the_product_of_the_marginals() -> None:
     score, row, col = torch.randn(3, 20, 6), shares(3, 20, dtype=torch.float32), shares(3, 6, dtype=torch.float32)
-    plan = transport(score, col, row, eps=1e7)
+    plan = transport(score, col, row, epsilon=1e7)
     torch.testing.assert_close(plan, row[..., :, None] * col[..., None, :], atol=1e-7, rtol=1e-5)
 
 
 def test_small_eps_approaches_the_optimal_assignment() -> None:
     score, row, col = torch.rand(12, 5, dtype=torch.float64), torch.full((12,), 1 / 12, dtype=torch.float64), shares(5)
-    plan = transport(score, col, eps=2e-3, iterations=100_000, tolerance=1e-7)
+    plan = transport(score, col, epsilon=2e-3, iterations=100_000, tolerance=1e-7)
     best = ot.emd(row.numpy(), col.numpy(), -score.numpy())
     assert abs((plan * score).sum() - (best * score.numpy()).sum()) < 5e-3
 
@@ -170,7 +170,7 @@ def test_small_eps_approaches_the_optimal_assignment() -> None:
 def test_plans_equal_pot(eps: float) -> None:
     score, col = torch.rand(4, 100, 9, dtype=torch.float64), shares(4, 9)
     row = torch.full((100,), 0.01, dtype=torch.float64)
-    ours = transport(score, col, eps=eps, iterations=20_000, tolerance=1e-10)
+    ours = transport(score, col, epsilon=eps, iterations=20_000, tolerance=1e-10)
     theirs = torch.stack([ot.sinkhorn(row, v, -s, eps, method="sinkhorn_log", numItermax=20_000, stopThr=1e-12)
                           for s, v in zip(score, col, strict=True)])
     torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-6)
@@ -277,7 +277,7 @@ def test_gradients_with_masks_are_right(gradient: str) -> None:
     kernel, col = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True), shares(2, 4).requires_grad_()
     mask = torch.tensor([[True, True, False, True], [True, False, False, False]])
     assert torch.autograd.gradcheck(
-        lambda k, b: transport(k, b, mask=mask, eps=0.7, tolerance=1e-13, iterations=2000, gradient=gradient),
+        lambda k, b: transport(k, b, mask=mask, epsilon=0.7, tolerance=1e-13, iterations=2000, gradient=gradient),
         (kernel, col), atol=1e-6)
 
 
@@ -334,7 +334,7 @@ torch.testing.assert_close(*gradients)
     lambda k: sinkhorn(k, gradient="magic"), lambda k: sinkhorn(k, rounds=3, gradient="implicit"),
     lambda k: sinkhorn(k, rounds=0), lambda k: sinkhorn(k, iterations=0), lambda k: sinkhorn(k, torch.tensor([-1.0, 1, 1])),
     lambda k: doubly_stochastic(k - 1), lambda k: doubly_stochastic(k[:2]), lambda k: doubly_stochastic(k, symmetric="yes"),
-    lambda k: transport(k, torch.ones(3), eps=0),
+    lambda k: transport(k, torch.ones(3), epsilon=0),
 ])
 def test_wrong_arguments_are_named(call) -> None:
     with pytest.raises(ValueError, match=r"\w+"):
@@ -348,7 +348,7 @@ def test_cuda_equals_cpu(gradient: str) -> None:
     results = []
     for device in ("cpu", "cuda"):
         leaf = score.to(device).requires_grad_()
-        plan = transport(leaf, col.to(device), eps=0.05, iterations=500, tolerance=1e-6, gradient=gradient)
+        plan = transport(leaf, col.to(device), epsilon=0.05, iterations=500, tolerance=1e-6, gradient=gradient)
         results.append((plan.detach().cpu(), torch.autograd.grad((plan * leaf).sum(), leaf)[0].cpu()))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-3)

@@ -16,6 +16,7 @@ from freqseg.pictures import write_mask
 NAMES = ("disc", "box", "bar")
 PATCH = 4
 SIZES = ((24, 32), (32, 24), (24, 32), (21, 30), (24, 32), (32, 24), (24, 32))   # of the toy pictures
+QUIET = dict(progress=False, samples=20)
 MEAN = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)
 
 

@@ -907,16 +907,18 @@ def prompt_cells(analysis: Analysis, cmap: str = "inferno") -> tuple[list[list[C
     tower, grid = prompt_tower(analysis), analysis.grid
     small, table, lines, top = analysis.small, [], {}, 1e-12
     x = analysis.backbone.embed(analysis.images)
-    for block in tower.spectral.blocks:
+    blocks = tower.spectral.blocks
+    for group in [blocks] if tower.spectral.shared else [(block,) for block in blocks]:   # one row for each filter
+        block, name = group[0], f"block{'s'*(len(group) > 1)} {', '.join(str(index + 1) for index in group)}"
         gain, own = tower.spectral.gain(block), tuple(tower.spectral.filters[0].grid)   # drawn as it was learned; used at the picture's grid
         size = filter_magnitude(gain, own)
         added = (tower.spectral(block, x[:, 1:], x[:, 0], grid) - x[:, 1:]).norm(dim=-1).view(grid)
         shown = F.interpolate((size/size.max().clamp_min(1e-12))[None, None], (CELL_SIDE, CELL_SIDE), mode="nearest")[0, 0]
-        table.append([Cell("magnitude on the spectrum", f"block {block + 1}", jpeg(overlays(np.zeros((CELL_SIDE, CELL_SIDE, 3), np.uint8), shown, 1., cmap)[0]),
-                           f"magnitude of the filter of block {block + 1}, at most {float(size.max()):.3g}"),
-                      Cell("what it adds, on the first block's input", f"block {block + 1}", jpeg(overlays(small, added/added.max().clamp_min(1e-12), .6, cmap)[0]), "length of the prompt")])
+        table.append([Cell("magnitude on the spectrum", name, jpeg(overlays(np.zeros((CELL_SIDE, CELL_SIDE, 3), np.uint8), shown, 1., cmap)[0]),
+                           f"magnitude of the filter of {name}, at most {float(size.max()):.3g}"),
+                      Cell("what it adds, on the first block's input", name, jpeg(overlays(small, added/added.max().clamp_min(1e-12), .6, cmap)[0]), "length of the prompt")])
         frequencies, profile = radial_gain(gain, own)
-        lines[f"block {block + 1}"] = list(zip(frequencies.tolist(), profile[0].tolist()))
+        lines[name] = list(zip(frequencies.tolist(), profile[0].tolist()))
         top = max(top, float(profile.max()))
     lines = {name: [(f, v/top) for f, v in points] for name, points in lines.items()}
     return table, svg_chart(lines, [(0, "0"), (.2, "0.2"), (.4, "0.4"), (.6, "0.6"), (.5**.5, "")], [(0, "0"), (.5, f"{top/2:.2g}"), (1, f"{top:.2g}")],

@@ -93,9 +93,10 @@ class Report:
         return _table(self, every)
 
     def write_fixed_list(self, out: str | Path, split: str | None = None) -> Path:
-        """Write the ids of a split without the broken ones to `out`, whole or not at all, in their order. Returns the path.
+        """Write the ids of a split without the broken ones to `out`, whole or not at all, in their order; gives `out`.
 
-        `split` may be left out when one split was checked. Raises `InputError` when it has to be chosen, or nothing is left."""
+        `split` may be left out when one split was checked. Raises `InputError` when it has to be chosen, or no picture
+        is whole."""
         if split is None and len(self.splits) > 1:
             raise InputError(f"several splits were checked ({', '.join(self.splits)}): say which one the list is for.")
         split = next(iter(self.splits)) if split is None else split
@@ -112,7 +113,7 @@ def _table(report: Report, every: bool) -> str:
     listed = ", ".join(f"{split} {len(ids):,}" for split, ids in report.splits.items())
     lines = [
         f"{report.root} ({report.dataset}): {listed}",
-        f"{report.pictures:,} pictures and {report.masks:,} masks looked at, {len(report.broken_ids):,} pictures broken",
+        f"{report.pictures:,} pictures and {report.masks:,} masks checked, {len(report.broken_ids):,} pictures broken",
     ]
     return "\n".join(lines + _rows(report, every) + [_verdict(report)])
 
@@ -120,14 +121,11 @@ def _rows(report: Report, every: bool) -> list[str]:
     "One line for each kind (level, kind, count, first example), errors first; with `every` the others follow."
     rows = []
     for kind in ERRORS + WARNINGS:
-        found = [
-            f"{finding.id}: {_short(finding.detail, report.root)}"
-            for finding in report.findings
-            if finding.kind == kind
-        ]
+        findings = [finding for finding in report.findings if finding.kind == kind]
+        lines = [f"{finding.id}: {_short(finding.detail, report.root)}" for finding in findings]
         level = "error" if kind in ERRORS else "warning"
-        if found: rows.append(f"  {level:<9}{kind:<19}{len(found):>7,}  {found[0]}")
-        if every: rows += [f"{'':<37}  {line}" for line in found[1:]]
+        if lines: rows.append(f"  {level:<9}{kind:<19}{len(lines):>7,}  {lines[0]}")
+        if every: rows += [f"{'':<37}  {line}" for line in lines[1:]]
     return rows
 
 def _short(detail: str, root: Path) -> str:
@@ -167,8 +165,8 @@ def _check_mask(row: int, listing: Listing, size: tuple[int, int] | None) -> lis
 def _compare_labels(row: int, listing: Listing, painted: np.ndarray) -> list[Finding]:
     "Where the label table and the (K,) bool classes of the mask disagree."
     if listing.labels is None or not listing.labelled[row]: return []
-    told = listing.labels[row]
-    pairs = (("label without mask", told & ~painted), ("mask without label", painted & ~told))
+    labelled = listing.labels[row]
+    pairs = (("label without mask", labelled & ~painted), ("mask without label", painted & ~labelled))
     return [Finding(listing.ids[row], kind, ", ".join(listing.classes[k] for k in np.flatnonzero(which)))
             for kind, which in pairs if which.any()]
 
@@ -192,13 +190,13 @@ def _check_listing(listing: Listing, masks: bool, workers: int, progress: bool) 
     pieces, check = list(_slices(listing, 16)), partial(_check_piece, masks=masks)
     with tqdm(total=len(listing.ids), desc=f"checking {listing.split}", unit="picture", disable=not progress) as bar:
         findings = []
-        for piece, found in zip(pieces, _run(check, pieces, workers if len(listing.ids) >= _SMALL else 1)):
-            findings += found
+        for piece, faults in zip(pieces, _run(check, pieces, workers if len(listing.ids) >= _SMALL else 1)):
+            findings += faults
             bar.update(len(piece.ids))
     return findings
 
 def _run(check: partial, pieces: Sequence[Listing], workers: int) -> Iterator[list[Finding]]:
-    "`check` of every piece in order, in `workers` processes. Forked on Linux, as torch's loader does: a second, not ten, to start."
+    "`check` of every piece in order, in `workers` processes, on Linux forked as in torch's loader: they start quickly."
     if workers <= 1: yield from map(check, pieces); return
     pool = ProcessPoolExecutor(
         workers, mp_context=get_context("fork" if sys.platform == "linux" else "spawn"), initializer=leave_with_parent
@@ -207,9 +205,9 @@ def _run(check: partial, pieces: Sequence[Listing], workers: int) -> Iterator[li
     finally: pool.shutdown(cancel_futures=True)
 
 # %% ../../nbs/work/50_check.ipynb #f96bef6d
-def _without(listing: Listing, seen: set[str]) -> Listing:
-    "The listing without pictures already looked at: trainval repeats train and val."
-    rows = [row for row, name in enumerate(listing.ids) if name not in seen]
+def _without(listing: Listing, checked: set[str]) -> Listing:
+    "The listing without pictures already checked: trainval repeats train and val."
+    rows = [row for row, name in enumerate(listing.ids) if name not in checked]
     def pick(values: Sequence | None) -> tuple | None:
         return None if values is None else tuple(values[row] for row in rows)
     labels = {
@@ -225,14 +223,14 @@ def check_folder(
     path: str | Path,                  # folder of the data set
     split: str | None = None,          # None: every split of the folder
     dataset: str = "auto",             # "voc", "coco", "cocostuff", "folder", or "auto": by the shape of the folder
-    masks: bool | None = None,         # True: every picture needs one; False: not looked at; None: all of a split or none
+    masks: bool | None = None,         # True: every picture needs one; False: not checked; None: all of a split or none
     workers: int | None = None,        # processes; None: one for each processor
     progress: bool = True,             # a bar with the time to go, on stderr
 ) -> Report:
     """Open and fully decode every picture and mask of a dataset folder, and report all that is wrong.
 
-    From 256 pictures on several processes share the work; outside Linux a script that calls this has to guard its main part.
-    Raises `InputError` when the folder has no such layout, or its lists or label table cannot be read.
+    From 256 pictures on several processes share the work; outside Linux a script that calls this has to guard its main
+    part. Raises `InputError` when the folder has no such layout, or its lists or label table cannot be read.
 
     Parameters
     ----------
@@ -243,7 +241,7 @@ def check_folder(
     dataset : str
         "voc", "coco", "cocostuff", "folder", or "auto": by the shape of the folder
     masks : bool | None
-        True: every picture needs one; False: not looked at; None: all of a split or none
+        True: every picture needs one; False: not checked; None: all of a split or none
     workers : int | None
         processes; None: one for each processor
     progress : bool
@@ -254,13 +252,13 @@ def check_folder(
     if not listings:
         raise InputError(f"{path} has no lists. Write one id per line into ImageSets/Segmentation/train.txt there.")
     workers = workers or os.cpu_count() or 1
-    findings, seen, painted = [], set(), 0
+    findings, checked, painted = [], set(), 0
     for listing in listings:
         wanted = any(listing.masks) if masks is None else masks
         findings += _repeats(listing)
-        rest = _without(listing, seen)
+        rest = _without(listing, checked)
         findings += _check_listing(rest, wanted, workers, progress)
         painted += wanted and sum(mask is not None for mask in rest.masks)
-        seen.update(listing.ids)
+        checked.update(listing.ids)
     splits = {listing.split: listing.ids for listing in listings}
-    return Report(Path(path), dataset, splits, len(seen), int(painted), tuple(findings))
+    return Report(Path(path), dataset, splits, len(checked), int(painted), tuple(findings))

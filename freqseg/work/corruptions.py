@@ -41,7 +41,7 @@ def _blurred(image: Image.Image, sigma: float, _: Any) -> Image.Image:
     return _rounded(gaussian_filter(np.asarray(image, np.float64), (across, across, 0), mode="nearest"))
 
 def _noisy(image: Image.Image, deviation: float, seed: np.ndarray) -> Image.Image:
-    "Normal noise on every value. `RandomState` is numpy's generator whose numbers never change from version to version."
+    "Normal noise on every value. The numbers of numpy's `RandomState` never change from version to version."
     values = np.asarray(image, np.float64)
     return _rounded(values + 255*deviation*np.random.RandomState(seed).standard_normal(values.shape))
 
@@ -68,7 +68,7 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Corruption:
-    """One way to make pictures worse. Raises `InputError` for an unknown kind, naming the nearest, and for a strength that there is not.
+    """One way to make pictures worse. Raises `InputError` for an unknown kind, naming the nearest, or another strength.
 
     Attributes
     ----------
@@ -91,7 +91,7 @@ class Corruption:
         image: Image.Image,
         name: str,            # of the picture: what its noise is drawn from
     ) -> Image.Image:         # RGB, of the same size
-        """The picture made worse; the same for the same name, everywhere and always. (JPEG is as constant as the libjpeg behind Pillow.)
+        """The picture made worse, always the same for the same name (JPEG: with the same libjpeg behind Pillow).
 
         Parameters
         ----------
@@ -132,7 +132,7 @@ class Corruption:
 def parse_corruptions(
     text: str,   # such as blur,noise, or all
 ) -> tuple[str, ...]:
-    """Kinds of corruption from text. Raises `InputError` for none, an unknown one (naming the nearest), or one that comes twice.
+    """Kinds of corruption from text. Raises `InputError` for none, an unknown one (naming the nearest), or one twice.
 
     Parameters
     ----------

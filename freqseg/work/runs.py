@@ -56,27 +56,24 @@ def _parameters_source(notebook: str|Path) -> str:
     tagged = [cell for cell in _read(notebook).cells if "parameters" in cell.metadata.get("tags", [])]
     if len(tagged) == 1 and tagged[0].cell_type == "code": return tagged[0].source
     raise InputError(
-        f"{notebook} has {len(tagged)} cells tagged 'parameters'; a notebook that runs with parameters has one code cell "
-        "with that tag (JupyterLab: property inspector, cell tags)."
+        f"{notebook} has {len(tagged)} cells tagged 'parameters'; a notebook that runs with parameters has one code "
+        "cell with that tag (JupyterLab: property inspector, cell tags)."
     )
 
 # %% ../../nbs/work/58_runs.ipynb #2a6f4a8b
 def _comments(notebook: str|Path) -> dict[str, str]:
     "Parameter -> comment, as `papermill --help-notebook` shows them."
     import papermill
-    found = papermill.inspect_notebook(str(notebook).replace("{", "{{").replace("}", "}}"))
-    return {name: entry["help"].strip() for name, entry in found.items()}
+    entries = papermill.inspect_notebook(str(notebook).replace("{", "{{").replace("}", "}}"))
+    return {name: entry["help"].strip() for name, entry in entries.items()}
 
 def _assignments(source: str) -> dict[str, ast.expr]:
     "Name -> value expression of every plain assignment at the top of a cell."
     pairs = {}
     for node in ast.parse(source).body:
-        targets = (
-            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        )
-        pairs |= {
-            target.id: node.value for target in targets if isinstance(target, ast.Name) and node.value is not None
-        }
+        targets = getattr(node, "targets", [getattr(node, "target", None)])
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
+            pairs |= {target.id: node.value for target in targets if isinstance(target, ast.Name)}
     return pairs
 
 def notebook_parameters(
@@ -84,16 +81,15 @@ def notebook_parameters(
 ) -> dict[str, Parameter]:
     """Name -> `Parameter` of a notebook, in the order of its `parameters` cell.
 
-    A default that is no literal (a call, say) is shown as None and takes any value. Raises `InputError` for a missing or
-    broken notebook, and for one without exactly one cell tagged `parameters`.
+    A default that is no literal (a call, say) is shown as None and takes any value. Raises `InputError` for a missing
+    or broken notebook, and for one without exactly one cell tagged `parameters`.
 
     Parameters
     ----------
     notebook : str|Path
         path of an .ipynb
     """
-    comments, parameters = {}, {}
-    source = _parameters_source(notebook)
+    source, parameters = _parameters_source(notebook), {}
     try:
         values = _assignments(source)
     except SyntaxError as error:
@@ -123,7 +119,9 @@ def check_parameters(
     known: Mapping[str, Parameter],   # of `notebook_parameters`
     given: Mapping[str, Any],         # name -> value
 ) -> dict[str, Any]:
-    """The given values, paths as text and tuples as lists. Raises `InputError` for an unknown name (naming the nearest) or a value of another type.
+    """The given values, paths as text and tuples as lists.
+
+    Raises `InputError` for an unknown name (naming the nearest) or a value of another type.
 
     Parameters
     ----------
@@ -137,7 +135,8 @@ def check_parameters(
         if name not in known: raise _unknown_parameter(name, known)
         if not _fits(value, known[name].default):
             raise InputError(
-                f"parameter {name} is {known[name].kind} (default {known[name].default!r}), not {type(value).__name__} {value!r}."
+                f"parameter {name} is {known[name].kind} (default {known[name].default!r}), "
+                f"not {type(value).__name__} {value!r}."
             )
     return values
 
@@ -153,7 +152,7 @@ def parse_parameter(
     parameter: Parameter,  # of `notebook_parameters`
     text: str,             # as it was typed
 ) -> Any:
-    """The value that `text` means for this parameter. Raises `InputError` when it means none.
+    """The value that `text` stands for in this parameter. Raises `InputError` when it stands for none.
 
     Parameters
     ----------
@@ -205,7 +204,7 @@ class RunFailed(RuntimeError):
 
 # %% ../../nbs/work/58_runs.ipynb #550577b5
 def _record_path(notebook: str|Path, out: str|Path) -> Path:
-    "Where the executed notebook goes: `out` itself when it ends in .ipynb, else a file of the same name in that folder."
+    "Path of the executed notebook: `out` itself when it ends in .ipynb, else a file of the same name in that folder."
     record = Path(out) if str(out).endswith(".ipynb") else Path(out)/Path(notebook).name
     if record.exists() and record.samefile(notebook):
         raise InputError(f"the run would overwrite the notebook {notebook} itself: choose another place for it.")
@@ -221,12 +220,12 @@ def _finished(record: Path) -> bool:
     "Is there the record of a run that came to its end?"
     try: notebook = _read(record)
     except InputError: return False
-    told = notebook.metadata.get("papermill", {})
+    record = notebook.metadata.get("papermill", {})
     ran = all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip())
-    return bool(told.get("end_time")) and not told.get("exception") and ran
+    return bool(record.get("end_time")) and not record.get("exception") and ran
 
 def _quiet_kernel() -> type:
-    "A kernel manager whose kernels keep quiet on our stderr: cells' output is in the notebook, and what a killed kernel says helps nobody."
+    "A kernel manager whose kernels do not write to our stderr: the output of cells is in the notebook."
     from jupyter_client import AsyncKernelManager
     class QuietKernel(AsyncKernelManager):
         async def start_kernel(self, **options: Any) -> None:
@@ -234,7 +233,7 @@ def _quiet_kernel() -> type:
     return QuietKernel
 
 def _execute(notebook: str|Path, record: Path, values: Mapping[str, Any], progress: bool, live: TextIO|None) -> None:
-    "Papermill, with paths that may hold braces (which it would take for templates). Of a bar the record keeps its last state."
+    "Papermill, with paths that may hold braces (templates to it). Of a progress bar the record keeps the last state."
     import papermill
     source, target = (str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, record))
     papermill.execute_notebook(
@@ -252,9 +251,10 @@ def run_notebook(
 ) -> Path:                                       # of the executed notebook
     """Execute a notebook with parameters; the executed copy is the record of the run.
 
-    The record of an earlier run is replaced when this one has come to its end; until then, and if it fails, it is NAME.again.ipynb.
-    Raises `InputError` for a notebook without a parameters cell, an unknown or misspelled parameter, a value of another type
-    and a place that cannot be written, all before anything runs; `RunFailed` when a cell fails or the kernel dies.
+    The record of an earlier run is replaced when this one has come to its end; until then, and if it fails, it is
+    NAME.again.ipynb. Raises `InputError` for a notebook without a parameters cell, an unknown or misspelled parameter,
+    a value of another type and a place that cannot be written, all before anything runs; `RunFailed` when a cell fails
+    or the kernel dies.
 
     Parameters
     ----------
@@ -289,7 +289,8 @@ def run_notebook(
         raise RunFailed(attempt, None, "something ended it, most often a lack of memory", None) from error
     except OSError as error:
         raise InputError(
-            f"cannot write {attempt}: {error.strerror or error}. Free some space, get write access, or choose another folder."
+            f"cannot write {attempt}: {error.strerror or error}. "
+            "Free some space, get write access, or choose another folder."
         ) from error
     return attempt.replace(record)
 
@@ -311,7 +312,9 @@ def launch_command(
     node_rank: int = 0,       # which of them this is
     rendezvous: str = "",     # host:port of machine 0, where all meet
 ) -> list[str]:
-    """The torchrun command that runs `freqseg WORDS` in many processes. Raises `InputError` for machines that could not find one another.
+    """The torchrun command that runs `freqseg WORDS` in many processes.
+
+    Raises `InputError` for machines that could not find one another.
 
     Parameters
     ----------
@@ -329,32 +332,27 @@ def launch_command(
     host, _, port = rendezvous.rpartition(":")
     if nodes > 1 and not (host and port.isdigit()):
         raise InputError(
-            f"{nodes} nodes have to meet: give --rendezvous HOST:PORT of the first one (and --node-rank 0 there, 1 on the next ...), not {rendezvous!r}."
+            f"{nodes} nodes have to meet: give --rendezvous HOST:PORT of the first one (and --node-rank 0 there, "
+            f"1 on the next ...), not {rendezvous!r}."
         )
     if not 0 <= node_rank < nodes:
         raise InputError(
             f"--node-rank {node_rank}: with {nodes} node{'s' * (nodes > 1)} it is 0{f' to {nodes - 1}' * (nodes > 1)}."
         )
     meet = ["--master-addr", host, "--master-port", port] if nodes > 1 else ["--standalone"]
-    start = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(devices), "--nnodes", str(nodes),
-        "--node-rank", str(node_rank), *meet
-    ]
-    return [
-        *start,
-        "--no-python",
-        sys.executable,
-        "-c",
-        "from freqseg.faces.cli import main; raise SystemExit(main())",
-        *words,
-    ]
+    counts = ["--nproc-per-node", str(devices), "--nnodes", str(nodes), "--node-rank", str(node_rank)]
+    program = "from freqseg.faces.cli import main; raise SystemExit(main())"
+    return [sys.executable, "-m", "torch.distributed.run", *counts, *meet, "--no-python", sys.executable, "-c", program,
+            *words]
 
 def launch(
     words: Sequence[str],  # arguments of the command `freqseg`
     devices: int,          # processes on this node
     **where: Any,          # nodes, node_rank, rendezvous
 ) -> int:
-    """Run `freqseg WORDS` in `devices` processes; gives their exit status. `where`: nodes, node_rank, rendezvous. Raises `InputError` as `launch_command` does.
+    """Run `freqseg WORDS` in `devices` processes; gives their exit status. `where`: nodes, node_rank, rendezvous.
+
+    Raises `InputError` as `launch_command` does.
 
     Parameters
     ----------
@@ -365,7 +363,5 @@ def launch(
     **where : Any
         nodes, node_rank, rendezvous
     """
-    threads = str(max(1, (os.cpu_count() or 1) // devices))
-    return subprocess.run(
-        launch_command(words, devices, **where), env={"OMP_NUM_THREADS": threads, **os.environ}
-    ).returncode
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // devices)), **os.environ}
+    return subprocess.run(launch_command(words, devices, **where), env=environment).returncode

@@ -25,7 +25,7 @@ from ..cam import best_class
 from ..clip import nearest_multiple
 from ..data import Batch, Sample, collate
 from ..transforms import to_tensors
-from ..files import InputError, atomic_write, cannot_write, locked
+from ..files import InputError, atomic_write, cannot_write_into, locked
 from ..memory import keep_memory, leave_with_parent
 from ..metrics import confusion_matrix, iou_scores
 from ..options import Options, declared, option
@@ -394,7 +394,7 @@ def _sync(path: Path) -> None:
 def _append(path: Path, row: Mapping[str, Any]) -> None:
     try:
         with open(path, "a", encoding="utf-8") as file: file.write(json.dumps(row) + "\n")
-    except OSError as error: raise cannot_write(path, error) from error
+    except OSError as error: raise cannot_write_into(path.parent, error) from error
 
 def _finite(values: Mapping[str, Any]) -> dict[str, float | None]:
     "Numbers as JSON knows them: NaN becomes null."

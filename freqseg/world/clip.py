@@ -33,7 +33,13 @@ FILLERS = (
 )
 SINGULAR = {plural(name): name for name in WORLD_CLASSES}
 VOCABULARY = tuple(sorted({*FILLERS, *WORLD_CLASSES, *SINGULAR, *HUES, *WORLD_BACKGROUNDS}))
-CLIP_DOMAIN = replace(WORLD_DOMAIN, fillers=FILLERS, templates=("a picture of a {}", "a photo of a {}", "we see a {}"), background_templates=("{}",))   # what the weights say of themselves
+# what the weights say of themselves
+CLIP_DOMAIN = replace(
+    WORLD_DOMAIN,
+    fillers=FILLERS,
+    templates=("a picture of a {}", "a photo of a {}", "we see a {}"),
+    background_templates=("{}",),
+)
 
 def phrases(
     caption: str,  # of a scene
@@ -51,7 +57,7 @@ def phrases(
 def content_words(
     texts: Sequence[str],  # captions or phrases
 ) -> Tensor:
-    """Which content words each text has: (len(texts), len(VOCABULARY)) of 0 and 1, plurals counted as singulars, fillers left out.
+    """Content words of each text, plurals as singulars, without fillers: (len(texts), len(VOCABULARY)) of 0 and 1.
 
     Parameters
     ----------
@@ -59,11 +65,11 @@ def content_words(
         captions or phrases
     """
     index = {word: i for i, word in enumerate(VOCABULARY)}
-    found = torch.zeros(len(texts), len(VOCABULARY))
-    for row, text in zip(found, texts):
+    counts = torch.zeros(len(texts), len(VOCABULARY))
+    for row, text in zip(counts, texts):
         for word in text.split():
             if word not in FILLERS: row[index[SINGULAR.get(word, word)]] = 1
-    return found
+    return counts
 
 def true_of(
     texts: Tensor,     # (T, V), of `content_words`
@@ -116,7 +122,7 @@ def scene_cache(
     count: int,        # scenes 0..count-1 of the world
     workers: int|None = None,  # processes; None = one per core
 ) -> SceneCache:
-    """Draw `count` scenes into `folder`, or reuse them when they are there. Captions are written last and mark the cache complete.
+    """Draw `count` scenes into `folder`, or reuse those that are there: captions, written last, mark a complete cache.
 
     Parameters
     ----------
@@ -222,7 +228,7 @@ def new_world_clip(
     config: dict,   # of `world_config`
     seed: int = 0,  # of the random weights
 ) -> nn.Module:
-    """A world CLIP to be trained: random, but with every block's key projection a copy of its (orthogonal) query projection.
+    """A world CLIP to be trained: random, but every block's key projection is a copy of its orthogonal query projection.
 
     Parameters
     ----------
@@ -263,7 +269,7 @@ def keep_patches(
 def key_imbalance(
     keys: Tensor,  # (B, heads, 1 + n, d) of one block, CLS first
 ) -> Tensor:
-    """How unequal the keys of a picture's patches are: squared coefficient of variation of |k|^2, averaged over pictures and heads. 0 = all the same length.
+    """Squared coefficient of variation of |k|^2 over a picture's patches, mean over pictures and heads; 0 = all equal.
 
     Parameters
     ----------
@@ -308,7 +314,7 @@ def caption_loss(
     scale: Tensor,       # factor on the cosines
     bias: Tensor,        # added to them
 ) -> Tensor:
-    """Sigmoid loss of all picture-text pairs, summed over texts, averaged over pictures (SigLIP, with many positives a row).
+    """Sigmoid loss of all picture-text pairs, summed over texts, averaged over pictures (SigLIP with several positives).
 
     Parameters
     ----------
@@ -522,12 +528,8 @@ def save_state(
     path : Path
         file to write
     """
-    state = dict(
-        model=trainer.model.state_dict(),
-        optimisers=[o.state_dict() for o in trainer.optimisers],
-        step=trainer.step,
-        steps=trainer.steps,
-    )
+    optimisers = [optimiser.state_dict() for optimiser in trainer.optimisers]
+    state = dict(model=trainer.model.state_dict(), optimisers=optimisers, step=trainer.step, steps=trainer.steps)
     with atomic_write(path) as partial: torch.save(state, partial)
 
 def load_state(
@@ -546,12 +548,14 @@ def load_state(
     state = torch.load(path, weights_only=True, map_location=trainer.model.logit_scale.device)
     if state["steps"] != trainer.steps:
         raise InputError(
-            f"{path} belongs to a run of {state['steps']} steps, not {trainer.steps}: choose another out folder, or that number"
+            f"{path} belongs to a run of {state['steps']} steps, not {trainer.steps}: "
+            "choose another out folder, or that number"
         )
     trainer.model.load_state_dict(state["model"])
     for optimiser, saved in zip(trainer.optimisers, state["optimisers"]): optimiser.load_state_dict(saved)
     trainer.step = state["step"]
 
+# %% ../../nbs/world/48_clip.ipynb #0632b513
 def train_world_clip(
     out: str|Path,                 # folder for the scene cache and the checkpoint
     steps: int = 3500,             # of `batch` pictures
@@ -639,6 +643,9 @@ def ship_world_clip(
     half = {name: value.half() for name, value in trainer.model.state_dict().items()}
     model = build_closed_clip(trainer.config).half()
     model.load_state_dict(half)
-    save_clip(model, path, trainer.config, VOCABULARY, mean=MEAN, std=STD, default_attention_source=attention_source, domain=asdict(CLIP_DOMAIN))
+    save_clip(
+        model, path, trainer.config, VOCABULARY, mean=MEAN, std=STD, default_attention_source=attention_source,
+        domain=asdict(CLIP_DOMAIN)
+    )
     with atomic_write(path.with_suffix(".sha256")) as partial: partial.write_text(f"{sha256(path)}  {path.name}\n")
     return sha256(path)

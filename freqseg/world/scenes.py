@@ -146,6 +146,7 @@ def segment(
     t = np.clip((px*dx + py*dy)/(dx*dx + dy*dy), np.float32(0), np.float32(1))
     return disc(px - t*dx, py - t*dy, radius)
 
+# %% ../../nbs/world/47_scenes.ipynb #b02104ce
 def spike(
     x: Array,           # columns (h, w), rising to the right
     y: Array,           # rows (h, w), rising downwards
@@ -175,6 +176,7 @@ def spike(
     sides = (np.abs(x) - np.float32(slope)*(np.float32(sign*tip) - height))*np.float32(1/normal)
     return np.maximum(sides, np.float32(sign*base) - height)
 
+# %% ../../nbs/world/47_scenes.ipynb #c1024d6f
 def wave(
     t: Array,  # phases, in periods
 ) -> Array:
@@ -215,12 +217,12 @@ def minus(
     return np.maximum(a, -b)
 
 def around(
-    x: Array,         # columns (h, w), rising to the right
-    y: Array,         # rows (h, w), rising downwards
-    n: int,           # copies
-    shape: Distance,  # signed distance of one
+    x: Array,            # columns (h, w), rising to the right
+    y: Array,            # rows (h, w), rising downwards
+    n: int,              # copies
+    distance: Distance,  # signed distance of one
 ) -> Array:
-    """Union of `n` copies of `shape` turned about the origin.
+    """Union of `n` copies of a silhouette turned about the origin.
 
     Parameters
     ----------
@@ -230,10 +232,10 @@ def around(
         rows (h, w), rising downwards
     n : int
         copies
-    shape : Distance
+    distance : Distance
         signed distance of one
     """
-    return union(*(shape(*rotate(x, y, k/n)) for k in range(n)))
+    return union(*(distance(*rotate(x, y, k/n)) for k in range(n)))
 
 def repeat(
     t: Array,     # coordinates
@@ -349,7 +351,7 @@ def comb(x, y):
 # %% ../../nbs/world/47_scenes.ipynb #88446129
 @dataclass(frozen=True)
 class Kind:
-    """A foreground class: its silhouette, its typical look, and the cut `a*x + b*y > c` that its discriminative part lies behind.
+    """A foreground class: silhouette, typical texture and hue, the cut `a*x + b*y > c` of its discriminative part.
 
     Attributes
     ----------
@@ -538,8 +540,16 @@ GROUNDS = (
     Ground("forest", (.05, .14, .07), (.3, .45, .18), _canopy), Ground("fog", (.6, .6, .62), (.88, .88, .9), _layers))
 WORLD_BACKGROUNDS = tuple(ground.name for ground in GROUNDS)
 
-WORLD_DOMAIN = Domain("the embedded world", "drawn by a program, so these figures compare methods and say nothing about photographs", WORLD_CLASSES,
-                      unseen=WORLD_CLASSES[3::4], background=WORLD_BACKGROUNDS, side=224, mu=.12)   # every fourth kind has no masks in zero-shot training
+# every fourth kind has no masks in zero-shot training
+WORLD_DOMAIN = Domain(
+    "the embedded world",
+    "drawn by a program, so these figures compare methods and say nothing about photographs",
+    WORLD_CLASSES,
+    unseen=WORLD_CLASSES[3::4],
+    background=WORLD_BACKGROUNDS,
+    side=224,
+    mu=0.12,
+)
 
 # %% ../../nbs/world/47_scenes.ipynb #bc54d0e0
 @dataclass(frozen=True)
@@ -549,7 +559,7 @@ class Difficulty:
     Attributes
     ----------
     typical : float
-        an instance wears its class's typical look at all
+        an instance has its class's typical texture and hue at all
     partial : float
         ... and then on its discriminative part only
     habitat : float
@@ -569,7 +579,7 @@ class Difficulty:
     minimal : float
         classes with less visible area are not drawn, not labelled and not mentioned
     """
-    typical: float      # an instance wears its class's typical look at all
+    typical: float      # an instance has its class's typical texture and hue at all
     partial: float      # ... and then on its discriminative part only
     habitat: float      # a class with a habitat is shown there
     named: float        # otherwise, the background is one that has a name
@@ -617,7 +627,7 @@ class _Instance:
     distance: Array  # (h, w) in pixels
     u: Array         # (h, w) local coordinates
     v: Array
-    look: tuple[tuple[str, tuple], tuple[str, tuple]]  # (texture, colour) of the part and of the rest
+    appearance: tuple[tuple[str, tuple], tuple[str, tuple]]  # (texture, colour) of the part and of the rest
     hue: str|None    # what a caption may call it
 
 def _pick(rng: np.random.Generator, options): return options[int(rng.random()*len(options))]
@@ -637,7 +647,9 @@ def _silhouette_areas() -> tuple[float, ...]:
     y, x = axis[:, None], axis[None, :]
     return tuple(round(float(np.count_nonzero(kind.distance(x, y) < 0))/56**2, 4) for kind in KINDS)
 
-def _frame(rng: np.random.Generator, size: int, scale: float, reach: float = 1.15) -> tuple[tuple[slice, slice], Array, Array]:
+def _frame(
+    rng: np.random.Generator, size: int, scale: float, reach: float = 1.15
+) -> tuple[tuple[slice, slice], Array, Array]:
     """Place a local frame of `scale` (picture widths per local unit) with random centre, turn, aspect and bend.
 
     Gives its bounding box in pixels and the local coordinates over it."""
@@ -647,17 +659,15 @@ def _frame(rng: np.random.Generator, size: int, scale: float, reach: float = 1.1
     half = reach*scale*max(aspect, 1/aspect)
     rows = slice(max(0, int((cy - half)*size)), min(size, int((cy + half)*size) + 1))
     cols = slice(max(0, int((cx - half)*size)), min(size, int((cx + half)*size) + 1))
-    y = (
-        (np.arange(rows.start, rows.stop, dtype=np.float32) + np.float32(0.5)) * np.float32(1 / size) - np.float32(cy)
-    ) * np.float32(1 / scale)
-    x = (
-        (np.arange(cols.start, cols.stop, dtype=np.float32) + np.float32(0.5)) * np.float32(1 / size) - np.float32(cx)
-    ) * np.float32(1 / scale)
+    def local(pixels: slice, centre: float) -> Array:
+        places = (np.arange(pixels.start, pixels.stop, dtype=np.float32) + np.float32(.5))*np.float32(1/size)
+        return (places - np.float32(centre))*np.float32(1/scale)
+    y, x = local(rows, cy), local(cols, cx)
     u, v = rotate(x[None, :], y[:, None], turn)
     u, v = u*np.float32(1/aspect), v*np.float32(aspect)
     return (rows, cols), u + np.float32(bend)*(v*v - np.float32(.4)), v + np.float32(skew)*(u*u - np.float32(.4))
 
-def _look(rng: np.random.Generator, kind: Kind, knobs: Difficulty) -> tuple[tuple, str|None]:
+def _appearance(rng: np.random.Generator, kind: Kind, knobs: Difficulty) -> tuple[tuple, str|None]:
     "Decide what an instance wears on its part and on the rest, and the hue that a caption may mention."
     coat = _pick(rng, COATS)
     coat = (coat[0], _tint(rng, coat[1]))
@@ -674,8 +684,8 @@ def _place(rng: np.random.Generator, index: int, size: int, knobs: Difficulty) -
     area = low*math.exp(round(math.log(high/low)*rng.random(), 9))
     scale = round(math.sqrt(area/_silhouette_areas()[index]), 9)
     place, u, v = _frame(rng, size, scale)
-    look, hue = _look(rng, KINDS[index], knobs)
-    return _Instance(index, place, KINDS[index].distance(u, v)*np.float32(scale*size), u, v, look, hue)
+    appearance, hue = _appearance(rng, KINDS[index], knobs)
+    return _Instance(index, place, KINDS[index].distance(u, v)*np.float32(scale*size), u, v, appearance, hue)
 
 # %% ../../nbs/world/47_scenes.ipynb #c65d9d89
 def _choose(rng: np.random.Generator, knobs: Difficulty) -> list[int]:
@@ -715,12 +725,8 @@ def _background(rng: np.random.Generator, size: int, ground: Ground|None) -> Arr
     x, y = axis[None, :], axis[:, None]
     if ground is None:
         dark, light = ((rng.random(), rng.random(), rng.random()) for _ in range(2))
-        t = (
-            np.float32(0.7) * n
-            + np.float32(_between(rng, -0.6, 0.6)) * x
-            + np.float32(_between(rng, -0.6, 0.6)) * y
-            + np.float32(0.5)
-        )
+        right, down = (np.float32(_between(rng, -.6, .6)) for _ in range(2))
+        t = np.float32(.7)*n + right*x + down*y + np.float32(.5)
         dark, light = (tuple(.15 + .7*c for c in colour) for colour in (dark, light))
     else:
         dark, light = _tint(rng, ground.dark, .05), _tint(rng, ground.light, .05)
@@ -730,7 +736,7 @@ def _background(rng: np.random.Generator, size: int, ground: Ground|None) -> Arr
     return np.stack([np.float32(a) + np.float32(b - a)*t for a, b in zip(dark, light)])
 
 def _shade(rng: np.random.Generator, u: Array, v: Array) -> Array:
-    "Light from one side, falling off towards the rim: a factor (h, w) around 1."
+    "Light from one side, falling off towards the border: a factor (h, w) around 1."
     s, c = _sincos(rng.random())
     light = np.float32(.85) + np.float32(.22*s)*u + np.float32(.22*c)*v
     return np.clip(light, np.float32(.45), np.float32(1.25))
@@ -743,7 +749,7 @@ def _blend(canvas: Array, place: tuple[slice, slice], colour: Array, distance: A
 
 def _draw(rng: np.random.Generator, canvas: Array, thing: _Instance) -> None:
     "Paint one instance: its discriminative part and its rest, each with its own texture."
-    (part, rest), (a, b, c) = thing.look, KINDS[thing.kind].cut
+    (part, rest), (a, b, c) = thing.appearance, KINDS[thing.kind].cut
     frequency = _between(rng, 2.2, 3.4)
     colour = paint(*part, thing.u, thing.v, frequency)
     if rest is not part:
@@ -751,17 +757,17 @@ def _draw(rng: np.random.Generator, canvas: Array, thing: _Instance) -> None:
         colour = np.where(behind, colour, paint(*rest, thing.u, thing.v, frequency))
     _blend(canvas, thing.box, np.clip(colour*_shade(rng, thing.u, thing.v), 0, 1), thing.distance)
 
+# %% ../../nbs/world/47_scenes.ipynb #f259e1c2
+def _ribbon(x: Array, y: Array) -> Array:
+    "A wavy band."
+    return np.maximum((np.abs(y - np.float32(.2)*wave(x)) - np.float32(.12))*np.float32(.7), np.abs(x) - np.float32(.9))
+
 _NAMELESS: tuple[Distance, ...] = (
-    lambda x, y: ellipse(x, y, 0.9, 0.6),
-    lambda x, y: box(x, y, 0.8, 0.55),
-    lambda x, y: segment(x, y, -0.9, 0, 0.9, 0, 0.1),
-    lambda x, y: np.maximum(
-        (np.abs(y - np.float32(0.2) * wave(x)) - np.float32(0.12)) * np.float32(0.7), np.abs(x) - np.float32(0.9)
-    ),
-)
+    lambda x, y: ellipse(x, y, .9, .6), lambda x, y: box(x, y, .8, .55),
+    lambda x, y: segment(x, y, -.9, 0, .9, 0, .1), _ribbon)
 
 def _distract(rng: np.random.Generator, canvas: Array, knobs: Difficulty) -> None:
-    "Nameless things that wear what objects wear: their typical looks and their shared coats."
+    "Nameless things with the textures and colours of objects: typical ones and shared coats."
     for _ in range(int(rng.random()*(2*knobs.distractors + 1))):
         place, u, v = _frame(rng, canvas.shape[1], _between(rng, .06, .18))
         kind, coat = _pick(rng, KINDS), _pick(rng, COATS)
@@ -852,8 +858,8 @@ SPLITS = ("train", "val", "test")
 class World:
     """Scenes of one seed and split, by index: `World(0, "test")[3]` is the same scene on every machine.
 
-    `size` is the side of the pictures in pixels, `difficulty` one of DIFFICULTIES or an instance of `Difficulty`. Raises `InputError`
-    for an unknown split or difficulty, a side outside 32..1024, and an index below 0.
+    `size` is the side of the pictures in pixels, `difficulty` one of DIFFICULTIES or an instance of `Difficulty`.
+    Raises `InputError` for an unknown split or difficulty, a side outside 32..1024, and an index below 0.
 
     Parameters
     ----------
@@ -907,10 +913,11 @@ def write_world(
     difficulty: str = "medium",                          # "easy", "medium" or "hard"
     workers: int|None = None,      # processes; None = one per core
 ) -> None:
-    """Write a world to disk in VOC layout: pictures as PNG (no JPEG blocks, whose frequencies would be measured with the picture's),
-    palette masks, `classes.txt`, `labels.txt`, `captions.txt`, `domain.json` and an id list for each split that has scenes.
+    """Write a world to disk in VOC layout: PNG pictures, palette masks, names, labels, captions, `domain.json`, ids.
 
-    Raises `InputError` for a folder that is not empty, or cannot be written. Lists are written last: a folder without them is incomplete.
+    PNG has no JPEG blocks, whose frequencies would be measured with the picture's. Every split that has scenes gets a
+    list. Raises `InputError` for a folder that is not empty, or cannot be written. Lists are written last: a folder
+    without them is incomplete.
 
     Parameters
     ----------
@@ -937,11 +944,8 @@ def write_world(
         raise InputError(f"a world needs at least one scene and no negative counts, got {counts}")
     if Path(folder).exists() and any(Path(folder).iterdir()):
         raise InputError(f"{folder} is not empty: choose a new folder, or remove it first")
-    jobs = [
-        (World(seed, split, size, difficulty), i, str(folder), f"{split}_{i:06d}")
-        for split in SPLITS
-        for i in range(counts[split])
-    ]
+    jobs = [(World(seed, split, size, difficulty), i, str(folder), f"{split}_{i:06d}")
+            for split in SPLITS for i in range(counts[split])]
     _write_lists(Path(folder), _written(jobs, workers))
 
 def _written(jobs: list, workers: int|None) -> list[tuple[str, tuple[str, ...], str]]:
@@ -957,7 +961,8 @@ def _written(jobs: list, workers: int|None) -> list[tuple[str, tuple[str, ...], 
 
 def write_domain(folder: Path) -> None:
     "Write what is to be known of the world's scenes, besides their classes, into a folder of them."
-    write_json(folder/"domain.json", {name: value for name, value in asdict(WORLD_DOMAIN).items() if value and name != "classes"})
+    record = {name: value for name, value in asdict(WORLD_DOMAIN).items() if value and name != "classes"}
+    write_json(folder/"domain.json", record)
 
 def recorded_caveat(record: dict) -> str:
     "What a report says of its pictures. Those of earlier versions say only whether they are scenes of this world."
