@@ -194,7 +194,7 @@ def test_work_in_the_background_gives_its_result_and_its_error() -> None:
 def test_cam_makes_a_picture_and_arrays_of_every_map(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = scenes / "JPEGImages" / "test_000000.png"
     assert main(["cam", str(picture), "--classes", "fish, star", *WORLD, "--out", str(tmp_path)]) == 0
-    assert f"1 picture, {len(METHODS)} maps each: {tmp_path / 'test_000000.png'}; the arrays: {tmp_path / 'test_000000.npz'}\n" == capsys.readouterr().out
+    assert f"1 picture, {len(METHODS)} maps each: {tmp_path / 'test_000000.png'} (to look at), {tmp_path / 'test_000000.npz'} (arrays)\n" == capsys.readouterr().out
     maps = arrays(tmp_path / "test_000000.npz")
     assert set(maps) == set(METHODS)
     assert all(cam.shape == (2, 28, 28) and cam.min() >= 0 and cam.max() <= 1 + 1e-5 for cam in maps.values())
@@ -457,7 +457,7 @@ def test_a_system_of_my_own_is_trained_and_used_by_every_command(plugin: Path, s
 def test_a_map_segments_for_any_names_without_a_checkpoint(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = scenes / "JPEGImages" / "test_000000.png"
     words = ["segment", str(picture), "--method", "smoothed", "--model", "world", "--device", "cpu", "--side", "128", "--out", str(tmp_path)]
-    names = list(World(3, "test", 112)[0].classes)
+    names = [*World(3, "test", 112)[0].classes, "fish"]
     assert main([*words, "--classes", ", ".join(names)]) == 0
     with Image.open(picture) as image:
         expected = segment_with_map(load_clip("world"), image, names, "smoothed", inference=replace(usual_showing(load_clip("world")), side=128),

@@ -9,8 +9,7 @@ __all__ = ['MOST_TOKENS', 'LARGE', 'TRAINED', 'EXPLORE', 'DEMO_SYSTEM', 'DEMO', 
            'check_command', 'add_data', 'add_check', 'whole_folder', 'make_world', 'world_command', 'add_world',
            'run_command', 'add_run', 'scenes_on_disk', 'seeds_folder', 'score_seeds', 'seeds_command', 'add_seeds',
            'cost_file', 'costs_of', 'cost_command', 'add_cost', 'demo_command', 'add_demo', 'explore_notebooks',
-           'explore_notebook', 'server_command', 'lab_command', 'app_command', 'add_server', 'add_lab', 'add_app',
-           'build_parser', 'main']
+           'explore_notebook', 'server_command', 'lab_command', 'app_command', 'add_servers', 'build_parser', 'main']
 
 # %% ../../nbs/faces/84_cli.ipynb #d805d7c6
 import argparse, importlib.util, os, re, shlex, sys
@@ -22,8 +21,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from .. import __version__
 from ..files import InputError, unknown_name
 from ..plugins import loaded_plugins
-from .segment_cli import add_segment, cam_settings, map_settings, with_names
-from .terminal import (MODEL, SYSTEM, Once, Parser, add_names, add_old_spelling, add_option, aligned, class_list, count, interruptible,
+from .segment_cli import add_segment, cam_settings, with_names
+from .terminal import (MODEL, SYSTEM, Once, Parser, add_names, add_old_spelling, add_option, aligned, background_list, class_list, count, interruptible,
                                     is_system, map_names, model_title, notice, open_backbone, open_system, output_names, picture_files,
                                     positive, require_apart, require_file, require_own_result, some_of, system_names, trained_names)
 from .training_cli import add_evaluate, add_sweep, add_train, figures_table
@@ -85,8 +84,7 @@ def cam_prompts(
         names between commas, "none" for no background, None for the usual one
     """
     from freqseg.prompts import embed_wording, usual_wording
-    wanted = None if background is None else () if background == "none" else class_list(background)
-    return embed_wording(backbone, usual_wording(backbone, classes, wanted))
+    return embed_wording(backbone, usual_wording(backbone, classes, background_list(background)))
 
 TRAINED = "trained"   # the map of a trained system, beside those of its CLIP
 
@@ -277,7 +275,7 @@ def cam_job(args: argparse.Namespace) -> CamJob:
     system = with_names(open_system(args.model, args.device), classes) if trained else None
     backbone = system.backbone if trained else open_backbone(args.model, args.pretrained, args.device)
     prompts = cam_prompts(backbone, classes, args.background)
-    return CamJob(backbone, prompts, classes, methods, map_settings(args, backbone), model_title(args.model, args.pretrained), Path(args.out), system)
+    return CamJob(backbone, prompts, classes, methods, cam_settings(backbone, args.mu, args.parameter), model_title(args.model, args.pretrained), Path(args.out), system)
 
 def explain_files(
     job: CamJob,
@@ -321,7 +319,7 @@ def cam_command(args: argparse.Namespace) -> int:
     job = cam_job(args)
     names = interruptible(lambda: explain_files(job, files, args.side or longest_side(job.backbone), args.batch))
     made = [some_of([out/f"{name}{ending}" for name in names]) for ending in (".png", ".npz")]
-    print(f"{len(names)} picture{'s' * (len(names) != 1)}, {len(job.methods)} maps each" + (f": {made[0]}; the arrays: {made[1]}" if names else ""))
+    print(f"{len(names)} picture{'s' * (len(names) != 1)}, {len(job.methods)} maps each" + (f": {made[0]} (to look at), {made[1]} (arrays)" if names else ""))
     return 0 if len(names) == len(files) else 2
 
 def add_model(parser: argparse.ArgumentParser, side: str) -> None:
@@ -515,7 +513,7 @@ def score_seeds(args: argparse.Namespace, dataset: "SegmentationFolder", tune: s
     from freqseg.work.seeds import evaluate_seeds
     methods = method_list(args.methods)
     backbone = open_backbone(args.model, args.pretrained, args.device)
-    return evaluate_seeds(dataset, backbone, methods, map_settings(args, backbone), size=args.side, batch=args.batch, limit=args.limit,
+    return evaluate_seeds(dataset, backbone, methods, cam_settings(backbone, args.mu, args.parameter), size=args.side, batch=args.batch, limit=args.limit,
                           threshold_split=tune, progress=sys.stderr.isatty(), command=command,
                           pretrained=None if args.pretrained == "none" else args.pretrained)
 
@@ -748,24 +746,17 @@ def _serve(args: argparse.Namespace, app: bool) -> int:
     notice("Jupyter prints the address with its token" + (": open it in a browser." if args.no_browser else "; it opens in your browser."))
     os.execv(command[0], command)
 
-def add_server(commands: Any, name: str, help: str, command: Callable[[argparse.Namespace], int]) -> None:
-    "Add a command that serves a notebook."
-    parser = commands.add_parser(name, help=help, description=command.__doc__)
-    parser.add_argument("notebook", nargs="?", default="frequency_cam", metavar="NOTEBOOK", help=f"{', '.join(explore_notebooks())} (default: frequency_cam)")
-    parser.add_argument("--port", type=positive, metavar="N", help="where to listen (default: the first free one from 8888)")
-    parser.add_argument("--no-browser", action="store_true", help="print the address only")
-    parser.set_defaults(run=command)
-
-def add_lab(commands: Any) -> None:
-    "Add the command `lab`."
-    add_server(commands, "lab", "open the explorer in JupyterLab", lab_command)
-
-def add_app(commands: Any) -> None:
-    "Add the command `app`."
-    add_server(commands, "app", "the explorer as a page without code", app_command)
+def add_servers(commands: Any) -> None:
+    "Add the commands `lab` and `app`."
+    for name, help, command in (("lab", "open the explorer in JupyterLab", lab_command), ("app", "the explorer as a page without code", app_command)):
+        parser = commands.add_parser(name, help=help, description=command.__doc__)
+        parser.add_argument("notebook", nargs="?", default="frequency_cam", metavar="NOTEBOOK", help=f"{', '.join(explore_notebooks())} (default: frequency_cam)")
+        parser.add_argument("--port", type=positive, metavar="N", help="where to listen (default: the first free one from 8888)")
+        parser.add_argument("--no-browser", action="store_true", help="print the address only")
+        parser.set_defaults(run=command)
 
 # %% ../../nbs/faces/84_cli.ipynb #ec281883
-COMMANDS = (add_demo, add_lab, add_app, add_cam, add_seeds, add_train, add_sweep, add_evaluate, add_segment, add_cost, add_check, add_world, add_run)
+COMMANDS = (add_demo, add_servers, add_cam, add_seeds, add_train, add_sweep, add_evaluate, add_segment, add_cost, add_check, add_world, add_run)
 
 def build_parser() -> Parser:
     "The parser of `freqseg`; every command stores its function as `run`."

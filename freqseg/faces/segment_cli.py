@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENDINGS', 'LARGE', 'with_names', 'as_palette', 'shares', 'shown_as', 'SegmentJob', 'trained_job', 'cam_settings',
-           'map_settings', 'background_of', 'map_job', 'segment_files', 'segment_command', 'add_segment']
+           'map_job', 'segment_files', 'segment_command', 'add_segment']
 
 # %% ../../nbs/faces/80_segment_cli.ipynb #4ae89e20
 import argparse, os
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..files import InputError
-from .terminal import (MODEL, SHOWN, SYSTEM, add_names, add_old_spelling, add_option, class_list, interruptible, map_names, notice,
+from .terminal import (MODEL, SHOWN, SYSTEM, add_names, add_old_spelling, add_option, background_list, class_list, interruptible, map_names, notice,
                                     open_backbone, open_system, output_names, picture_files, protocol_names, require_apart, score, some_of, trained_names)
 
 if TYPE_CHECKING:
@@ -167,23 +167,15 @@ def cam_settings(
         values[today] = parsed(today, text, hint, field.metadata)
     return CamSettings(**values)
 
-def map_settings(args: argparse.Namespace, backbone: "Backbone") -> "CamSettings":
-    "The options of maps that a command names. Raises `InputError` as `cam_settings` does."
-    return cam_settings(backbone, getattr(args, "mu", None), args.parameter)
-
-def background_of(args: argparse.Namespace) -> list[str] | None:
-    "Names that the classes compete with, of --background; none of them for the word none, None for the usual ones."
-    return None if args.background is None else [] if args.background == "none" else class_list(args.background)
-
 def map_job(args: argparse.Namespace) -> SegmentJob:
     "A kind of map answers, without any training. Raises `InputError` as `segment_with_map` does, and without --classes."
     from freqseg.maps import chosen_methods
     from freqseg.work.training_free import segment_with_map, usual_showing
     method, = chosen_methods(args.method)
     if args.classes is None: raise InputError(f"--method {method.name} segments for any names: give them with --classes.")
-    classes, background = class_list(args.classes), background_of(args)
+    classes, background = class_list(args.classes), background_list(args.background)
     backbone = open_backbone(args.model or "ViT-B-16", args.pretrained, args.device)
-    shown, settings = shown_as(args, usual_showing(backbone)), map_settings(args, backbone)
+    shown, settings = shown_as(args, usual_showing(backbone)), cam_settings(backbone, args.mu, args.parameter)
     answer = lambda image: segment_with_map(backbone, image, classes, method.name, background, args.floor, settings, shown).labels
     return SegmentJob(method.title, ["background", *classes], answer, shown, Path(args.out))
 
@@ -240,7 +232,7 @@ def segment_command(args: argparse.Namespace) -> int:
     job = trained_job(args) if args.method is None else map_job(args)
     masks = interruptible(lambda: segment_files(job, files, names))
     overlays = [path.with_stem(f"{path.stem}{ENDINGS[1]}") for path in masks]
-    written = f"masks {some_of(masks)}; to look at, {some_of(overlays)}" if masks else "nothing was written"
+    written = f"{some_of(masks)} (masks), {some_of(overlays)} (to look at)" if masks else "nothing was written"
     print(f"{len(masks)} of {len(files)} pictures: {written}")
     return 0 if len(masks) == len(files) else 2
 
@@ -255,6 +247,7 @@ def add_segment(commands: Any) -> None:
     add_option(parser, "--background", help="with --method: what else may be there; none for nothing (default: WeCLIP's list, or the world's)")
     add_option(parser, "--out", default="segmented", help="where masks go (default: segmented)")
     parser.add_argument("--floor", type=score, metavar="S", help="leave open pixels whose class scores below S (default: none; 0.5 for a single name)")
+    add_option(parser, "--mu")
     add_option(parser, "-p", "--parameter", help="with --method: an option of the maps, may be repeated")
     add_option(parser, "--pretrained")
     add_names(parser, trained_names, map_names, protocol_names)
