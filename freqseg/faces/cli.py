@@ -671,6 +671,7 @@ def score_seeds(
                           threshold_split=tune, progress=sys.stderr.isatty(), command=command,
                           pretrained=None if args.pretrained == "none" else args.pretrained)
 
+# %% ../../nbs/faces/84_cli.ipynb #37d7af7f
 def seeds_command(
     args: argparse.Namespace,   # the command's options, parsed
 ) -> int:
@@ -860,6 +861,7 @@ def _demo_steps(out: Path, scenes: int) -> dict[str, Callable[[], list[str]]]:
         "running the notebook that follows one picture through the tower": lambda: _demo_notebook(out),
         f"training {DEMO_SYSTEM}, {DEMO['iterations']} steps on {DEMO['scenes'][0]} scenes with image labels alone": lambda: _demo_training(out/DEMO_SYSTEM)}
 
+# %% ../../nbs/faces/84_cli.ipynb #ae2cdf05
 def demo_command(
     args: argparse.Namespace,   # the command's options, parsed
 ) -> int:
