@@ -208,7 +208,7 @@ def test_papermill_finds_the_parameters_of_the_training_notebooks() -> None:
 
 EXCEPTIONS = {
     "long_cells": """
-        06_options=2 21_dual_affinity=1 36_maps=1 faces/76_explorer=1 systems/40_segmenter=1 systems/43_dfa=1
+        06_options=2 21_dual_affinity=1 36_maps=1 systems/40_segmenter=1 systems/43_dfa=1
         systems/44_ffr=1 systems/45_zegclip=2 work/53_training_free=1 work/56_train=2 work/57_checkpoints=1
         work/60_experiments=2
     """,
