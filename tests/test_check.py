@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from freqseg import data
+from freqseg import data, lists, pictures
 from freqseg.work import check
 from freqseg.work.check import check_folder
 from freqseg.files import InputError
@@ -24,8 +24,8 @@ def make_folder(root: Path, splits: dict[str, list[str]]) -> Path:
     for index, name in enumerate(ids):
         picture = np.random.default_rng(index).integers(0, 256, (6, 8, 3), dtype=np.uint8)
         Image.fromarray(picture).save(root / "JPEGImages" / f"{name}.jpg")
-        data.write_mask(root / "SegmentationClass" / f"{name}.png", np.eye(6, 8, dtype=np.uint8))
-    data.write_labels(root / "labels.txt", ids, np.array([[True, False]] * len(ids)), ("ant", "bee"))
+        pictures.write_mask(root / "SegmentationClass" / f"{name}.png", np.eye(6, 8, dtype=np.uint8))
+    lists.write_labels(root / "labels.txt", ids, np.array([[True, False]] * len(ids)), ("ant", "bee"))
     return root
 
 
@@ -42,11 +42,11 @@ def damage(root: Path, name: str, kind: str) -> None:
     if kind == "missing picture": picture.unlink()
     elif kind == "damaged picture": picture.write_bytes(picture.read_bytes()[:-60])
     elif kind == "missing mask": mask.unlink()
-    elif kind == "bad mask": data.write_mask(mask, np.full((6, 8), 9))
-    elif kind == "size mismatch": data.write_mask(mask, np.eye(6, 7, dtype=np.uint8))
+    elif kind == "bad mask": pictures.write_mask(mask, np.full((6, 8), 9))
+    elif kind == "size mismatch": pictures.write_mask(mask, np.eye(6, 7, dtype=np.uint8))
     elif kind == "missing labels": (root / "labels.txt").write_text(labels.replace(f"{name} ant\n", ""))
     elif kind == "label without mask": (root / "labels.txt").write_text(labels.replace(f"{name} ant", f"{name} ant,bee"))
-    elif kind == "mask without label": data.write_mask(mask, np.eye(6, 8, dtype=np.uint8) * 2 + np.eye(6, 8, 1, dtype=np.uint8))
+    elif kind == "mask without label": pictures.write_mask(mask, np.eye(6, 8, dtype=np.uint8) * 2 + np.eye(6, 8, 1, dtype=np.uint8))
 
 
 KINDS = ["missing picture", "damaged picture", "missing mask", "bad mask", "size mismatch", "missing labels",
@@ -146,7 +146,7 @@ def test_real_voc_folders_are_whole(real_data: Path) -> None:
 def test_a_truncated_real_picture_is_found(real_data: Path, tmp_path: Path) -> None:
     source = real_data / "voc12_mini"
     (tmp_path / "JPEGImages").mkdir()
-    name = data.read_ids(source / "ImageSets" / "Segmentation" / "val.txt")[0]
+    name = lists.read_ids(source / "ImageSets" / "Segmentation" / "val.txt")[0]
     content = (source / "JPEGImages" / f"{name}.jpg").read_bytes()
     (tmp_path / "JPEGImages" / f"{name}.jpg").write_bytes(content[:-len(content) // 10])
     (tmp_path / "ImageSets" / "Segmentation").mkdir(parents=True)
