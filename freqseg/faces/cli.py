@@ -280,6 +280,7 @@ def _store(job: CamJob, picture: Opened, maps: dict[str, "Tensor"], scores: "Ten
     save_figure(cam_panel(small, panels, rows, heading=f"{picture.name}: {job.title}"), job.out/f"{picture.name}.png",
                 dpi=150)
 
+# %% ../../nbs/faces/84_cli.ipynb #7dac8026
 def cam_job(args: argparse.Namespace) -> CamJob:
     "The model, the prompts and the settings that the options name. Raises `InputError` for what cannot be."
     trained, classes = is_system(args.model), class_list(args.classes)
