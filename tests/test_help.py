@@ -24,7 +24,6 @@ MODULES = sorted(info.name for info in pkgutil.walk_packages(freqseg.__path__, "
 STILL_TO_DO = {f"freqseg.{name}" for name in """
     affinity cam data dual_affinity maps ot_cam prompts
     systems.dfa systems.ffr systems.segmenter systems.wtclip systems.zegclip
-    work.checkpoints work.cost work.experiments work.inference work.seeds work.sweeps work.train
     """.split()}
 
 EXAMPLE = '''def soften(

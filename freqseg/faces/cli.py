@@ -22,9 +22,11 @@ from .. import __version__
 from ..files import InputError, unknown_name
 from ..plugins import loaded_plugins
 from .segment_cli import add_segment, cam_settings, with_names
-from .terminal import (MODEL, SYSTEM, Once, Parser, add_names, add_old_spelling, add_option, aligned, background_list, class_list, count, interruptible,
-                                    is_system, map_names, model_title, notice, open_backbone, open_system, output_names, picture_files,
-                                    positive, require_apart, require_file, require_own_result, some_of, system_names, trained_names)
+from .terminal import (MODEL, SYSTEM, Once, Parser, add_names, add_old_spelling, add_option, aligned,
+                                    background_list, class_list, count, interruptible, is_system, map_names,
+                                    model_title, notice, open_backbone, open_system, output_names, picture_files,
+                                    positive, require_apart, require_file, require_own_result, some_of, system_names,
+                                    trained_names)
 from .training_cli import add_evaluate, add_sweep, add_train, figures_table
 
 if TYPE_CHECKING:
@@ -47,7 +49,8 @@ def fitted_size(
     longest: int,               # longer side wanted, pixels
     patch: int,                 # side of a patch, pixels
 ) -> tuple[int, int]:           # height, width: whole patches
-    """The size nearest to the picture's shape with a longer side of about `longest`. Raises `InputError` when it has too many patches.
+    """The size nearest to the picture's shape with a longer side of about `longest`. Raises `InputError` when it has
+    too many patches.
 
     Parameters
     ----------
@@ -63,12 +66,15 @@ def fitted_size(
     tuple[int, int]
         height, width: whole patches
     """
-    if longest < patch: raise InputError(f"--side {longest} is smaller than one patch of {patch} pixels: take at least {2 * patch}.")
+    if longest < patch:
+        raise InputError(f"--side {longest} is smaller than one patch of {patch} pixels: take at least {2 * patch}.")
     scale = longest / max(picture)
     width, height = (max(1, round(side * scale / patch)) for side in picture)
     if width * height <= MOST_TOKENS: return height * patch, width * patch
-    raise InputError(f"--side {longest} makes {height} x {width} = {height * width:,} patches, and affinities of {(height * width) ** 2 * 4 / 2 ** 30:.1f} GiB "
-                     f"each. Take --side {int(patch * MOST_TOKENS ** 0.5)} or less.")
+    raise InputError(
+        f"--side {longest} makes {height} x {width} = {height * width:,} patches, and affinities of "
+        f"{(height * width) ** 2 * 4 / 2 ** 30:.1f} GiB "
+        f"each. Take --side {int(patch * MOST_TOKENS ** 0.5)} or less.")
 
 # %% ../../nbs/faces/84_cli.ipynb #56319bae
 def cam_prompts(
@@ -76,7 +82,8 @@ def cam_prompts(
     classes: Sequence[str],          # K names
     background: str | None = None,   # names between commas, "none" for no background, None for the usual one
 ) -> "Prompts":
-    """Embedded prompts of the classes and of what they compete with. Raises `InputError` for a word that the world model never saw, naming the nearest.
+    """Embedded prompts of the classes and of what they compete with. Raises `InputError` for a word that the world
+    model never saw, naming the nearest.
 
     Parameters
     ----------
@@ -166,7 +173,8 @@ def _batches(pictures: Iterator[Opened], most: int) -> Iterator[list[Opened]]:
         group = waiting.setdefault(picture.size, [])
         group.append(picture)
         if len(group) == most: yield waiting.pop(picture.size)
-        elif sum(map(len, waiting.values())) >= 4 * most: yield waiting.pop(max(waiting, key=lambda size: len(waiting[size])))
+        elif sum(map(len, waiting.values())) >= 4 * most:
+            yield waiting.pop(max(waiting, key=lambda size: len(waiting[size])))
     yield from waiting.values()
 
 # %% ../../nbs/faces/84_cli.ipynb #8df6c98e
@@ -191,7 +199,8 @@ def zero_shot_probabilities(
     job: CamJob,           # what is the same for all pictures
     embedding: "Tensor",   # (B, E) of CLS in the joint space
 ) -> "Tensor":             # (B, K)
-    """CLIP's probability of each class against the others and the background. A map is always scaled to its own maximum, this is not.
+    """CLIP's probability of each class against the others and the background. A map is always scaled to its own
+    maximum, this is not.
 
     Parameters
     ----------
@@ -208,7 +217,8 @@ def zero_shot_probabilities(
     import torch
     from torch.nn.functional import normalize
     prompts = [part for part in job.prompts if part is not None]
-    return (job.backbone.logit_scale * normalize(embedding, dim=-1) @ torch.cat(prompts).T).softmax(-1)[:, :len(job.classes)]
+    return (job.backbone.logit_scale*
+            normalize(embedding, dim=-1) @ torch.cat(prompts).T).softmax(-1)[:, :len(job.classes)]
 
 def own_maps(
     system: "System",         # able to answer for the classes
@@ -262,7 +272,8 @@ def explain_batch(
     images = job.backbone.preprocess([picture.image for picture in pictures], pictures[0].size)
     methods = [method for method in job.methods if method != TRAINED]
     with torch.no_grad():
-        parts = cam_parts(job.backbone, images, job.prompts.text, None, job.prompts.background, methods or ["gradcam"], job.settings, {"joint": True})
+        parts = cam_parts(job.backbone, images, job.prompts.text, None, job.prompts.background, methods or ["gradcam"],
+                          job.settings, {"joint": True})
         cams = {method: cam_of(parts, method) for method in methods}
         if TRAINED in job.methods: cams[TRAINED] = own_maps(job.system, images, job.classes)
         scores = zero_shot_probabilities(job, parts.features.cls_embedding)
@@ -284,8 +295,10 @@ def _store(job: CamJob, picture: Opened, maps: dict[str, "Tensor"], scores: "Ten
     rows = [f"{name} ({score:.0%})" for name, score in zip(job.classes, scores.tolist())]
     titles = panel_titles(job.settings)
     panels = {titles[method]: cam for method, cam in maps.items()}
-    save_figure(cam_panel(small, panels, rows, heading=f"{picture.name}: {job.title}"), job.out/f"{picture.name}.png", dpi=150)
+    save_figure(cam_panel(small, panels, rows, heading=f"{picture.name}: {job.title}"), job.out/f"{picture.name}.png",
+                dpi=150)
 
+# %% ../../nbs/faces/84_cli.ipynb #7dac8026
 def cam_job(
     args: argparse.Namespace,   # the command's options, parsed
 ) -> CamJob:
@@ -301,7 +314,8 @@ def cam_job(
     system = with_names(open_system(args.model, args.device), classes) if trained else None
     backbone = system.backbone if trained else open_backbone(args.model, args.pretrained, args.device)
     prompts = cam_prompts(backbone, classes, args.background)
-    return CamJob(backbone, prompts, classes, methods, cam_settings(backbone, args.mu, args.parameter), model_title(args.model, args.pretrained), Path(args.out), system)
+    return CamJob(backbone, prompts, classes, methods, cam_settings(backbone, args.mu, args.parameter),
+                  model_title(args.model, args.pretrained), Path(args.out), system)
 
 def explain_files(
     job: CamJob,             # what is the same for all pictures
@@ -365,7 +379,8 @@ def cam_command(
     job = cam_job(args)
     names = interruptible(lambda: explain_files(job, files, args.side or longest_side(job.backbone), args.batch))
     made = [some_of([out/f"{name}{ending}" for name in names]) for ending in (".png", ".npz")]
-    print(f"{len(names)} picture{'s' * (len(names) != 1)}, {len(job.methods)} maps each" + (f": {made[0]} (to look at), {made[1]} (arrays)" if names else ""))
+    print(f"{len(names)} picture{'s' * (len(names) != 1)}, {len(job.methods)} maps each" +
+          (f": {made[0]} (to look at), {made[1]} (arrays)" if names else ""))
     return 0 if len(names) == len(files) else 2
 
 def add_model(
@@ -403,7 +418,8 @@ def add_cam(
     commands : Any
         the parsers of all commands
     """
-    parser = commands.add_parser("cam", help="where CLIP sees your classes: full map, bands, refinements", description=cam_command.__doc__)
+    parser = commands.add_parser("cam", help="where CLIP sees your classes: full map, bands, refinements",
+                                 description=cam_command.__doc__)
     parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="files, folders or patterns")
     add_option(parser, "--classes", required=True, help='what they may show, for example "dog, traffic light"')
     add_option(parser, "--background")
@@ -443,7 +459,8 @@ def add_data(
     help : str
         what the folder is for
     """
-    parser.add_argument("data", nargs="?", action=Once, default=argparse.SUPPRESS, metavar="DATA", help="the same as --data")
+    parser.add_argument("data", nargs="?", action=Once, default=argparse.SUPPRESS, metavar="DATA",
+                        help="the same as --data")
     add_option(parser, "--data", action=Once, help=help)
 
 def add_check(
@@ -459,7 +476,8 @@ def add_check(
     parser = commands.add_parser("check", help="is a dataset folder whole?", description=check_command.__doc__)
     add_data(parser, "the folder: VOC, COCO, COCO-Stuff or your own")
     add_option(parser, "--split", help="only this list (default: all)")
-    parser.add_argument("--every", action="store_true", help="a line for every finding, not only the first of each kind")
+    parser.add_argument("--every", action="store_true",
+                        help="a line for every finding, not only the first of each kind")
     parser.add_argument("--fix-list", metavar="FILE", help="write the ids without the broken ones")
     parser.set_defaults(run=check_command)
 
@@ -470,11 +488,13 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
     Raises `InputError` when `path` exists and is not an empty folder, or cannot be made."""
     import shutil, tempfile
-    if path.exists() and (not path.is_dir() or any(path.iterdir())): raise InputError(f"{path} is not empty: choose a new folder, or remove it first.")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path} is not empty: choose a new folder, or remove it first.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
-    except OSError as error: raise InputError(f"cannot write {path}: {error.strerror}. Choose another folder.") from error
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}. Choose another folder.") from error
     try:
         yield partial
         partial.chmod(0o755)
@@ -485,7 +505,8 @@ def make_world(
     out: Path,        # the folder, not there yet or empty
     **options: Any,   # of `write_world`
 ) -> Path:
-    """Write a world of scenes to a folder, all of it or nothing. Raises `InputError` as `whole_folder` and `write_world` do.
+    """Write a world of scenes to a folder, all of it or nothing. Raises `InputError` as `whole_folder` and
+    `write_world` do.
 
     Parameters
     ----------
@@ -513,7 +534,8 @@ def world_command(
     if args.difficulty not in DIFFICULTIES: raise unknown_name(args.difficulty, DIFFICULTIES, "difficulty")
     counts = {split: getattr(args, split) for split in SPLITS}
     out = make_world(Path(args.out), **counts, seed=args.seed, size=args.size, difficulty=args.difficulty)
-    print(f"{sum(counts.values()):,} scenes in {out}: " + ", ".join(f"{split} {scenes:,}" for split, scenes in counts.items()))
+    print(f"{sum(counts.values()):,} scenes in {out}: " +
+          ", ".join(f"{split} {scenes:,}" for split, scenes in counts.items()))
     return 0
 
 def _measure_world(path: Path, seed: int) -> int:
@@ -537,20 +559,27 @@ def add_world(
     commands : Any
         the parsers of all commands
     """
-    parser = commands.add_parser("world", help="write drawn scenes with exact masks, to train and test on", description=world_command.__doc__)
+    parser = commands.add_parser("world", help="write drawn scenes with exact masks, to train and test on",
+                                 description=world_command.__doc__)
     target = parser.add_mutually_exclusive_group(required=True)
     add_option(target, "--out", help="a new folder for the scenes")
-    target.add_argument("--measure", metavar="FILE", help="instead, measure world and model on 500 test scenes into this JSON file (about ten minutes)")
+    target.add_argument(
+        "--measure", metavar="FILE",
+        help="instead, measure world and model on 500 test scenes into this JSON file (about ten minutes)")
     for split, scenes in (("train", 2000), ("val", 500), ("test", 500)):
-        parser.add_argument(f"--{split}", type=count, default=scenes, metavar="N", help=f"scenes in {split} (default: {scenes})")
-    parser.add_argument("--seed", type=count, default=0, metavar="N", help="other numbers give other scenes (default: 0)")
+        parser.add_argument(f"--{split}", type=count, default=scenes, metavar="N",
+                            help=f"scenes in {split} (default: {scenes})")
+    parser.add_argument("--seed", type=count, default=0, metavar="N",
+                        help="other numbers give other scenes (default: 0)")
     add_option(parser, "--size", default=224, help="side of a scene (default: 224)")
-    parser.add_argument("--difficulty", default="medium", metavar="LEVEL", help="easy, medium or hard (default: medium)")
+    parser.add_argument("--difficulty", default="medium", metavar="LEVEL",
+                        help="easy, medium or hard (default: medium)")
     parser.set_defaults(run=world_command)
 
 # %% ../../nbs/faces/84_cli.ipynb #e279e94d
 def _values_of(args: argparse.Namespace, known: "dict[str, Parameter]") -> dict[str, Any]:
-    "The parameters that -p names. Raises `InputError` for what the notebook cannot mean; for what no training would accept before a kernel starts."
+    """The parameters that -p names. Raises `InputError` for what the notebook cannot mean; for what no training would
+    accept before a kernel starts."""
     from freqseg.systems.segmenter import known_systems
     from freqseg.work.experiments import parse_parameters, plain_warnings, plan
     from freqseg.work.runs import parse_parameter
@@ -577,7 +606,8 @@ def run_command(
     from freqseg.work.runs import notebook_parameters, run_notebook
     known = notebook_parameters(args.notebook)
     if args.out is None: print(*known.values(), sep="\n")
-    else: print(f"record: {run_notebook(args.notebook, args.out, _values_of(args, known), progress=sys.stderr.isatty())}")
+    else:
+        print(f"record: {run_notebook(args.notebook, args.out, _values_of(args, known), progress=sys.stderr.isatty())}")
     return 0
 
 def add_run(
@@ -590,7 +620,8 @@ def add_run(
     commands : Any
         the parsers of all commands
     """
-    parser = commands.add_parser("run", help="run a notebook with parameters; without --out, list them", description=run_command.__doc__)
+    parser = commands.add_parser("run", help="run a notebook with parameters; without --out, list them",
+                                 description=run_command.__doc__)
     parser.add_argument("notebook", metavar="NOTEBOOK", help="for example nbs/train/world_clip.ipynb")
     add_option(parser, "--out", metavar="PATH", help="the executed .ipynb, or a folder for it")
     add_option(parser, "-p", "--parameter", help="may be repeated")
@@ -602,7 +633,8 @@ def scenes_on_disk(
     splits: Sequence[str],   # which splits are needed
     count: int,              # scenes in each
 ) -> Path:
-    """A world with so many scenes; one that is there already, whole and large enough, is used again. Raises `InputError` for another folder.
+    """A world with so many scenes; one that is there already, whole and large enough, is used again. Raises
+    `InputError` for another folder.
 
     Parameters
     ----------
@@ -622,10 +654,13 @@ def scenes_on_disk(
 def _seeds_data(args: argparse.Namespace) -> "tuple[SegmentationFolder, str | None]":
     "The data set that the options name, with masks, and the split that chooses thresholds (None: the same)."
     from freqseg.data import open_dataset
-    if args.data is None: raise InputError("name the data set: freqseg seeds DIR, or freqseg seeds world for scenes that are drawn on the spot.")
+    if args.data is None:
+        raise InputError(
+            "name the data set: freqseg seeds DIR, or freqseg seeds world for scenes that are drawn on the spot.")
     if args.data != "world": return open_dataset(args.data, args.split or "train", masks=True), args.threshold_split
     split, tune = args.split or "test", args.threshold_split or "val"
-    folder = scenes_on_disk(Path(args.out or "runs/seeds")/"world", list(dict.fromkeys([split, tune])), args.limit or 200)
+    folder = scenes_on_disk(
+        Path(args.out or "runs/seeds")/"world", list(dict.fromkeys([split, tune])), args.limit or 200)
     return open_dataset(folder, split, masks=True), tune
 
 def seeds_folder(
@@ -699,10 +734,14 @@ def add_seeds(
     commands : Any
         the parsers of all commands
     """
-    parser = commands.add_parser("seeds", help="how good each kind of map is, over a data set with masks", description=seeds_command.__doc__)
-    add_data(parser, "the data set's folder, or the word world for scenes drawn on the spot (a folder of that name: ./world)")
+    parser = commands.add_parser("seeds", help="how good each kind of map is, over a data set with masks",
+                                 description=seeds_command.__doc__)
+    add_data(parser,
+             "the data set's folder, or the word world for scenes drawn on the spot (a folder of that name: ./world)")
     add_option(parser, "--split", help="which list is reported (default: train, for the world test)")
-    add_option(parser, "--threshold-split", help="the list on which background thresholds are chosen (default: for the world val, else the reported one)")
+    add_option(
+        parser, "--threshold-split",
+        help="the list on which background thresholds are chosen (default: for the world val, else the reported one)")
     add_option(parser, "--limit", help="only the first N pictures of each list (default: all; for the world 200)")
     add_option(parser, "--out", help="where table and chart go (default: runs/seeds/DATA-SPLIT-MODEL)")
     add_option(parser, "--overwrite")
@@ -737,12 +776,18 @@ def costs_of(
         the command's options, parsed
     """
     from freqseg.work.cost import measure_cost, measure_costs
-    options = dict(size=args.size, batch=args.batch, repeats=args.repeats, training=args.training, precision=args.precision)
+    options = dict(size=args.size, batch=args.batch, repeats=args.repeats, training=args.training,
+                   precision=args.precision)
     classes = None if args.classes is None else class_list(args.classes)
     if not is_system(args.model): return measure_costs(args.systems, args.model, classes, args.device, **options)
-    if args.systems: raise InputError(f"{args.model} is a trained system: measure it alone, or {', '.join(args.systems)} on a CLIP such as --model world.")
+    if args.systems:
+        raise InputError(
+            f"{args.model} is a trained system: measure it alone, or {', '.join(args.systems)} on a CLIP such as "
+            "--model world."
+        )
     return [measure_cost(with_names(open_system(args.model, args.device), classes), **options)]
 
+# %% ../../nbs/faces/84_cli.ipynb #c057a012
 def cost_command(
     args: argparse.Namespace,   # the command's options, parsed
 ) -> int:
@@ -762,7 +807,8 @@ def cost_command(
     tables = [cost_markdown(costs), *(parts_markdown(costs, of) for of in ("predict", "step")[:1 + args.training])]
     print(*(aligned(table) + "\n" for table in tables), sep="\n", end="")
     if path is None: return 0
-    with atomic_write(path) as partial: partial.write_text(json.dumps([cost.as_dict() for cost in costs], indent=1) + "\n", encoding="utf-8")
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps([cost.as_dict() for cost in costs], indent=1) + "\n", encoding="utf-8")
     print(f"\n  {path}")
     return 0
 
@@ -776,45 +822,65 @@ def add_cost(
     commands : Any
         the parsers of all commands
     """
-    parser = commands.add_parser("cost", help="what a system takes for one picture: operations, time, memory", description=cost_command.__doc__,
-                                 epilog="Zero-shot systems learn from masks of some classes. Where no split of yours is published, the last is taken as the one "
-                                        "without masks; they need two names or more. Try first: freqseg cost --model world --size 112")
-    parser.add_argument("systems", nargs="*", metavar="SYSTEM", help="which systems: names, or FILE.py:CLASS of your own (default: all; --names lists them)")
-    add_option(parser, "--model", default="ViT-B-16", help=f"what they stand on: {MODEL}; or {SYSTEM}, which is measured itself (default: ViT-B-16)")
-    add_option(parser, "--classes", help='voc, coco, cocostuff, world, or your own, for example "dog, traffic light" (default: world for the model world, else voc)')
-    add_option(parser, "--size", default=512, help="side of the picture, a multiple of the model's patch (default: 512)")
+    parser = commands.add_parser(
+        "cost", help="what a system takes for one picture: operations, time, memory", description=cost_command.__doc__,
+        epilog=
+        "Zero-shot systems learn from masks of some classes. Where no split of yours is published, the last is taken "
+        "as the one "
+        "without masks; they need two names or more. Try first: freqseg cost --model world --size 112")
+    parser.add_argument("systems", nargs="*", metavar="SYSTEM",
+                        help="which systems: names, or FILE.py:CLASS of your own (default: all; --names lists them)")
+    add_option(parser, "--model", default="ViT-B-16",
+               help=f"what they stand on: {MODEL}; or {SYSTEM}, which is measured itself (default: ViT-B-16)")
+    add_option(
+        parser, "--classes", help=
+        'voc, coco, cocostuff, world, or your own, for example "dog, traffic light" (default: world for the model '
+        'world, else voc)'
+    )
+    add_option(parser, "--size", default=512,
+               help="side of the picture, a multiple of the model's patch (default: 512)")
     add_option(parser, "--batch", default=1, help="pictures at a time (default: 1)")
     parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="passes that are timed (default: 5)")
     parser.add_argument("--training", action="store_true", help="measure a training step, forward and backward, too")
     add_option(parser, "--precision")
     add_option(parser, "--device")
-    add_option(parser, "--out", metavar="PATH", help="write the figures there, too: a .json file, or a folder for cost.json")
+    add_option(parser, "--out", metavar="PATH",
+               help="write the figures there, too: a .json file, or a folder for cost.json")
     add_names(parser, system_names, trained_names)
     add_old_spelling(parser, "--json", "--out")
     parser.set_defaults(run=cost_command)
 
 # %% ../../nbs/faces/84_cli.ipynb #6e59b81a
 def _demo_maps(job: CamJob, dataset: "SegmentationFolder", count: int) -> dict[str, dict[str, Any]]:
-    "`freqseg cam` for the first scenes, each with its own classes; gives a row of the gallery for each, by number and classes."
+    """`freqseg cam` for the first scenes, each with its own classes; gives a row of the gallery for each, by number
+    and classes."""
     from freqseg.faces.plots import overlay, paint_mask
     rows, titles = {}, panel_titles(job.settings)
     for index in range(min(count, len(dataset))):
         sample = dataset[index]
         classes = [name for name, present in zip(dataset.classes, sample.labels) if present]
         own = job._replace(classes=classes, prompts=cam_prompts(job.backbone, classes))
-        cams = explain_batch(own, [Opened(sample.id, sample.image, fitted_size(sample.image.size, longest_side(job.backbone), job.backbone.patch_size))])
+        cams = explain_batch(own, [
+            Opened(sample.id, sample.image,
+                   fitted_size(sample.image.size, longest_side(job.backbone), job.backbone.patch_size))])
         strongest = {titles[method]: overlay(sample.image, cam[0].amax(0)) for method, cam in cams.items()}
-        rows[f"{index}: {', '.join(classes)}"] = {"picture": sample.image, "mask": paint_mask(sample.mask, sample.image), **strongest}
+        rows[f"{index}: {', '.join(classes)}"] = {
+            "picture": sample.image, "mask": paint_mask(sample.mask, sample.image), **strongest}
     return rows
 
 def _demo_gallery(out: Path, dataset: "SegmentationFolder") -> list[str]:
     "Draw the maps of six scenes, and all of them on one page; the lines for the summary."
     from freqseg.faces.plots import gallery, save_figure
     backbone = open_backbone("world", "openai")
-    job = CamJob(backbone, cam_prompts(backbone, dataset.classes), dataset.classes, method_list("all"), cam_settings(backbone), "world CLIP", out/"cams")
+    job = CamJob(backbone, cam_prompts(backbone, dataset.classes), dataset.classes, method_list("all"),
+                 cam_settings(backbone), "world CLIP", out/"cams")
     rows = _demo_maps(job, dataset, 6)
-    save_figure(gallery(list(rows.values()), list(rows), heading="The strongest class at every place, by every kind of map"), out/"gallery.png", dpi=110)
-    return [f"  {out/'gallery.png'}  start here: six scenes, every kind of map", f"  {out/'cams'}  a picture and the arrays of every map, for single scenes"]
+    save_figure(
+        gallery(list(rows.values()), list(rows), heading="The strongest class at every place, by every kind of map"),
+        out/"gallery.png", dpi=110)
+    return [
+        f"  {out/'gallery.png'}  start here: six scenes, every kind of map",
+        f"  {out/'cams'}  a picture and the arrays of every map, for single scenes"]
 
 def _demo_scores(out: Path, dataset: "SegmentationFolder") -> list[str]:
     "Print and save the table of methods; the lines for the summary."
@@ -834,32 +900,43 @@ def _demo_notebook(out: Path) -> list[str]:
     except InputError as error:
         print(f"      {error}", flush=True)
         return []
-    return [f"  {run_notebook(notebook, out, {'model': 'world'})}  one picture, step by step: open it in JupyterLab (freqseg lab)"]
+    return [
+        f"  {run_notebook(notebook, out, {'model': 'world'})}  one picture, step by step: open it in JupyterLab "
+        "(freqseg lab)"
+    ]
 
 DEMO_SYSTEM = "dfa"
-DEMO = dict(preset="world", scenes=(400, 24, 48), iterations=160, warmup=10, validate_every=0, save_every=40)   # about two minutes on two cores
+# about two minutes on two cores
+DEMO = dict(preset="world", scenes=(400, 24, 48), iterations=160, warmup=10, validate_every=0, save_every=40)
 
 def _demo_training(out: Path) -> list[str]:
-    "Train a system on a few hundred scenes; the lines for the summary. Without the repository's notebooks there is nothing to run."
+    """Train a system on a few hundred scenes; the lines for the summary. Without the repository's notebooks there is
+    nothing to run."""
     from freqseg.work.experiments import training_notebook
     from freqseg.work.runs import run_notebook
     try: notebook = training_notebook(DEMO_SYSTEM, out)
     except InputError as error: return [f"  no training: {error}"]
     run_notebook(notebook, out/"run.ipynb", {**DEMO, "out": str(out)}, live=sys.stderr if sys.stderr.isatty() else None)
     print("\n" + figures_table(out), flush=True)
-    return [f"  {out/'report.html'}  {DEMO_SYSTEM}, trained from image labels: figures, confusions, best and worst scenes (run.ipynb is the training)"]
+    return [
+        f"  {out/'report.html'}  {DEMO_SYSTEM}, trained from image labels: figures, confusions, best and worst scenes "
+        "(run.ipynb is the training)"
+    ]
 
+# %% ../../nbs/faces/84_cli.ipynb #9b7d40b8
 def _demo_steps(out: Path, scenes: int) -> dict[str, Callable[[], list[str]]]:
     "What happens -> what does it and gives the lines for the summary."
     from freqseg.data import open_dataset
-    folder = out/"world"
+    folder, steps, drawn = out/"world", DEMO["iterations"], DEMO["scenes"][0]
     test = lambda: open_dataset(folder, "test", masks=True)
+    draw = lambda: [f"  {scenes_on_disk(folder, ('val', 'test'), scenes)}  the scenes, in VOC layout"]
+    train = lambda: _demo_training(out/DEMO_SYSTEM)
     return {
-        f"drawing {2 * scenes} scenes": lambda: [f"  {scenes_on_disk(folder, ('val', 'test'), scenes)}  the scenes, in VOC layout"],
+        f"drawing {2 * scenes} scenes": draw,
         f"scoring every kind of map on {scenes} scenes (thresholds from {scenes} others)": lambda: _demo_scores(out, test()),
         "drawing the maps of six of them": lambda: _demo_gallery(out, test()),
         "running the notebook that follows one picture through the tower": lambda: _demo_notebook(out),
-        f"training {DEMO_SYSTEM}, {DEMO['iterations']} steps on {DEMO['scenes'][0]} scenes with image labels alone": lambda: _demo_training(out/DEMO_SYSTEM)}
+        f"training {DEMO_SYSTEM}, {steps} steps on {drawn} scenes with image labels alone": train}
 
 # %% ../../nbs/faces/84_cli.ipynb #ae2cdf05
 def demo_command(
@@ -880,7 +957,8 @@ def demo_command(
         lines += work()
         print(f"      {time.monotonic() - begin:.0f} s", flush=True)
     first = next(line for line in lines if "start here" in line)
-    print("\nMade:", first, *(line for line in lines if line != first), "\nNext, on a photograph of yours (downloads OpenAI's weights once):",
+    print("\nMade:", first, *(line for line in lines if line != first),
+          "\nNext, on a photograph of yours (downloads OpenAI's weights once):",
           '  freqseg cam PICTURE --classes "dog, grass"', sep="\n")
     return 0
 
@@ -894,9 +972,11 @@ def add_demo(
     commands : Any
         the parsers of all commands
     """
-    parser = commands.add_parser("demo", help="see everything once, offline, in a few minutes", description=demo_command.__doc__)
+    parser = commands.add_parser("demo", help="see everything once, offline, in a few minutes",
+                                 description=demo_command.__doc__)
     add_option(parser, "--out", default="demo", help="where everything goes (default: demo)")
-    parser.add_argument("--scenes", type=positive, default=24, metavar="N", help="test scenes that are scored (default: 24)")
+    parser.add_argument("--scenes", type=positive, default=24, metavar="N",
+                        help="test scenes that are scored (default: 24)")
     parser.set_defaults(run=demo_command)
 
 # %% ../../nbs/faces/84_cli.ipynb #3795da89
@@ -918,12 +998,17 @@ def explore_notebook(
     """
     known, name = explore_notebooks(), name.removesuffix(".ipynb")
     if not known:
-        raise InputError("there is no nbs/explore: freqseg was installed without its notebooks. Clone its repository, or use freqseg.faces.widgets in a notebook of yours.")
+        raise InputError(
+            "there is no nbs/explore: freqseg was installed without its notebooks. Clone its repository, or use "
+            "freqseg.faces.widgets in a notebook of yours."
+        )
     if name not in known: raise unknown_name(name, known, "notebook")
     return known[name]
 
-# Voila's page asks two servers for icons and for equations. What they serve is not needed, and nobody should hear who looks at which picture.
-ONLY_THIS_MACHINE = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob: ws://127.0.0.1:* ws://localhost:*; frame-ancestors 'self'"
+# Voila's page asks two servers for icons and for equations. What they serve is not needed, and nobody should hear who
+# looks at which picture.
+ONLY_THIS_MACHINE = ("default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob: ws://127.0.0.1:* ws://localhost:*; "
+                     "frame-ancestors 'self'")
 
 def server_command(
     notebook: Path,            # the file to open
@@ -945,7 +1030,8 @@ def server_command(
         open one?
     """
     page = f"/voila/render/{notebook.name}" if app else f"/doc/tree/{notebook.name}"
-    chosen = ["--ServerApp.jpserver_extensions={'voila.server_extension': True}", f"--ServerApp.default_url={page}"] if app else [f"--LabApp.default_url={page}"]
+    chosen = ["--ServerApp.jpserver_extensions={'voila.server_extension': True}", f"--ServerApp.default_url={page}"
+              ] if app else [f"--LabApp.default_url={page}"]
     wire: dict[str, Any] = {"websocket_max_message_size": 2**27}
     if app: wire["headers"] = {"Content-Security-Policy": ONLY_THIS_MACHINE}
     chosen += ["--ip=127.0.0.1", f"--ServerApp.root_dir={notebook.parent}", f"--ServerApp.tornado_settings={wire}"]
@@ -977,13 +1063,15 @@ def app_command(
     args : argparse.Namespace
         the command's options, parsed
     """
-    if importlib.util.find_spec("voila") is None: raise InputError("the app needs Voila: pip install voila, or use freqseg lab.")
+    if importlib.util.find_spec("voila") is None:
+        raise InputError("the app needs Voila: pip install voila, or use freqseg lab.")
     return _serve(args, app=True)
 
 def _serve(args: argparse.Namespace, app: bool) -> int:
     "Become a server, until it ends."
     command = server_command(explore_notebook(args.notebook), app, args.port, not args.no_browser)
-    notice("Jupyter prints the address with its token" + (": open it in a browser." if args.no_browser else "; it opens in your browser."))
+    notice("Jupyter prints the address with its token" +
+           (": open it in a browser." if args.no_browser else "; it opens in your browser."))
     os.execv(command[0], command)
 
 def add_servers(
@@ -996,19 +1084,24 @@ def add_servers(
     commands : Any
         the parsers of all commands
     """
-    for name, help, command in (("lab", "open the explorer in JupyterLab", lab_command), ("app", "the explorer as a page without code", app_command)):
+    for name, help, command in (("lab", "open the explorer in JupyterLab", lab_command),
+                                ("app", "the explorer as a page without code", app_command)):
         parser = commands.add_parser(name, help=help, description=command.__doc__)
-        parser.add_argument("notebook", nargs="?", default="frequency_cam", metavar="NOTEBOOK", help=f"{', '.join(explore_notebooks())} (default: frequency_cam)")
-        parser.add_argument("--port", type=positive, metavar="N", help="where to listen (default: the first free one from 8888)")
+        parser.add_argument("notebook", nargs="?", default="frequency_cam", metavar="NOTEBOOK",
+                            help=f"{', '.join(explore_notebooks())} (default: frequency_cam)")
+        parser.add_argument("--port", type=positive, metavar="N",
+                            help="where to listen (default: the first free one from 8888)")
         parser.add_argument("--no-browser", action="store_true", help="print the address only")
         parser.set_defaults(run=command)
 
 # %% ../../nbs/faces/84_cli.ipynb #ec281883
-COMMANDS = (add_demo, add_servers, add_cam, add_seeds, add_train, add_sweep, add_evaluate, add_segment, add_cost, add_check, add_world, add_run)
+COMMANDS = (add_demo, add_servers, add_cam, add_seeds, add_train, add_sweep, add_evaluate, add_segment, add_cost,
+            add_check, add_world, add_run)
 
 def build_parser() -> Parser:
     "The parser of `freqseg`; every command stores its function as `run`."
-    parser = Parser("freqseg", description="See what a CLIP segmenter knows at each frequency.", epilog="freqseg COMMAND --help says more. Try first: freqseg demo")
+    parser = Parser("freqseg", description="See what a CLIP segmenter knows at each frequency.",
+                    epilog="freqseg COMMAND --help says more. Try first: freqseg demo")
     parser.add_argument("--version", action="version", version=f"freqseg {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for add in COMMANDS: add(commands)

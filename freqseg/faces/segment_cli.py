@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..files import InputError
-from .terminal import (MODEL, SHOWN, SYSTEM, add_names, add_old_spelling, add_option, background_list, class_list, interruptible, map_names, notice,
-                                    open_backbone, open_system, output_names, picture_files, protocol_names, require_apart, score, some_of, trained_names)
+from .terminal import (MODEL, SHOWN, SYSTEM, add_names, add_old_spelling, add_option, background_list,
+                                    class_list, interruptible, map_names, notice, open_backbone, open_system,
+                                    output_names, picture_files, protocol_names, require_apart, score, some_of,
+                                    trained_names)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,7 +31,8 @@ def with_names(
     system: "System",              # trained
     names: Sequence[str] | None,   # None = the system's own
 ) -> "System":
-    """The system able to answer for these names; a weakly supervised one stays as it is, and is asked for some of its classes.
+    """The system able to answer for these names; a weakly supervised one stays as it is, and is asked for some of its
+    classes.
 
     Raises `InputError` for names that it cannot answer for, and for too many.
 
@@ -48,8 +51,10 @@ def with_names(
     strange = [name for name in names if name not in system.classes]
     if not strange: return system
     able = ", ".join(name for name in known_systems() if SYSTEMS[name].supervision == "masks")
-    raise InputError(f"{system.name} has no classifier for {strange[0]!r}: it was trained for {', '.join(system.classes)}. Only zero-shot systems ({able}) "
-                     "answer for other names; without --classes it answers for its own.")
+    raise InputError(
+        f"{system.name} has no classifier for {strange[0]!r}: it was trained for {', '.join(system.classes)}. Only "
+        f"zero-shot systems ({able}) "
+        "answer for other names; without --classes it answers for its own.")
 
 def as_palette(
     labels: "np.ndarray",   # (H, W) uint8, 255 = left open
@@ -93,14 +98,18 @@ LARGE = 1024**2           # pixels from which a whole picture takes minutes on a
 def _floor(floor: float | None, system: "System") -> float | None:
     "The least score of a class: as given, and 0.5 for a single name."
     if floor is not None or system.num_classes > 1: return floor
-    notice(f"{system.classes[0]} is the only name, so every pixel would be its own: taking those it claims with a score of at least 0.5 (--floor).")
+    notice(
+        f"{system.classes[0]} is the only name, so every pixel would be its own: taking those it claims with a score "
+        "of at least 0.5 (--floor)."
+    )
     return .5
 
 def shown_as(
     args: argparse.Namespace,   # with the options of SHOWN
     usual: "Inference",         # how this system's pictures are shown
 ) -> "Inference":
-    """How pictures are shown: the usual way or a paper's protocol, changed by single options. Raises `InputError` for what cannot be.
+    """How pictures are shown: the usual way or a paper's protocol, changed by single options. Raises `InputError` for
+    what cannot be.
 
     Parameters
     ----------
@@ -194,11 +203,13 @@ def map_job(
     from freqseg.maps import chosen_methods
     from freqseg.work.training_free import segment_with_map, usual_showing
     method, = chosen_methods(args.method)
-    if args.classes is None: raise InputError(f"--method {method.name} segments for any names: give them with --classes.")
+    if args.classes is None:
+        raise InputError(f"--method {method.name} segments for any names: give them with --classes.")
     classes, background = class_list(args.classes), background_list(args.background)
     backbone = open_backbone(args.model or "ViT-B-16", args.pretrained, args.device)
     shown, settings = shown_as(args, usual_showing(backbone)), cam_settings(backbone, args.mu, args.parameter)
-    answer = lambda image: segment_with_map(backbone, image, classes, method.name, background, args.floor, settings, shown).labels
+    answer = lambda image: segment_with_map(backbone, image, classes, method.name, background, args.floor, settings,
+                                            shown).labels
     return SegmentJob(method.title, ["background", *classes], answer, shown, Path(args.out))
 
 # %% ../../nbs/faces/80_segment_cli.ipynb #1aa35392
@@ -207,12 +218,16 @@ def _mask_of(job: SegmentJob, file: Path) -> "tuple[Image.Image, np.ndarray]":
     from freqseg.pictures import read_image
     image, shown = read_image(file, listed=False), job.inference
     if image.width*image.height > LARGE and not (shown.side or shown.short or shown.window):
-        notice(f"{file} has {image.width} x {image.height} pixels, which may take long: --side 512 makes it smaller, --window 512 shows it in pieces.")
+        notice(
+            f"{file} has {image.width} x {image.height} pixels, which may take long: --side 512 makes it smaller, "
+            "--window 512 shows it in pieces."
+        )
     try: return image, job.answer(image)
     except InputError as error: raise InputError(f"{file}: {error}") from error
 
 def _write(job: SegmentJob, name: str, image: "Image.Image", mask: "np.ndarray") -> Path:
-    "Write NAME.png, then NAME_over.png, each whole or not at all; gives the mask's path. Raises `InputError` for a full disk."
+    """Write NAME.png, then NAME_over.png, each whole or not at all; gives the mask's path. Raises `InputError` for a
+    full disk."""
     from freqseg.faces.plots import mask_panel, save_figure
     from freqseg.pictures import write_mask
     flat, over = (job.out/f"{name}{ending}.png" for ending in ENDINGS)
@@ -280,15 +295,22 @@ def add_segment(
     commands : Any
         the parsers of all commands
     """
-    parser = commands.add_parser("segment", help="masks of your own pictures, for names of your choice", description=segment_command.__doc__)
+    parser = commands.add_parser("segment", help="masks of your own pictures, for names of your choice",
+                                 description=segment_command.__doc__)
     parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="files, folders or patterns")
     add_option(parser, "--model", help=f"{SYSTEM}; with --method {MODEL} (default: ViT-B-16)")
-    add_option(parser, "--method", "--methods", help="segment without training, by this kind of map, for example naclip (--names lists them)")
-    add_option(parser, "--classes", help='what to look for, such as "zebra, grass, sky"; of a weakly supervised system some of its own classes, background '
-                                         "always among them (default: what the system was trained for)")
-    add_option(parser, "--background", help="with --method: what else may be there; none for nothing (default: WeCLIP's list, or the world's)")
+    add_option(parser, "--method", "--methods",
+               help="segment without training, by this kind of map, for example naclip (--names lists them)")
+    add_option(
+        parser, "--classes", help=
+        'what to look for, such as "zebra, grass, sky"; of a weakly supervised system some of its own classes, '
+        'background '
+        "always among them (default: what the system was trained for)")
+    add_option(parser, "--background",
+               help="with --method: what else may be there; none for nothing (default: WeCLIP's list, or the world's)")
     add_option(parser, "--out", default="segmented", help="where masks go (default: segmented)")
-    parser.add_argument("--floor", type=score, metavar="S", help="leave open pixels whose class scores below S (default: none; 0.5 for a single name)")
+    parser.add_argument("--floor", type=score, metavar="S",
+                        help="leave open pixels whose class scores below S (default: none; 0.5 for a single name)")
     add_option(parser, "--mu")
     add_option(parser, "-p", "--parameter", help="with --method: an option of the maps, may be repeated")
     add_option(parser, "--pretrained")

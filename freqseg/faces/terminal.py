@@ -34,11 +34,15 @@ def class_list(
         names between commas; one comma may end them
     """
     names = [" ".join(name.split()) for name in text.split(",")]
-    if not any(names): raise InputError('no class names given: name what the picture may show, for example --classes "dog, grass".')
+    if not any(names):
+        raise InputError('no class names given: name what the picture may show, for example --classes "dog, grass".')
     if ";" in text: raise InputError(f'{text!r} has a semicolon: put commas between names, for example "dog, grass".')
     if not names[-1]: names.pop()
     if "" in names:
-        raise InputError(f"name {names.index('') + 1} of {len(names)} in {text!r} is empty: take a comma away, or say what is missing.")
+        raise InputError(
+            f"name {names.index('') + 1} of {len(names)} in {text!r} is empty: take a comma away, or say what is "
+            "missing."
+        )
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice: raise InputError(f"named twice: {', '.join(twice)}. Name each class once.")
     return names
@@ -46,7 +50,8 @@ def class_list(
 def background_list(
     text: str | None,   # of --background
 ) -> list[str] | None:
-    """Names that the classes compete with; no name for the word none, None for the usual ones. Raises `InputError` as `class_list` does.
+    """Names that the classes compete with; no name for the word none, None for the usual ones. Raises `InputError` as
+    `class_list` does.
 
     Parameters
     ----------
@@ -114,7 +119,8 @@ PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 def _pictures_of(text: str) -> list[Path]:
     "The files that one argument stands for."
     path = Path(text)
-    if path.is_dir(): files = [file for file in path.iterdir() if file.is_file() or file.is_symlink() and not file.exists()]
+    if path.is_dir():
+        files = [file for file in path.iterdir() if file.is_file() or file.is_symlink() and not file.exists()]
     elif path.exists() or path.is_symlink(): return [path]
     elif glob.has_magic(text): files = map(Path, glob.glob(text, recursive=True))
     else: raise _missing(path)
@@ -156,7 +162,8 @@ def output_names(
     taken, names = set(), []
     for file in files:
         number, name = 1, file.stem
-        while not taken.isdisjoint(name + ending for ending in endings): number, name = number + 1, f"{file.stem}_{number + 1}"
+        while not taken.isdisjoint(name + ending for ending in endings):
+            number, name = number + 1, f"{file.stem}_{number + 1}"
         taken.update(name + ending for ending in endings)
         names.append(name)
     return names
@@ -185,7 +192,8 @@ def require_apart(
     sources = {_identity(file): file for file in files if file.exists()}
     for target in targets:
         if target.exists() and (file := sources.get(_identity(target))):
-            raise InputError(f"{target} would be written over {file}, which is read: name another folder with {option}.")
+            raise InputError(
+                f"{target} would be written over {file}, which is read: name another folder with {option}.")
 
 def require_own_result(
     record: Path,                # JSON of an earlier result
@@ -209,7 +217,10 @@ def require_own_result(
     except ValueError: earlier = {}
     for name, value in own.items():
         if (there := earlier.get(name)) != value:
-            raise InputError(f"{record} is the result of another {name} ({there}): name another folder with --out, or replace it with --overwrite.")
+            raise InputError(
+                f"{record} is the result of another {name} ({there}): name another folder with --out, or replace it "
+                "with --overwrite."
+            )
 
 def require_file(
     path: str | Path,   # to be written
@@ -225,7 +236,9 @@ def require_file(
         of a file's name
     """
     from freqseg.files import require_writable
-    if Path(path).is_dir(): raise InputError(f"cannot write {path or Path(path)}: it is a folder. Name a file in it, for example {Path(path)/example}.")
+    if Path(path).is_dir():
+        raise InputError(
+            f"cannot write {path or Path(path)}: it is a folder. Name a file in it, for example {Path(path)/example}.")
     if Path(path).exists() and not Path(path).is_file():
         raise InputError(f"cannot write {path}: it is no ordinary file. Name another, for example {example}.")
     require_writable(Path(path).parent)
@@ -247,7 +260,8 @@ def notice(
 def aligned(
     markdown: str,   # a table, and text around it
 ) -> str:
-    """A Markdown table for a terminal: columns aligned, numbers to the right; text around the table is broken at 110 characters.
+    """A Markdown table for a terminal: columns aligned, numbers to the right; text around the table is broken at 110
+    characters.
 
     Parameters
     ----------
@@ -256,11 +270,18 @@ def aligned(
     """
     import textwrap
     lines = [line if line.startswith("|") else textwrap.fill(line, 110) for line in markdown.splitlines()]
-    cells = {i: [cell.strip() for cell in line.strip("|").split("|")] for i, line in enumerate(lines) if line.startswith("|")}
-    widths = [max(map(len, column)) for column in zip(*(row for row in cells.values() if set("".join(row)) - set("-:")))]
+    cells = {
+        i: [cell.strip()
+            for cell in line.strip("|").split("|")]
+        for i, line in enumerate(lines)
+        if line.startswith("|")}
+    widths = [
+        max(map(len, column)) for column in zip(*(row for row in cells.values() if set("".join(row)) - set("-:")))]
     for i, row in cells.items():
         if not set("".join(row)) - set("-:"): lines[i] = "  ".join("-" * width for width in widths)
-        else: lines[i] = "  ".join(f"{cell:<{w}}" if n == 0 else f"{cell:>{w}}" for n, (cell, w) in enumerate(zip(row, widths))).rstrip()
+        else:
+            lines[i] = "  ".join(f"{cell:<{w}}" if n == 0 else f"{cell:>{w}}"
+                                 for n, (cell, w) in enumerate(zip(row, widths))).rstrip()
     return "\n".join(lines)
 
 def some_of(
@@ -295,54 +316,66 @@ def listed(
 # %% ../../nbs/faces/70_terminal.ipynb #2c507515
 class Once(argparse.Action):
     "Store a value; a second one, as an option or in its place, is an error."
-    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None) -> None:
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
         if getattr(namespace, self.dest, None) is not None: raise argparse.ArgumentError(self, "named twice")
         setattr(namespace, self.dest, values)
 
 class Renamed(argparse.Action):
     "An option under a name that it once had: taken, with a notice of today's, which is `const`."
-    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None) -> None:
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
         notice(f"{option_string} is now called {self.const}.")
         setattr(namespace, self.dest, values)
 
 class _Names(argparse.Action):
     "Print every name that the command knows, those of plugins named before it, too, and end."
-    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None) -> None:
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
         with loaded_plugins(namespace.plugin): print("\n\n".join(write() for write in self.const))
         parser.exit()
 
 # %% ../../nbs/faces/70_terminal.ipynb #22ac5546
 OPTIONS: dict[str, dict[str, Any]] = {
-    "--plugin": dict(action="append", default=[], metavar="FILE.py", help="a file of yours with systems, maps or affinities; may be repeated"),
+    "--plugin": dict(action="append", default=[], metavar="FILE.py",
+                     help="a file of yours with systems, maps or affinities; may be repeated"),
     "--model": dict(metavar="MODEL"),
-    "--pretrained": dict(default="openai", metavar="TAG", help="published weights of a CLIP, a weights file, or none for random ones (default: openai)"),
+    "--pretrained": dict(default="openai", metavar="TAG",
+                         help="published weights of a CLIP, a weights file, or none for random ones (default: openai)"),
     "--device": dict(default="auto", choices=("auto", "cpu", "cuda"), help="where to compute (default: auto)"),
-    "--data": dict(metavar="DIR"),
-    "--split": dict(metavar="NAME"),
-    "--threshold-split": dict(metavar="NAME", help="the list on which background thresholds are chosen (default: the same)"),
+    "--data": dict(metavar="DIR"), "--split": dict(metavar="NAME"), "--threshold-split": dict(
+        metavar="NAME", help="the list on which background thresholds are chosen (default: the same)"),
     "--limit": dict(type=positive, metavar="N", help="only the first N pictures"),
     "--skip-bad": dict(action="store_true", help="leave out pictures that cannot be read, and say which"),
-    "--classes": dict(metavar="NAMES"),
-    "--methods": dict(default="all", metavar="NAMES", help="kinds of maps, comma-separated (default: all; --names lists them)"),
-    "--method": dict(metavar="NAME"),
-    "--background": dict(metavar="NAMES", help="what else may be there; none for nothing (default: WeCLIP's list, or the world's)"),
-    "--mu": dict(type=frequency, metavar="F", help="cut-off between low and high band, cycles per token, 0 to 0.5 (default: the model's)"),
-    "--side": dict(type=positive, metavar="PIXELS", help="longer side to which pictures are resized (default: as in the files)"),
-    "--short": dict(type=positive, metavar="PIXELS", help="the same of the shorter side"),
-    "--size": dict(type=positive, metavar="PIXELS"),
+    "--classes": dict(metavar="NAMES"), "--methods": dict(
+        default="all", metavar="NAMES",
+        help="kinds of maps, comma-separated (default: all; --names lists them)"), "--method": dict(metavar="NAME"),
+    "--background": dict(metavar="NAMES",
+                         help="what else may be there; none for nothing (default: WeCLIP's list, or the world's)"),
+    "--mu": dict(type=frequency, metavar="F",
+                 help="cut-off between low and high band, cycles per token, 0 to 0.5 (default: the model's)"),
+    "--side": dict(type=positive, metavar="PIXELS",
+                   help="longer side to which pictures are resized (default: as in the files)"), "--short": dict(
+                       type=positive, metavar="PIXELS",
+                       help="the same of the shorter side"), "--size": dict(type=positive, metavar="PIXELS"),
     "--batch": dict(type=positive, metavar="N", help="pictures, mirror images or windows at a time (default: 4)"),
-    "--precision": dict(choices=("fp32", "bf16"), help="of the network (default: bf16 on CUDA, else fp32)"),
-    "--protocol": dict(metavar="NAME", help="show pictures as a paper does on VOC; the options below change single points (--names lists them)"),
-    "--scales": dict(type=numbers, metavar="A,B,...", help="sizes of the picture over which answers are averaged (default: 1.0)"),
-    "--flip": dict(action=argparse.BooleanOptionalAction, default=None, help="mirror images, too (default: yes; no for zero-shot systems)"),
-    "--window": dict(type=positive, metavar="PIXELS", help="side of a sliding window (default: whole pictures)"),
-    "--stride": dict(type=positive, metavar="PIXELS", help="from window to window (default: two thirds of it)"),
-    "--parameter": dict(action="append", default=[], metavar="NAME=VALUE"),
-    "--out": dict(metavar="DIR"),
-    "--overwrite": dict(action="store_true", help="replace the result of another command in --out"),
-}
-SHOWN = ("--protocol", "--scales", "--flip", "--side", "--short", "--window", "--stride", "--batch", "--precision", "--device")   # how pictures are shown
+    "--precision": dict(
+        choices=("fp32", "bf16"), help="of the network (default: bf16 on CUDA, else fp32)"), "--protocol": dict(
+            metavar="NAME",
+            help="show pictures as a paper does on VOC; the options below change single points (--names lists them)"),
+    "--scales": dict(type=numbers, metavar="A,B,...",
+                     help="sizes of the picture over which answers are averaged (default: 1.0)"), "--flip": dict(
+                         action=argparse.BooleanOptionalAction, default=None,
+                         help="mirror images, too (default: yes; no for zero-shot systems)"), "--window": dict(
+                             type=positive, metavar="PIXELS",
+                             help="side of a sliding window (default: whole pictures)"), "--stride": dict(
+                                 type=positive, metavar="PIXELS",
+                                 help="from window to window (default: two thirds of it)"), "--parameter": dict(
+                                     action="append", default=[],
+                                     metavar="NAME=VALUE"), "--out": dict(metavar="DIR"), "--overwrite": dict(
+                                         action="store_true", help="replace the result of another command in --out"),}
+# how pictures are shown
+SHOWN = ("--protocol", "--scales", "--flip", "--side", "--short", "--window", "--stride", "--batch", "--precision",
+         "--device")
 
+# %% ../../nbs/faces/70_terminal.ipynb #a61e3eba
 def add_option(
     parser: Any,      # or a group of one
     *names: str,      # one of OPTIONS, and what else it answers to
@@ -378,7 +411,8 @@ def add_old_spelling(
         option, such as --model
     """
     option = parser._option_string_actions[today]
-    parser.add_argument(old, action=Renamed, dest=option.dest, const=today, type=option.type, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    parser.add_argument(old, action=Renamed, dest=option.dest, const=today, type=option.type, default=argparse.SUPPRESS,
+                        help=argparse.SUPPRESS)
 
 def add_names(
     parser: argparse.ArgumentParser,   # gets the options
@@ -410,7 +444,8 @@ class Parser(argparse.ArgumentParser):
     words: Sequence[str] = ()                    # what it is parsing
     siblings: Mapping[str, "Parser"] = {}        # all commands, by name
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:   # type: ignore[override]
+    def parse_known_args(self, args: Sequence[str] | None = None,
+                         namespace: Any = None) -> Any:   # type: ignore[override]
         self.words = sys.argv[1:] if args is None else list(args)
         namespace, rest = super().parse_known_args(self.words, namespace)
         if rest: self.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -428,18 +463,25 @@ class Parser(argparse.ArgumentParser):
     @property
     def options(self) -> dict[str, argparse.Action]:
         "The options that help shows, by name."
-        return {name: action for action in self._actions if action.help is not argparse.SUPPRESS for name in action.option_strings}
+        return {
+            name: action for action in self._actions if action.help is not argparse.SUPPRESS
+            for name in action.option_strings}
 
 def _strange_option(parser: Parser) -> str:
     "What to say of the first option that the parser does not have; empty when it has them all."
     for word in parser.words:
         name = word.partition("=")[0]
-        if name == "--" or parser._subparsers and not word.startswith("-"): break   # what follows are values, or the words of a command
-        if not name.startswith("--") or " " in name or any(known.startswith(name) for known in parser._option_string_actions): continue
+        # what follows are values, or the words of a command
+        if name == "--" or parser._subparsers and not word.startswith("-"): break
+        if not name.startswith("--") or " " in name or any(
+                known.startswith(name) for known in parser._option_string_actions):
+            continue
         near = difflib.get_close_matches(name, parser.options, n=1, cutoff=0.7)
         owners = [command for command in parser.siblings.values() if name in command.options]
         hints = [f"did you mean {near[0]}?"] if near else []
-        if owners: hints.append(f"{_usage(owners[0].options[name])} is an option of {', '.join(owner.prog for owner in owners)}")
+        if owners:
+            hints.append(
+                f"{_usage(owners[0].options[name])} is an option of {', '.join(owner.prog for owner in owners)}")
         return f"there is no {name} here; {' '.join(hints) or '--help lists the options'}"
     return ""
 
@@ -456,7 +498,8 @@ def _with_nearest(message: str) -> str:
 
 # %% ../../nbs/faces/70_terminal.ipynb #32dd03dc
 MODEL = "a CLIP: ViT-B-16, ViT-B-32, another open_clip ViT, world (ships with freqseg) or a saved one"
-SYSTEM = "a trained system: the folder of a run (its best checkpoint), a checkpoint, or one that ships, trained on the embedded world"
+SYSTEM = ("a trained system: the folder of a run (its best checkpoint), a checkpoint, or one that ships, trained on "
+          "the embedded world")
 
 def is_system(
     model: str,   # as it was typed
@@ -496,7 +539,9 @@ def open_system(
     """
     from freqseg.clip import usable_device
     from freqseg.work.checkpoints import SHIPPED, load_system
-    if model is None: raise InputError(f"name a trained system with --model: the folder of a run, a checkpoint, or {', '.join(SHIPPED)}.")
+    if model is None:
+        raise InputError(
+            f"name a trained system with --model: the folder of a run, a checkpoint, or {', '.join(SHIPPED)}.")
     return load_system(model, device=usable_device(device), classes=classes)
 
 def open_backbone(
@@ -520,8 +565,10 @@ def open_backbone(
     try: return load_clip(model, None if pretrained == "none" else pretrained, device=usable_device(device))
     except InputError as error:
         if "could not download" not in str(error): raise
-        raise InputError(f"{error} Without a network, --model world works at once: its small CLIP ships with freqseg and knows the drawn "
-                         "classes of the embedded world; --pretrained none takes random weights, to try the mechanics.") from error
+        raise InputError(
+            f"{error} Without a network, --model world works at once: its small CLIP ships with freqseg and knows the "
+            "drawn "
+            "classes of the embedded world; --pretrained none takes random weights, to try the mechanics.") from error
 
 def model_title(
     model: str,        # name, file or run's folder
@@ -536,7 +583,8 @@ def model_title(
     pretrained : str
         which weights of open_clip
     """
-    if model == "world" or is_system(model) or Path(model).is_file(): return "world CLIP" if model == "world" else Path(model).stem
+    if model == "world" or is_system(model) or Path(model).is_file():
+        return "world CLIP" if model == "world" else Path(model).stem
     return f"{model}, random weights" if pretrained == "none" else f"{model}, {Path(pretrained).stem}"
 
 # %% ../../nbs/faces/70_terminal.ipynb #ff7ca6f8
@@ -545,7 +593,9 @@ def system_names() -> str:
     from freqseg.systems.segmenter import SYSTEMS, known_systems
     from freqseg.work.experiments import presets_of
     lessons = {"labels": "image labels", "masks": "masks of some classes, zero-shot"}
-    meanings = {name: f"{lessons[SYSTEMS[name].supervision]}; presets {', '.join(presets_of(name))}" for name in known_systems()}
+    meanings = {
+        name: f"{lessons[SYSTEMS[name].supervision]}; presets {', '.join(presets_of(name))}"
+        for name in known_systems()}
     return listed("systems and what they learn from", meanings) + "\n  FILE.py:CLASS names one of your own"
 
 def trained_names() -> str:
@@ -558,7 +608,8 @@ def map_names() -> str:
     from freqseg.affinity import SOURCES
     from freqseg.maps import METHODS, CamSettings
     registries = {"maps": METHODS, "relations between patches, for -p source=NAME": SOURCES}
-    lists = [listed(title, {name: entry.help for name, entry in registry.items()}) for title, registry in registries.items()]
+    lists = [
+        listed(title, {name: entry.help for name, entry in registry.items()}) for title, registry in registries.items()]
     return "\n\n".join([*lists, listed("options of maps, for -p NAME=VALUE", CamSettings.explain())])
 
 def protocol_names() -> str:
@@ -568,15 +619,18 @@ def protocol_names() -> str:
 
 # %% ../../nbs/faces/70_terminal.ipynb #b58ba0ee
 def _quietly(work: Callable[[], Any], results: list[Any]) -> None:
-    "`work` with Ctrl-C blocked in this thread and in all processes that it starts; what it returns or raises goes to `results`."
+    """`work` with Ctrl-C blocked in this thread and in all processes that it starts; what it returns or raises goes to
+    `results`."""
     if hasattr(signal, "pthread_sigmask"): signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try: results.append((work(), None))
     except BaseException as error: results.append((None, error))
 
 def interruptible(work: Callable[[], Any]) -> Any:
-    "What `work` returns or raises. On Ctrl-C the processes that it started are ended and `KeyboardInterrupt` is raised, nothing is printed."
+    """What `work` returns or raises. On Ctrl-C the processes that it started are ended and `KeyboardInterrupt` is
+    raised, nothing is printed."""
     import ctypes, multiprocessing
-    # Processes that are ended leave semaphores to Python's resource tracker, which would complain of each after the message.
+    # Processes that are ended leave semaphores to Python's resource tracker, which would complain of each after the
+    # message.
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     results: list[Any] = []
     thread = threading.Thread(target=_quietly, args=(work, results), daemon=True)

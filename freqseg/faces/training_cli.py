@@ -14,11 +14,13 @@ from typing import Any
 
 from ..files import InputError, unknown_name
 from .segment_cli import shown_as
-from .terminal import (SHOWN, SYSTEM, Once, add_names, add_option, aligned, count, frequency, interruptible, notice, open_system, positive,
-                                    protocol_names, require_apart, require_own_result, system_names, trained_names)
+from .terminal import (SHOWN, SYSTEM, Once, add_names, add_option, aligned, count, frequency,
+                                    interruptible, notice, open_system, positive, protocol_names, require_apart,
+                                    require_own_result, system_names, trained_names)
 
 # %% ../../nbs/faces/82_training_cli.ipynb #98e56e1e
-_NAMED = ("preset", "model", "data", "device", "limit", "skip_bad", "devices", "nodes")   # parameters that have an option of their own
+# parameters that have an option of their own
+_NAMED = ("preset", "model", "data", "device", "limit", "skip_bad", "devices", "nodes")
 
 def given_parameters(
     args: argparse.Namespace,   # the command's options, parsed
@@ -49,14 +51,21 @@ def add_parameters(
     parser : argparse.ArgumentParser
         gets the options
     """
-    parser.add_argument("system", metavar="SYSTEM", help="what to train: a name, or FILE.py:CLASS of your own (--names lists systems, what they learn from, and presets)")
-    parser.add_argument("--preset", metavar="NAME", help="smoke: seconds; world: minutes on two CPU cores; others: a paper's schedule (default: smoke)")
+    parser.add_argument(
+        "system", metavar="SYSTEM", help=
+        "what to train: a name, or FILE.py:CLASS of your own (--names lists systems, what they learn from, and presets)"
+    )
+    parser.add_argument(
+        "--preset", metavar="NAME",
+        help="smoke: seconds; world: minutes on two CPU cores; others: a paper's schedule (default: smoke)")
     add_option(parser, "--model", help="the CLIP to train on (default: the preset's)")
     add_option(parser, "--data", help="the data set's folder, where the preset needs one")
     add_option(parser, "--device", default=None)
     add_option(parser, "--limit", help="report only the first N pictures")
-    add_option(parser, "--skip-bad", default=None, help="learn from the next picture instead of one that cannot be read; both are named")
-    add_option(parser, "-p", "--parameter", help="any parameter, may be repeated; freqseg run nbs/train/SYSTEM.ipynb lists them")
+    add_option(parser, "--skip-bad", default=None,
+               help="learn from the next picture instead of one that cannot be read; both are named")
+    add_option(parser, "-p", "--parameter",
+               help="any parameter, may be repeated; freqseg run nbs/train/SYSTEM.ipynb lists them")
     add_names(parser, system_names)
 
 # %% ../../nbs/faces/82_training_cli.ipynb #e315da56
@@ -71,7 +80,8 @@ def _train_here(args: argparse.Namespace, parameters: dict[str, Any]) -> int:
     return 0
 
 def _check(args: argparse.Namespace, parameters: dict[str, Any]) -> None:
-    "Raise `InputError` for what a training would find out late, or in every process: what is missing, and a folder that cannot be written or is in use."
+    """Raise `InputError` for what a training would find out late, or in every process: what is missing, and a folder
+    that cannot be written or is in use."""
     from freqseg.work.experiments import experiment
     from freqseg.work.runs import launch_command
     from freqseg.files import locked
@@ -124,8 +134,11 @@ def train_command(
     if devices*nodes > 1:
         status = launch(args.words, devices, **_meeting(args, nodes))
         if status or args.node_rank: return status
-    run_notebook(training_notebook(args.system, args.out), args.out/"run.ipynb", {**parameters, "out": str(args.out)}, live=sys.stderr)
-    print(figures_table(args.out), *_made(args.out, ("report.html", "run.ipynb", "metrics.json", "best.safetensors", "last.safetensors")), sep="\n")
+    run_notebook(training_notebook(args.system, args.out), args.out/"run.ipynb", {**parameters, "out": str(args.out)},
+                 live=sys.stderr)
+    print(figures_table(args.out),
+          *_made(args.out, ("report.html", "run.ipynb", "metrics.json", "best.safetensors", "last.safetensors")),
+          sep="\n")
     return 0
 
 def figures_table(
@@ -143,8 +156,10 @@ def figures_table(
     meanings = [f"  {name:<8}  {meaning}" for name, meaning in row.findall(text)]
     return "\n".join([aligned(row.sub(r"| \1 |", text)), "", *meanings]) + "\n"
 
-_CONTENTS = {"report.html": "open this in a browser", "run.ipynb": "the record: the notebook as it ran", "metrics.json": "figures, parameters, versions",
-             "report.md": "the same figures as text", "robustness.md": "what is left of them when pictures get worse", "robustness.png": "the same as curves"}
+_CONTENTS = {
+    "report.html": "open this in a browser", "run.ipynb": "the record: the notebook as it ran",
+    "metrics.json": "figures, parameters, versions", "report.md": "the same figures as text",
+    "robustness.md": "what is left of them when pictures get worse", "robustness.png": "the same as curves"}
 
 def _made(folder: Path, names: Sequence[str]) -> list[str]:
     "What there is to open, of these files of a folder."
@@ -160,14 +175,17 @@ def add_train(
     commands : Any
         the parsers of all commands
     """
-    parser = commands.add_parser("train", help="train a system, evaluate it, write the record", description=train_command.__doc__)
+    parser = commands.add_parser("train", help="train a system, evaluate it, write the record",
+                                 description=train_command.__doc__)
     add_parameters(parser)
     add_option(parser, "--out", help="the run's folder; the same command goes on there (default: runs/SYSTEM)")
     group = parser.add_argument_group("several devices")
     group.add_argument("--devices", type=positive, metavar="N", help="processes on this machine, one per GPU")
     group.add_argument("--nodes", type=positive, metavar="N", help="machines; run this command on each of them")
-    group.add_argument("--node-rank", type=count, default=0, metavar="N", help="which machine this is, from 0 (default: 0)")
-    group.add_argument("--rendezvous", default="", metavar="HOST:PORT", help="an address of machine 0 that the others reach")
+    group.add_argument("--node-rank", type=count, default=0, metavar="N",
+                       help="which machine this is, from 0 (default: 0)")
+    group.add_argument("--rendezvous", default="", metavar="HOST:PORT",
+                       help="an address of machine 0 that the others reach")
     parser.set_defaults(run=train_command)
 
 # %% ../../nbs/faces/82_training_cli.ipynb #1a00a3ba
@@ -179,12 +197,14 @@ def _data_of(args: argparse.Namespace) -> tuple[Path, str]:
     raise InputError(f"{args.model} has no scenes of its own: name the data set with --data.")
 
 def _corruptions_of(args: argparse.Namespace, data: Path, split: str) -> tuple[str, ...]:
-    "The corruptions that --corrupt names, none without it. Raises `InputError` for an unknown one, and for a split without masks to score against."
+    """The corruptions that --corrupt names, none without it. Raises `InputError` for an unknown one, and for a split
+    without masks to score against."""
     from freqseg.data import open_dataset
     from freqseg.work.corruptions import parse_corruptions
     if args.corrupt is None: return ()
     kinds = parse_corruptions(args.corrupt)
-    if not any(open_dataset(data, split).listing.masks): raise InputError(f"--corrupt {args.corrupt}: split {split!r} of {data} has no masks to score against.")
+    if not any(open_dataset(data, split).listing.masks):
+        raise InputError(f"--corrupt {args.corrupt}: split {split!r} of {data} has no masks to score against.")
     return kinds
 
 def _report_folder(args: argparse.Namespace, weights: Path, split: str) -> Path:
@@ -203,7 +223,8 @@ def _figures_of(args: argparse.Namespace, system: Any) -> dict[str, Any]:
     from freqseg.crf import CRF_PRESETS
     from freqseg.work.inference import usual_inference
     if args.crf and args.crf not in CRF_PRESETS: raise unknown_name(args.crf, CRF_PRESETS, "CRF")
-    options = {name: getattr(args, name) for name in ("crf", "bands", "limit", "workers", "skip_bad", "threshold_split")}
+    options = {
+        name: getattr(args, name) for name in ("crf", "bands", "limit", "workers", "skip_bad", "threshold_split")}
     if system.supervision == "masks": options |= dict(figures=("seg",), threshold_split=None)
     return options | dict(inference=shown_as(args, usual_inference(system)))
 
@@ -236,14 +257,16 @@ def evaluate_command(
     _require_apart(args, pictures)
     system = open_system(args.model, args.device, pictures.classes)
     options = _figures_of(args, system)
-    report = interruptible(lambda: evaluate_run(system, pictures, out, save_masks=args.save_masks, weights=weights_title(system),
-                                                training=training_title(weights), command=command, **options))
+    report = interruptible(
+        lambda: evaluate_run(system, pictures, out, save_masks=args.save_masks, weights=weights_title(system), training=
+                             training_title(weights), command=command, **options))
     if report is None: print(f"{split} has no masks to score against; the system's masks are in {args.save_masks}")
     else: print(figures_table(out), *_made(out, ("report.html", "report.md", "report.json")), sep="\n")
     if kinds: _print_robustness(system, data, split, out, kinds, report, options)
     return 0
 
-def _print_robustness(system: Any, data: Path, split: str, out: Path, kinds: Sequence[str], clean: Any, options: dict[str, Any]) -> None:
+def _print_robustness(system: Any, data: Path, split: str, out: Path, kinds: Sequence[str], clean: Any,
+                      options: dict[str, Any]) -> None:
     "Evaluate under corruptions, write the table beside the report, and print it."
     from freqseg.data import open_dataset
     from freqseg.faces.report import as_scored
@@ -251,7 +274,8 @@ def _print_robustness(system: Any, data: Path, split: str, out: Path, kinds: Seq
     pictures = as_scored(system, open_dataset(data, split, masks=True))
     table = interruptible(lambda: robustness(system, pictures, kinds, clean=clean, **{**options, "bands": None}))
     table.save(out)
-    print("", aligned(table.markdown()), "", *_made(out, ("robustness.md", "robustness.json", "robustness.png")), sep="\n")
+    print("", aligned(table.markdown()), "", *_made(out, ("robustness.md", "robustness.json", "robustness.png")),
+          sep="\n")
 
 # %% ../../nbs/faces/82_training_cli.ipynb #c44051e3
 def add_evaluate(
@@ -264,8 +288,10 @@ def add_evaluate(
     commands : Any
         the parsers of all commands
     """
-    parser = commands.add_parser("evaluate", help="how good a trained system is, on any data set with its classes", description=evaluate_command.__doc__)
-    parser.add_argument("model", nargs="?", action=Once, default=argparse.SUPPRESS, metavar="MODEL", help="the same as --model")
+    parser = commands.add_parser("evaluate", help="how good a trained system is, on any data set with its classes",
+                                 description=evaluate_command.__doc__)
+    parser.add_argument("model", nargs="?", action=Once, default=argparse.SUPPRESS, metavar="MODEL",
+                        help="the same as --model")
     add_option(parser, "--model", action=Once, help=f"{SYSTEM}; --names lists them")
     add_option(parser, "--data", help="the data set's folder (default: the scenes that the run was trained on)")
     add_option(parser, "--split", help="which list (default: val; for a run's own scenes test)")
@@ -273,15 +299,20 @@ def add_evaluate(
     add_option(parser, "--out", help="where the report goes (default: MODEL/evaluation-SPLIT)")
     add_option(parser, "--overwrite")
     parser.add_argument("--save-masks", metavar="DIR", help="write the system's masks there, in VOC's colours")
-    parser.add_argument("--corrupt", metavar="KINDS", help="evaluate on worse pictures, too: kinds of corruption, comma-separated, or all; three strengths each")
-    parser.add_argument("--crf", metavar="NAME", help="refine with a dense CRF afterwards, beside the network (--names lists its presets)")
-    parser.add_argument("--bands", type=frequency, metavar="F", help="also keep only what is below, or above, F cycles per token of the frozen tokens")
+    parser.add_argument(
+        "--corrupt", metavar="KINDS",
+        help="evaluate on worse pictures, too: kinds of corruption, comma-separated, or all; three strengths each")
+    parser.add_argument("--crf", metavar="NAME",
+                        help="refine with a dense CRF afterwards, beside the network (--names lists its presets)")
+    parser.add_argument("--bands", type=frequency, metavar="F",
+                        help="also keep only what is below, or above, F cycles per token of the frozen tokens")
     add_option(parser, "--limit")
     add_option(parser, "--skip-bad")
     add_names(parser, trained_names, evaluation_names)
     group = parser.add_argument_group("how pictures are shown")
     for name in SHOWN: add_option(group, name)
-    parser.add_argument("--workers", type=count, default=2, metavar="N", help="processes that read pictures (default: 2)")
+    parser.add_argument("--workers", type=count, default=2, metavar="N",
+                        help="processes that read pictures (default: 2)")
     parser.set_defaults(run=evaluate_command)
 
 # %% ../../nbs/faces/82_training_cli.ipynb #37116144
@@ -317,13 +348,15 @@ def grid_axes(
     axes: dict[str, list[Any]] = {}
     for text in texts:
         axis, equals, values = text.partition("=")
-        if not equals or not values: raise InputError(f"--grid {text}: give a name and its values, such as --grid mu=0.1,0.2,0.4.")
+        if not equals or not values:
+            raise InputError(f"--grid {text}: give a name and its values, such as --grid mu=0.1,0.2,0.4.")
         points = _points(system, axis, values)
         today = ",".join(points[0])
         if today in axes: raise InputError(f"--grid names {today} twice: give all its values at once.")
         axes[today] = [list(point.values()) if "," in axis else point[today] for point in points]
     return axes
 
+# %% ../../nbs/faces/82_training_cli.ipynb #37116145
 def sweep_command(
     args: argparse.Namespace,   # the command's options, parsed
 ) -> int:
@@ -340,8 +373,10 @@ def sweep_command(
     from freqseg.work.sweeps import sweep
     parameters, grid = given_parameters(args), grid_axes(args.system, args.grid)
     out = Path(args.out or f"runs/sweep_{system_named(args.system).name}")
-    if parameters.get("data", "world") != "world": experiment(args.system, parameters).check()   # scenes are drawn by each run
-    table = sweep(training_notebook(args.system, out), out, grid, args.seeds, parameters, args.jobs, command=shlex.join(["freqseg", *args.words]))
+    # scenes are drawn by each run
+    if parameters.get("data", "world") != "world": experiment(args.system, parameters).check()
+    table = sweep(training_notebook(args.system, out), out, grid, args.seeds, parameters, args.jobs,
+                  command=shlex.join(["freqseg", *args.words]))
     save_sweep_plot(table)
     print(aligned(table.markdown()), *(f"  {out/name}" for name in ("sweep.md", "sweep.json", "sweep.png")), sep="\n")
     return 1 if table.failed else 0
@@ -356,10 +391,14 @@ def add_sweep(
     commands : Any
         the parsers of all commands
     """
-    parser = commands.add_parser("sweep", help="train over a grid of parameters and seeds, and compare", description=sweep_command.__doc__)
+    parser = commands.add_parser("sweep", help="train over a grid of parameters and seeds, and compare",
+                                 description=sweep_command.__doc__)
     add_parameters(parser)
-    parser.add_argument("--grid", action="append", default=[], metavar="NAME=A,B,...",
-                        help="values to try, may be repeated; none: seeds alone; separate them with ; where they hold commas; a,b=1,2;3,4 changes a and b together")
+    parser.add_argument(
+        "--grid", action="append", default=[], metavar="NAME=A,B,...", help=
+        "values to try, may be repeated; none: seeds alone; separate them with ; where they hold commas; a,b=1,2;3,4 "
+        "changes a and b together"
+    )
     parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="trainings at each point (default: 3)")
     parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="trainings at a time (default: 1)")
     add_option(parser, "--out", help="the sweep's folder (default: runs/sweep_SYSTEM)")
