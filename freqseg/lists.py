@@ -154,7 +154,7 @@ class Domain:
             if name not in usual: raise InputError(f"{where}: {unknown_name(name, usual, 'fact about pictures')}")
             kind = read_as.get(type(usual[name]), (int, float))
             if not isinstance(value, kind): raise InputError(f"{where}: {name}={value!r} is {type(value).__name__}; see freqseg.lists.Domain for what it should be.")
-        made: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        made: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in values.items()}
         return cls(**made)
 
 def seen_and_unseen(
@@ -373,5 +373,6 @@ def write_labels(
     classes : Sequence[str]
         K names
     """
-    lines = [f"{name} {','.join(classes[k] for k in np.flatnonzero(row).tolist())}".rstrip() for name, row in zip(ids, present)]
+    shown = [np.flatnonzero(row).tolist() for row in present]
+    lines = [f"{name} {','.join(classes[k] for k in columns)}".rstrip() for name, columns in zip(ids, shown)]
     with atomic_write(path) as partial: partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
