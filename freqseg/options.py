@@ -56,10 +56,10 @@ def option(
     return field(default=default, metadata={name: value for name, value in about.items() if value is not None})
 
 def same_option(
-    kind: type,                       # the dataclass that declares it
-    name: str,
-    default: Any = ...,               # another default; left out, the same one
-    **about: Any,                     # what else is different, as `option` takes it
+    kind: type,           # the dataclass that declares it
+    name: str,            # of the option there and here
+    default: Any = ...,   # another default; left out, the same one
+    **about: Any,         # what else is different, as `option` takes it
 ) -> Any:
     """A field that is declared as in another class, so that one meaning is written down once.
 
@@ -67,6 +67,8 @@ def same_option(
     ----------
     kind : type
         the dataclass that declares it
+    name : str
+        of the option there and here
     default : Any
         another default; left out, the same one
     **about : Any
@@ -186,7 +188,7 @@ def _fitting(value: Any, alternatives: Sequence[Any], about: Mapping[str, Any]) 
         if isinstance(plain, type) and plain not in (bool, str, Path) and isinstance(value, plain): return value
     raise _Misfit
 
-# %% ../nbs/06_options.ipynb #79fd93b9
+# %% ../nbs/06_options.ipynb #633a3116
 def checked(
     name: str,                    # of the option, for the message
     value: Any,                   # what was given
@@ -227,7 +229,7 @@ def _meaning(about: Mapping[str, Any]) -> str:
     "What the option means, as the end of a message."
     return f" ({about['help']})" if about.get("help") else ""
 
-# %% ../nbs/06_options.ipynb #d5c5b526
+# %% ../nbs/06_options.ipynb #bd3f7f9f
 @cache
 def _hints(kind: type) -> dict[str, Any]:
     "The annotations of a dataclass, resolved."
