@@ -106,6 +106,7 @@ class VariedCrop(v2.RandomCrop):
         counts = inside.flatten().long().bincount(minlength=UNLABELLED + 1)[:UNLABELLED]
         return 1. if (counts > 0).sum() < 2 else (counts.max()/counts.sum()).item()
 
+# %% ../nbs/13_transforms.ipynb #8c03693c
 class TrainTransform:
     """Random scale, flip and crop of picture and mask together, then `to_tensors`; the defaults are WeCLIP's.
 
