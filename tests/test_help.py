@@ -22,8 +22,6 @@ MODULES = sorted(info.name for info in pkgutil.walk_packages(freqseg.__path__, "
 
 # Modules in which some arguments are still without a word. The list can only shrink.
 STILL_TO_DO = {f"freqseg.{name}" for name in """
-    affinity cam data dual_affinity maps ot_cam prompts
-    systems.dfa systems.ffr systems.segmenter systems.wtclip systems.zegclip
     """.split()}
 
 EXAMPLE = '''def soften(
