@@ -755,6 +755,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'freqseg.faces.terminal.Parser': ('faces/terminal.html#parser', 'freqseg/faces/terminal.py'),
                                         'freqseg.faces.terminal.Parser.error': ( 'faces/terminal.html#parser.error',
                                                                                  'freqseg/faces/terminal.py'),
+                                        'freqseg.faces.terminal.Parser.format_help': ( 'faces/terminal.html#parser.format_help',
+                                                                                       'freqseg/faces/terminal.py'),
                                         'freqseg.faces.terminal.Parser.options': ( 'faces/terminal.html#parser.options',
                                                                                    'freqseg/faces/terminal.py'),
                                         'freqseg.faces.terminal.Parser.parse_known_args': ( 'faces/terminal.html#parser.parse_known_args',
