@@ -323,7 +323,8 @@ def explain_files(
     longest: int,            # longer side for the tower, pixels
     batch: int,              # pictures at a time
 ) -> list[str]:              # names
-    """Make the maps of pictures and give the names under which they are stored; what cannot be read is reported and left out.
+    """Make the maps of pictures and give the names under which they are stored; what cannot be read is reported and
+    left out.
 
     Parameters
     ----------
@@ -353,7 +354,8 @@ def explain_files(
 def longest_side(
     backbone: "Backbone",   # a frozen CLIP
 ) -> int:
-    """Longer side of a picture unless --side says otherwise: twice what the model was trained on, for a grid fine enough to see edges.
+    """Longer side of a picture unless --side says otherwise: twice what the model was trained on, for a grid fine
+    enough to see edges.
 
     Parameters
     ----------
@@ -702,9 +704,9 @@ def score_seeds(
     from freqseg.work.seeds import evaluate_seeds
     methods = method_list(args.methods)
     backbone = open_backbone(args.model, args.pretrained, args.device)
-    return evaluate_seeds(dataset, backbone, methods, cam_settings(backbone, args.mu, args.parameter), size=args.side, batch=args.batch, limit=args.limit,
-                          threshold_split=tune, progress=sys.stderr.isatty(), command=command,
-                          pretrained=None if args.pretrained == "none" else args.pretrained)
+    return evaluate_seeds(dataset, backbone, methods, cam_settings(backbone, args.mu, args.parameter), size=args.side,
+                          batch=args.batch, limit=args.limit, threshold_split=tune, progress=sys.stderr.isatty(),
+                          command=command, pretrained=None if args.pretrained == "none" else args.pretrained)
 
 # %% ../../nbs/faces/84_cli.ipynb #37d7af7f
 def seeds_command(
@@ -768,7 +770,8 @@ def cost_file(
 def costs_of(
     args: argparse.Namespace,   # the command's options, parsed
 ) -> list[Any]:
-    """The costs that the options ask for: of untrained systems, or of the trained one that is the model. Raises `InputError` as `measure_costs` does.
+    """The costs that the options ask for: of untrained systems, or of the trained one that is the model. Raises
+    `InputError` as `measure_costs` does.
 
     Parameters
     ----------
@@ -791,8 +794,9 @@ def costs_of(
 def cost_command(
     args: argparse.Namespace,   # the command's options, parsed
 ) -> int:
-    """What systems take for one picture: parameters, floating-point operations and where they go, milliseconds, memory. None of it depends
-    on what the weights were trained for, so nothing is downloaded: a named CLIP gets random ones.
+    """What systems take for one picture: parameters, floating-point operations and where they go, milliseconds,
+    memory. None of it depends on what the weights were trained for, so nothing is downloaded: a named CLIP gets
+    random ones.
 
     Parameters
     ----------
@@ -933,8 +937,8 @@ def _demo_steps(out: Path, scenes: int) -> dict[str, Callable[[], list[str]]]:
     train = lambda: _demo_training(out/DEMO_SYSTEM)
     return {
         f"drawing {2 * scenes} scenes": draw,
-        f"scoring every kind of map on {scenes} scenes (thresholds from {scenes} others)": lambda: _demo_scores(out, test()),
-        "drawing the maps of six of them": lambda: _demo_gallery(out, test()),
+        f"scoring every kind of map on {scenes} scenes (thresholds from {scenes} others)": lambda: _demo_scores(
+            out, test()), "drawing the maps of six of them": lambda: _demo_gallery(out, test()),
         "running the notebook that follows one picture through the tower": lambda: _demo_notebook(out),
         f"training {DEMO_SYSTEM}, {steps} steps on {drawn} scenes with image labels alone": train}
 
@@ -942,7 +946,8 @@ def _demo_steps(out: Path, scenes: int) -> dict[str, Callable[[], list[str]]]:
 def demo_command(
     args: argparse.Namespace,   # the command's options, parsed
 ) -> int:
-    """Draw scenes, score every kind of map on them, look at some, run a notebook, train a system. Offline, with the weights that ship.
+    """Draw scenes, score every kind of map on them, look at some, run a notebook, train a system. Offline, with the
+    weights that ship.
 
     Parameters
     ----------
@@ -989,7 +994,8 @@ def explore_notebooks() -> dict[str, Path]:
 def explore_notebook(
     name: str,   # of its file, with or without .ipynb
 ) -> Path:
-    """A notebook of nbs/explore. Raises `InputError` for an unknown one, naming the nearest, and where freqseg runs without its notebooks.
+    """A notebook of nbs/explore. Raises `InputError` for an unknown one, naming the nearest, and where freqseg runs
+    without its notebooks.
 
     Parameters
     ----------

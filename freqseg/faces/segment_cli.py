@@ -163,9 +163,10 @@ def trained_job(
 
 # %% ../../nbs/faces/80_segment_cli.ipynb #fcef1990
 def cam_settings(
-    backbone: "Backbone",             # a frozen CLIP
-    mu: float | None = None,          # cut-off between the bands, cycles per token; None = that of the model's pictures, else 0.4 (FFR)
-    parameters: Sequence[str] = (),   # NAME=VALUE of other options
+        backbone: "Backbone",   # a frozen CLIP
+        mu: float
+    | None = None,   # cut-off between the bands, cycles per token; None = that of the model's pictures, else 0.4 (FFR)
+        parameters: Sequence[str] = (),   # NAME=VALUE of other options
 ) -> "CamSettings":
     """The options of maps. Raises `InputError` for an unknown one, naming the nearest, and for values that cannot be.
 
@@ -193,7 +194,8 @@ def cam_settings(
 def map_job(
     args: argparse.Namespace,   # the command's options, parsed
 ) -> SegmentJob:
-    """A kind of map answers, without any training. Raises `InputError` as `segment_with_map` does, and without --classes.
+    """A kind of map answers, without any training. Raises `InputError` as `segment_with_map` does, and without
+    --classes.
 
     Parameters
     ----------
@@ -264,8 +266,8 @@ def segment_files(
 def segment_command(
     args: argparse.Namespace,   # the command's options, parsed
 ) -> int:
-    """Masks of pictures: a palette PNG in VOC's colours, and the picture under its mask with a legend. A trained system answers (--model), or a
-    kind of map for any names and without any training (--method).
+    """Masks of pictures: a palette PNG in VOC's colours, and the picture under its mask with a legend. A trained
+    system answers (--model), or a kind of map for any names and without any training (--method).
 
     Parameters
     ----------

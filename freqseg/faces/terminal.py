@@ -549,7 +549,8 @@ def open_backbone(
     pretrained: str,        # which weights of open_clip
     device: str = "auto",   # "auto", "cpu", "cuda", "cuda:1", ...
 ) -> "Backbone":
-    """The frozen CLIP that the options name, of a trained system its own. A failed download also proposes what works without a network. Raises `InputError`.
+    """The frozen CLIP that the options name, of a trained system its own. A failed download also proposes what works
+    without a network. Raises `InputError`.
 
     Parameters
     ----------

@@ -25,7 +25,8 @@ _NAMED = ("preset", "model", "data", "device", "limit", "skip_bad", "devices", "
 def given_parameters(
     args: argparse.Namespace,   # the command's options, parsed
 ) -> dict[str, Any]:
-    """The parameters that a command line names, as values. Raises `InputError` for what no training would accept, before one begins.
+    """The parameters that a command line names, as values. Raises `InputError` for what no training would accept,
+    before one begins.
 
     Parameters
     ----------
@@ -115,7 +116,8 @@ def _report_progress(args: argparse.Namespace, parameters: dict[str, Any]) -> No
 def train_command(
     args: argparse.Namespace,   # the command's options, parsed
 ) -> int:
-    """Train a system: run its notebook with parameters. The executed notebook, metrics.json, report and checkpoints are in --out.
+    """Train a system: run its notebook with parameters. The executed notebook, metrics.json, report and checkpoints
+    are in --out.
 
     Parameters
     ----------
@@ -238,7 +240,8 @@ def evaluation_names() -> str:
 def evaluate_command(
     args: argparse.Namespace,   # the command's options, parsed
 ) -> int:
-    """Seed, mask and seg figures of a trained system on a data set, with report, and masks in VOC's colours if asked for.
+    """Seed, mask and seg figures of a trained system on a data set, with report, and masks in VOC's colours if asked
+    for.
 
     Parameters
     ----------
@@ -360,7 +363,8 @@ def grid_axes(
 def sweep_command(
     args: argparse.Namespace,   # the command's options, parsed
 ) -> int:
-    """Train at every point of a grid, several seeds each, and compare: table with 95% intervals over seeds, and a plot. Goes on where it stopped.
+    """Train at every point of a grid, several seeds each, and compare: table with 95% intervals over seeds, and a
+    plot. Goes on where it stopped.
 
     Parameters
     ----------
