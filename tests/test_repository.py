@@ -213,14 +213,14 @@ EXCEPTIONS = {
         work/60_experiments=2
     """,
     "lessons_lacking": """
-        faces/75_sweep_plots=1 faces/76_explorer=3 faces/80_segment_cli=3 faces/82_training_cli=2 work/50_check=2
+        faces/75_sweep_plots=1 faces/76_explorer=3 work/50_check=2
         work/56_train=4 work/57_checkpoints=1 work/60_experiments=4
     """,
     "wide_lines": """
         05_conditions=4 06_options=6 09_plugins=8 10_lists=26 11_pictures=9 12_data=41 13_transforms=10 14_clip=47
-        18_prompts=20 21_dual_affinity=54 22_cam=2 24_ot_cam=2 explore/frequency_cam=1 faces/70_terminal=45
-        faces/72_plots=45 faces/74_report=50 faces/75_sweep_plots=9 faces/76_explorer=113 faces/80_segment_cli=19
-        faces/82_training_cli=36 faces/84_cli=84 systems/40_segmenter=26 systems/41_weclip=7 systems/42_wtclip=4
+        18_prompts=20 21_dual_affinity=54 22_cam=2 24_ot_cam=2 explore/frequency_cam=1
+        faces/72_plots=45 faces/74_report=50 faces/75_sweep_plots=9 faces/76_explorer=113
+        systems/40_segmenter=26 systems/41_weclip=7 systems/42_wtclip=4
         systems/43_dfa=11 systems/44_ffr=12 systems/45_zegclip=27 systems/46_sptseg=9 train/dfa=24 train/ffr=16
         train/sptseg=22 train/system=5 train/weclip=11 train/world_clip=1 train/wtclip=12 train/zegclip=22
         work/52_inference=66 work/53_thresholds=10 work/53_training_free=2 work/54_evaluation=69 work/55_seeds=41

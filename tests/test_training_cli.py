@@ -75,7 +75,7 @@ def test_a_value_of_another_kind_is_refused_by_the_plan(values: dict[str, object
 @pytest.mark.slow
 def test_train_leaves_record_figures_report_and_checkpoints(run: Path) -> None:
     told = json.loads((run / "metrics.json").read_text())
-    assert told["system"] == "weclip" and told["settings"]["iterations"] == 4 and told["report"]["world"]
+    assert told["system"] == "weclip" and told["settings"]["iterations"] == 4 and told["report"]["caveat"]
     assert {"device", "begun", "precision", "freqseg", "torch", "python"} <= set(told["record"]) and told["seconds"] > 0
     assert {"seed", "mask", "seg", "seg_low", "seg_high"} <= set(told["report"]["figures"])
     assert read_checkpoint(run / "last.safetensors").step == 4
