@@ -233,7 +233,8 @@ def _in_full(x: Tensor) -> Tensor:
 def _relations(features: Features, source: str, layers: int | Sequence[int], heads: Sequence[int] | None,
                temperature: float | None) -> Iterator[Tensor]:
     "The relation (B, N, N) of one chosen block after the other."
-    made, options = SOURCES.find(source), {}
+    made = SOURCES.find(source)
+    options: dict[str, Any] = {}
     if temperature is not None and not temperature > 0:
         raise InputError(f"temperature={temperature}: give a positive number.")
     if heads is not None and not made.heads: raise InputError(f"the source {source!r} has no heads: leave heads=None.")

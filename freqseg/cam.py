@@ -25,7 +25,7 @@ from .spectra import band_stack
 # %% ../nbs/22_cam.ipynb #2a4fbb7a
 def as_present(
     present: Any,                           # None = all; bool (B, K) or (K,); class indices or names, of all or each image
-    shape: tuple[int, int],                 # (B, K)
+    shape: Sequence[int],                   # (B, K)
     names: Sequence[str] | None = None,     # of the classes, where they are known
     device: torch.device | str | None = None,
 ) -> Tensor:                                # (B, K) bool
@@ -35,7 +35,7 @@ def as_present(
     ----------
     present : Any
         None = all; bool (B, K) or (K,); class indices or names, of all or each image
-    shape : tuple[int, int]
+    shape : Sequence[int]
         (B, K)
     names : Sequence[str] | None
         of the classes, where they are known
@@ -131,14 +131,14 @@ def _image_embedding(backbone: Backbone, tokens: Tensor, pool: str) -> Tensor:
         return mean if proj is None else mean @ proj
     raise InputError(f"pool={pool!r}: use 'patches' (WeCLIP) or 'cls'.")
 
-def _last_input(features: Features) -> Tensor:
-    "The last block's input after its ln_1, (B, N+1, D). Raises `InputError` when the features lack it."
-    if features.last_ln1 is not None: return features.last_ln1
+def _recorded(value: Tensor | None) -> Tensor:
+    "What was kept of the last block's input, (B, N+1, D). Raises `InputError` when the features lack it."
+    if value is not None: return value
     raise InputError("these features lack the last block's input: encode with joint=True or last_input=True.")
 
 # %% ../nbs/22_cam.ipynb #42e02c6b
 def _sum_through_attention(
-    block: torch.nn.Module,
+    block: Any,                           # the tower's last
     qkv: tuple[Tensor, Tensor, Tensor],   # (B, heads, N+1, d) each
     attention: Tensor,                    # (B, heads, N+1, N+1)
     context: Tensor,                      # (B, heads, N+1, d) = attention @ values
@@ -165,14 +165,15 @@ def last_qkv(backbone: Backbone, features: Features) -> tuple[Tensor, Tensor, Te
     """Queries, keys and values of the last block, (B, heads, N+1, d) each: those that were encoded, else computed.
 
     Raises `InputError` for features without the last block's input."""
-    kinds, last = (features.queries, features.keys, features.values), backbone.depth - 1
-    if last in features.queries: return tuple(kind[last].detach() for kind in kinds)
-    return split_qkv(backbone.blocks[-1], _last_input(features).detach().clone())
+    last = backbone.depth - 1
+    if last not in features.queries: return split_qkv(backbone.blocks[-1], _recorded(features.last_ln1).detach().clone())
+    return features.queries[last].detach(), features.keys[last].detach(), features.values[last].detach()
 
 def _pull_through_attention(backbone: Backbone, features: Features,
                             pool: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     "Image embedding z (B, E) and the map from gradients at z (S, B, E) to their sums over patches at ln_1 (S, B, D)."
-    block, residual, qkv = backbone.blocks[-1], features.last_residual.detach().clone(), last_qkv(backbone, features)
+    block, qkv = backbone.blocks[-1], last_qkv(backbone, features)
+    residual = _recorded(features.last_residual).detach().clone()
     attention = attention_weights(*qkv[:2])
     context = (attention @ qkv[2]).requires_grad_()
     z = _image_embedding(backbone, feed_forward(block, residual + merge_heads(block, context)), pool)
@@ -184,7 +185,8 @@ def _pull_through_attention(backbone: Backbone, features: Features,
 def _pull_by_autograd(backbone: Backbone, features: Features, pool: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """The same for blocks that normalise queries and keys, where the sum over patches does not commute with the
     projection."""
-    ln1, residual = features.last_ln1.detach().clone().requires_grad_(), features.last_residual.detach().clone()
+    ln1, residual = (_recorded(value).detach().clone() for value in (features.last_ln1, features.last_residual))
+    ln1.requires_grad_()
     z = _image_embedding(backbone, backbone.last_block(ln1, residual), pool)
     return z, lambda sent: torch.autograd.grad(z, ln1, sent, is_grads_batched=True, retain_graph=True)[0][:, :, 1:].sum(
         2)
@@ -229,8 +231,8 @@ def grad_cam_weights(
     Tensor
         (B, K, D), 0 for absent classes
     """
-    text = batched(text, "(K, E)", "class embeddings")
-    present = as_present(present, (len(_last_input(features)), len(text)), device=text.device)
+    text, ln1 = batched(text, "(K, E)", "class embeddings"), _recorded(features.last_ln1)
+    present = as_present(present, (len(ln1), len(text)), device=text.device)
     slots, valid = _pack(present)
     with torch.inference_mode(False), torch.enable_grad():
         normed = isinstance(getattr(backbone.blocks[-1].attn, "ln_q", None), torch.nn.LayerNorm)
@@ -239,14 +241,14 @@ def grad_cam_weights(
                                        exact).to(z.dtype)
         sent = direction.gather(1, slots[..., None].expand(-1, -1, direction.shape[-1])).transpose(0, 1)
         packed = torch.cat([pull(part) for part in sent.split(chunk)])
-    packed = packed.transpose(0, 1) * valid[..., None] / (features.last_ln1.shape[1] - 1 if exact else 1)
+    packed = packed.transpose(0, 1) * valid[..., None] / (ln1.shape[1] - 1 if exact else 1)
     return packed.new_zeros(*present.shape, packed.shape[-1]).scatter_add_(1, slots[..., None].expand_as(packed),
                                                                            packed)
 
 # %% ../nbs/22_cam.ipynb #ed13b0b7
 def patch_activations(features: Features) -> Tensor:
     "What GradCAM weighs: the last block's ln_1 output as maps (B, D, h, w), CLS dropped."
-    return features.last_ln1[:, 1:].transpose(1, 2).unflatten(2, features.grid)
+    return _recorded(features.last_ln1)[:, 1:].transpose(1, 2).unflatten(2, features.grid)
 
 def grad_cam_evidence(
     backbone: Backbone, features: Features, text: Tensor, present: Any = None, background: Tensor|None = None,
@@ -356,10 +358,10 @@ def value_path(
         (B, E, h, w) joint space, not normalised
     """
     block = backbone.blocks[-1]
-    value = split_qkv(block, _last_input(features))[2]
+    value = split_qkv(block, _recorded(features.last_ln1))[2]
     x = merge_heads(block, value if attention is None else attention @ value)
     if residual:
-        x = feed_forward(block, features.last_residual + x)
+        x = feed_forward(block, _recorded(features.last_residual) + x)
     return backbone.project(x[:, 1:]).transpose(1, 2).unflatten(2, features.grid)
 
 # %% ../nbs/22_cam.ipynb #bd1a7ff7
@@ -367,7 +369,8 @@ def intra_attention(features: Features, block: int) -> Tensor:
     """Mean of softmax(QQ^T), softmax(KK^T), softmax(VV^T), scaled by 1/sqrt(d), of a block encoded with qkv: (B,
     heads, N+1, N+1)."""
     parts = [features.of(getattr(features, name), block, name) for name in ("queries", "keys", "values")]
-    return sum(attention_weights(part, part) for part in parts) / 3
+    query, key, value = (attention_weights(part, part) for part in parts)
+    return (query + key + value) / 3
 
 def side_path(
     backbone: Backbone,
@@ -399,7 +402,7 @@ def side_path(
         (B, E, h, w) joint space, not normalised
     """
     first = backbone.depth - min(blocks, backbone.depth)
-    x = 0
+    x = torch.zeros(())   # takes the kind and the device of what is added
     for index in range(first, backbone.depth):
         mixed = attention(features, index) @ features.of(features.values, index, "values")
         x = x + merge_heads(backbone.blocks[index], mixed)[:, 1:]
@@ -433,7 +436,7 @@ def intra_correlation(
 def similarity_request(backbone: Backbone, source: str = "value", blocks: int = 5) -> dict[str, Any]:
     "Arguments for `Backbone.encode` that `patch_embeddings` needs. Raises `InputError` for an unknown source."
     first = backbone.depth - min(blocks, backbone.depth)
-    requests = {
+    requests: dict[str, dict[str, Any]] = {
         "final": {"joint": True}, "value": {"joint": False, "last_input": True},
         "intra": {"joint": False, "qkv": tuple(range(first, backbone.depth)), "tokens": (first - 1,) if first else ()}}
     if source not in requests: raise InputError(f"source={source!r}: use 'value', 'intra' or 'final'.")
@@ -611,7 +614,7 @@ def pack_present(
 def pseudo_labels(
     cam: Tensor,                       # (B, K, h, w) in [0, 1]; (K, h, w) is a batch of one
     present: Any = None,               # classes that may win, (B, K) bool; None = all, see `as_present`
-    size: tuple[int, int]|None = None, # (H, W) to enlarge to first; None = stay at h x w
+    size: Sequence[int]|None = None,   # (H, W) to enlarge to first; None = stay at h x w
     threshold: float|None = None,      # constant background score; None = 1 - max, to the `background_power`
     background_power: float = 1.0,     # of the background score when there is no threshold
     ignore: tuple[float, float]|None = None,   # largest map value in [low, high) -> 255: too close to call
@@ -628,7 +631,7 @@ def pseudo_labels(
         (B, K, h, w) in [0, 1]; (K, h, w) is a batch of one
     present : Any
         classes that may win, (B, K) bool; None = all, see `as_present`
-    size : tuple[int, int]|None
+    size : Sequence[int]|None
         (H, W) to enlarge to first; None = stay at h x w
     threshold : float|None
         constant background score; None = 1 - max, to the `background_power`

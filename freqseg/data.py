@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -361,7 +362,7 @@ class SegmentationFolder(Dataset):
         self.classes, self.ids, self.num_classes = listing.classes, listing.ids, listing.num_classes
         _require_whole(listing, listing.images, "picture")
         if masks: _require_whole(listing, listing.masks, "mask")
-        if listing.labels is not None:
+        if listing.labels is not None and listing.labelled is not None:
             _require_whole(listing, [known or None for known in listing.labelled], "line in the label table")
         self._masks = listing.masks if masks is not False else (None,) * len(self.ids)
 
@@ -382,7 +383,7 @@ class SegmentationFolder(Dataset):
         return torch.from_numpy(self.listing.labels)
 
     def __getitem__(self, index: int) -> Sample:
-        image = read_image(self.listing.images[index])
+        image = read_image(cast(str, self.listing.images[index]))   # `_require_whole` saw them all
         mask = self._mask(index, image.size)
         labels = None if self.listing.labels is None else torch.from_numpy(self.listing.labels[index].copy())
         sample = Sample(self.ids[index], image, mask, labels)
@@ -416,8 +417,8 @@ def zero_shot_view(
     hidden = {} if unseen is None else dict.fromkeys(split.unseen_index, unseen)
     without_background = {value: index - listing.background for value, index in values.items()}
     mapping = {value: IGNORE if index < 0 else hidden.get(index, index) for value, index in without_background.items()}
-    labels = {} if unseen is None else dict(labels=None, labelled=None)
-    return replace(listing, background=False, mapping=mapping, zero_shot=split, **labels)
+    shown = listing if unseen is None else replace(listing, labels=None, labelled=None)
+    return replace(shown, background=False, mapping=mapping, zero_shot=split)
 
 def _unlike_split(listing: Listing, split: ZeroShotSplit) -> str:
     strange = [name for name in split.classes if name not in listing.classes] or [name for name in listing.classes if name not in split.classes]
@@ -442,9 +443,9 @@ def thinned(
     if not 0 < share <= 1: raise InputError(f"share={share}: give what is left of the split, above 0 and at most 1.")
     count = len(listing.ids)
     kept = np.sort(np.random.default_rng(seed).permutation(count)[:max(1, round(share * count))])
-    rows = {name: tuple(getattr(listing, name)[row] for row in kept) for name in ("ids", "images", "masks")}
-    tables = {name: None if (table := getattr(listing, name)) is None else table[kept] for name in ("labels", "labelled")}
-    return replace(listing, **rows, **tables)
+    rows: dict[str, Any] = {name: tuple(getattr(listing, name)[row] for row in kept) for name in ("ids", "images", "masks")}
+    rows |= {name: None if (table := getattr(listing, name)) is None else table[kept] for name in ("labels", "labelled")}
+    return replace(listing, **rows)
 
 # %% ../nbs/12_data.ipynb #d3bb89d0
 def open_voc(root: str | Path, split: str = "train", transform: Callable[[Sample], Sample] | None = None,
@@ -502,7 +503,7 @@ def labels_from_masks(
         listing = replace(list_folder(folder, split), labels=None, labelled=None)
         _require_whole(listing, listing.masks, "mask")
         for name, mask in zip(listing.ids, listing.masks):
-            if name not in rows: rows[name] = classes_in_mask(read_mask(mask, listing.num_classes), listing)
+            if name not in rows: rows[name] = classes_in_mask(read_mask(cast(str, mask), listing.num_classes), listing)
     if not rows:
         raise InputError(f"{folder} has no lists in ImageSets/Segmentation/. Write one id per line into train.txt there.")
     write_labels(path, list(rows), np.stack(list(rows.values())), read_classes(Path(folder)/"classes.txt"))
@@ -545,8 +546,9 @@ class Batch:
     valid: Tensor | None = None   # (B, H, W) bool: False where a crop lies outside its picture; None: nothing is outside
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> "Batch":
-        parts = self.images, self.masks, self.labels, self.valid
-        return Batch(self.ids, *(value if value is None else move(value) for value in parts))
+        given = self.images, self.masks, self.labels, self.valid
+        parts: list[Any] = [value if value is None else move(value) for value in given]
+        return Batch(self.ids, *parts)
 
     def to(self, device: torch.device | str) -> "Batch":
         "The batch on another device."
@@ -566,11 +568,12 @@ def collate(
     samples : Sequence[Sample]
         transformed, all of one size
     """
-    sizes = {tuple(sample.image.shape[-2:]) for sample in samples}
+    sizes = {tuple(cast(Tensor, sample.image).shape[-2:]) for sample in samples}
     if len(sizes) > 1:
         raise InputError(f"pictures of sizes {sorted(sizes)} do not stack. Crop them (`TrainTransform`) or use batch size 1.")
-    return Batch(tuple(sample.id for sample in samples), *(_stack([getattr(sample, part) for sample in samples])
-                                                           for part in ("image", "mask", "labels", "valid")))
+    parts: list[Any] = [_stack([getattr(sample, part) for sample in samples]) for part in ("image", "mask", "labels", "valid")]
+    return Batch(tuple(sample.id for sample in samples), *parts)
 
 def _stack(values: Sequence[Tensor | None]) -> Tensor | None:
-    return None if any(value is None for value in values) else torch.stack(list(values))
+    present = [value for value in values if value is not None]
+    return torch.stack(present) if len(present) == len(values) else None

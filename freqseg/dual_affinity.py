@@ -163,9 +163,7 @@ class PathOutput(NamedTuple):
 def entry_network(entries: int, hidden: int, silent: bool) -> nn.Sequential:
     "One hidden layer, applied to every pair of patches alike: (B, entries, n, N) -> (B, 1, n, N); 0 at first if `silent`."
     network = nn.Sequential(nn.Conv2d(entries, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, 1, 1))
-    if silent:
-        nn.init.zeros_(network[2].weight)
-        nn.init.zeros_(network[2].bias)
+    for value in network[2].parameters() if silent else (): nn.init.zeros_(value)
     return network
 
 # %% ../nbs/21_dual_affinity.ipynb #9ed3f4b3
@@ -226,6 +224,7 @@ class AffinityPath(nn.Module):
 
     def correction(self, rows: Tensor) -> Tensor:
         "What the MLP adds to the score of some rows: (B, L, n, N) -> (B, n, N) fp32."
+        assert self.network is not None   # `score` asks a path that learns
         return _in_full(self.network(encode_entries(rows, self.encoding)).squeeze(1))
 
     def score(self, stack: Tensor) -> Tensor:
@@ -300,13 +299,13 @@ def frequency_relations(
     normalise : str|bool|None
         None or False as printed; "features" or True L2-normalises F_d over channels, "bands" its bands
     """
-    normalise = {False: None, True: "features"}.get(normalise, normalise)
+    if isinstance(normalise, bool): normalise = "features" if normalise else None
     _choose("normalise", normalise, NORMALISATIONS)
     with torch.autocast(features.device.type, enabled=False):
         wide = _in_full(features)
         low, high = split_bands(F.normalize(wide, dim=1) if normalise == "features" else wide, mu, shape)
         pair = [F.normalize(band, dim=1) if normalise == "bands" else band for band in (low, high)]
-        return FrequencyRelations(*map(_sigmoid_products, pair), low, high)
+        return FrequencyRelations(_sigmoid_products(pair[0]), _sigmoid_products(pair[1]), low, high)
 
 # %% ../nbs/21_dual_affinity.ipynb #445da472
 def _mean_over_processes(value: Tensor) -> Tensor:
@@ -327,6 +326,9 @@ class QualityThreshold(nn.Module):
     momentum : float
         share of the old value that stays
     """
+    alpha: Tensor     # () the quality
+    updates: Tensor   # () how many batches it has seen
+
     def __init__(self,
         momentum: float = 0.99,   # share of the old value that stays
     ):
@@ -828,13 +830,13 @@ class DualAffinity(nn.Module):
         if tuple(decoded.shape[-2:]) != tuple(grid) or len(decoded) != len(result.smoothed):
             raise InputError(f"decoder features {tuple(decoded.shape)} do not fit affinities of {len(result.smoothed)} images on a {grid} grid.")
         related = frequency_relations(decoded.detach(), self.settings.mu, self.settings.shape, self.settings.normalise_features)
-        if self.threshold is not None: self._align(result, related.low)
+        if self.threshold is not None: self._align(self.threshold, result, related.low)
         if self.high is not None and self.high.network is not None and labels is not None: self._rectify(result, related.high, labels, grid)
         return result
 
-    def _align(self, result: DualAffinityOutput, relation: Tensor) -> None:
+    def _align(self, threshold: QualityThreshold, result: DualAffinityOutput, relation: Tensor) -> None:
         "Add L_a."
-        alpha = self.threshold(relation, result.smoothed.detach())
+        alpha = threshold(relation, result.smoothed.detach())
         mask = selective_mask(relation, alpha)
         student = scaled_relation(_compared(result.smoothed_path, self.settings.align_scale), self.settings.align_scale)
         result.losses["alignment"] = alignment_loss(relation, student, mask, self.settings.align_within, self.settings.align_reduction)
@@ -842,6 +844,7 @@ class DualAffinity(nn.Module):
 
     def _rectify(self, result: DualAffinityOutput, relation: Tensor, labels: Tensor, grid: tuple[int, int]) -> None:
         "Add L_r."
+        assert result.inverse_path is not None   # `losses` asks a module that has one
         s = self.settings
         masks = rectification_masks(relation, labels, grid, s.vote_window, agreement=s.agreement)
         result.losses["rectification"] = relation_loss(_compared(result.inverse_path, s.relation_scale), *masks, s.relation_scale)

@@ -9,7 +9,7 @@ __all__ = ['IGNORE', 'UNLABELLED', 'VOC_CLASSES', 'COCO_CLASSES', 'COCOSTUFF_CLA
 
 # %% ../nbs/10_lists.ipynb #2540abab
 import csv, functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -149,11 +149,13 @@ class Domain:
             for the message
         """
         usual = {field.name: field.default for field in fields(cls)}
+        read_as: dict[Any, Any] = {str: str, tuple: (list, tuple)}
         for name, value in values.items():
             if name not in usual: raise InputError(f"{where}: {unknown_name(name, usual, 'fact about pictures')}")
-            kind = {str: str, tuple: (list, tuple)}.get(type(usual[name]), (int, float))
+            kind = read_as.get(type(usual[name]), (int, float))
             if not isinstance(value, kind): raise InputError(f"{where}: {name}={value!r} is {type(value).__name__}; see freqseg.lists.Domain for what it should be.")
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        made: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return cls(**made)
 
 def seen_and_unseen(
     classes: Sequence[str],
@@ -238,7 +240,8 @@ def shipped_splits(
     dataset : str
         "voc", "coco" or "cocostuff"
     """
-    lists = {"voc": lambda: _voc_lists()[0], "coco": lambda: _coco_lists()[0], "cocostuff": _cocostuff_lists}
+    lists: dict[str, Callable[[], dict[str, tuple[str, ...]]]] = {
+        "voc": lambda: _voc_lists()[0], "coco": lambda: _coco_lists()[0], "cocostuff": _cocostuff_lists}
     if dataset not in lists: raise unknown_name(dataset, lists, "dataset")
     return lists[dataset]()
 
@@ -324,7 +327,7 @@ def _label_lines(path: Path) -> Iterator[tuple[str, list[str]]]:
     if path.suffix == ".csv":
         rows = [row for row in csv.reader(lines) if row and row[0].strip().lower() != "id"]
         pairs = [(row[0], ",".join(row[1:]).replace(";", ",")) for row in rows]
-    else: pairs = [(line.split(maxsplit=1) + [""])[:2] for line in lines]
+    else: pairs = [(name, "".join(rest)) for name, *rest in (line.split(maxsplit=1) for line in lines)]
     for name, listed in pairs: yield _plain_id(name.strip()), [label.strip() for label in listed.split(",") if label.strip()]
 
 def read_labels(
@@ -340,7 +343,9 @@ def read_labels(
     path : str | Path
         labels.txt: "id class,class"; labels.csv: id,class,class (or one quoted field)
     """
-    index, rows, columns_of = {name: i for i, name in enumerate(classes)}, {}, []
+    index = {name: i for i, name in enumerate(classes)}
+    rows: dict[str, int] = {}
+    columns_of: list[list[int]] = []
     for name, labels in _label_lines(Path(path)):
         wrong = [label for label in labels if label not in index]
         if wrong: raise InputError(f"{path}, picture {name}: {unknown_name(wrong[0], classes)}")
@@ -368,5 +373,5 @@ def write_labels(
     classes : Sequence[str]
         K names
     """
-    lines = [f"{name} {','.join(classes[k] for k in np.flatnonzero(row))}".rstrip() for name, row in zip(ids, present)]
+    lines = [f"{name} {','.join(classes[k] for k in np.flatnonzero(row).tolist())}".rstrip() for name, row in zip(ids, present)]
     with atomic_write(path) as partial: partial.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -68,7 +68,7 @@ class CamSettings(Options):
                         choices={"square": "as in FFR", "disc": "the same in all directions"})
     source: str | None = option(None, "relations that the affinities are made of", choices=SOURCE_CHOICES)
     layers: int | tuple[int, ...] = option(8, "the last so many blocks, or block indices (WeCLIP, first half: 8)",
-                                           least=1)
+                                           low=-64, high=64, least=1)
     walk_steps: int = option(2, "how often a map travels over the affinity (WeCLIP squares it)", low=1)
     box: float | None = option(
         0.4, "only regions in boxes around at least this share of the maximum travel (WeCLIP, VOC); none: all",

@@ -77,7 +77,8 @@ def _decoded(path: str | Path, listed: bool = True) -> Iterator[Image.Image]:
         raise InputError(f"{path} cannot be decoded ({error}). {_OF_A_LIST if listed else _OF_NO_LIST}") from error
 
 # %% ../nbs/11_pictures.ipynb #59f84ffd
-_UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+_UPRIGHT: dict[int | None, Image.Transpose] = {
+            2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
             5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
             8: Image.Transpose.ROTATE_90}
 
@@ -211,6 +212,8 @@ def fitted_size(
     side : int | None
         the long side wanted; None = as it is
     """
-    if side is None: return tuple(size)
+    height, width = size
+    if side is None: return height, width
     if side < 1: raise InputError(f"size={side}: give the long side in pixels, 1 or more, or None for the pictures' own size.")
-    return tuple(max(1, round(length * side / max(size))) for length in size)
+    height, width = (max(1, round(length * side / max(size))) for length in size)
+    return height, width

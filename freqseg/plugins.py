@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from .files import InputError, sha256, unknown_name
 
@@ -121,11 +121,13 @@ def split_target(
     if str(name).endswith(".py"): raise InputError(f"{name}: which class of it? Name it after a colon, such as {name}:Mine.")
     return None
 
+_Base = TypeVar("_Base")
+
 def load_target(
     file: str | Path,   # a Python file
     target: str,        # name of a class in it
-    kind: type,         # what it has to be a subclass of
-) -> type:
+    kind: type[_Base],  # what it has to be a subclass of
+) -> type[_Base]:
     """A class of a user's file. Raises `InputError` when the file cannot be run, or has no such class, naming those that it has.
 
     Parameters
@@ -134,7 +136,7 @@ def load_target(
         a Python file
     target : str
         name of a class in it
-    kind : type
+    kind : type[_Base]
         what it has to be a subclass of
     """
     module = load_plugin(file)

@@ -109,7 +109,8 @@ def usual_wording(
     require_words(backbone, [*classes, *wanted])
     rest = rivals(wanted, classes)
     if isinstance(backbone.tokenizer, ClosedVocabulary):
-        return Wording(tuple(classes), rest, *(templates or ("{}",) for templates in (backbone.domain.templates, backbone.domain.background_templates)))
+        domain = backbone.domain
+        return Wording(tuple(classes), rest, domain.templates or ("{}",), domain.background_templates or ("{}",))
     aliases = {**COCO_PROMPT_ALIASES, **VOC_PROMPT_ALIASES}
     return Wording(tuple(classes), rest, aliases={name: aliases[name] for name in classes if name in aliases})
 

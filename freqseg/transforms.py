@@ -7,7 +7,7 @@ __all__ = ['RandomScale', 'to_tensors', 'VariedCrop', 'TrainTransform']
 
 # %% ../nbs/13_transforms.ipynb #e9e6f72f
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -110,7 +110,8 @@ class TrainTransform:
         self.colours = v2.RandomPhotometricDistort(p=.5) if colours else None
 
     def __call__(self, sample: Sample) -> Sample:
-        inside = tv_tensors.Mask(torch.zeros(sample.image.height, sample.image.width, dtype=torch.uint8))
+        width, height = cast(Image.Image, sample.image).size
+        inside = tv_tensors.Mask(torch.zeros(height, width, dtype=torch.uint8))
         mask = inside if sample.mask is None else tv_tensors.Mask(torch.from_numpy(sample.mask))
         image, mask, inside = self.joint(sample.image, mask, inside)
         valid = inside.as_subclass(Tensor) != IGNORE

@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import freqseg
-from freqseg.faces.cli import build_parser, cam_prompts, fitted_size, main, output_names, picture_files
+from freqseg.faces.cli import build_parser, cam_prompts, fitted_size, main
+from freqseg.faces.terminal import class_list, interruptible, named_classes, output_names, picture_files
 from freqseg.clip import Backbone, load_clip
 from freqseg.pictures import read_mask
 from freqseg.affinity import SOURCES
 from freqseg.maps import METHODS, CamSettings
 from freqseg.work.training_free import segment_with_map, usual_showing
-from freqseg.faces.terminal import class_list, interruptible, named_classes
 from freqseg.lists import VOC_CLASSES
 from freqseg.world.scenes import WORLD_CLASSES, World
 

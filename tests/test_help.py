@@ -24,8 +24,6 @@ MODULES = sorted(info.name for info in pkgutil.walk_packages(freqseg.__path__, "
 STILL_TO_DO = {f"freqseg.{name}" for name in """
     affinity cam data dual_affinity maps ot_cam prompts
     systems.dfa systems.ffr systems.segmenter systems.wtclip systems.zegclip
-    work.checkpoints work.cost work.experiments work.inference work.seeds work.sweeps work.train
-    faces.cli faces.explorer faces.plots faces.report faces.segment_cli faces.terminal faces.training_cli faces.widgets
     """.split()}
 
 EXAMPLE = '''def soften(

@@ -200,7 +200,7 @@ class OldOptions(Options):
 
 
 def test_a_run_that_was_begun_under_older_names_goes_on(tmp_path: Path) -> None:
-    class Old(System):
+    class Old(System, abstract=True):
         Options = OldOptions
     import torch
     clip = types.SimpleNamespace(recipe={}, named_parameters=lambda: [])

@@ -209,12 +209,10 @@ def test_papermill_finds_the_parameters_of_the_training_notebooks() -> None:
 EXCEPTIONS = {
     "long_cells": """
         06_options=2 21_dual_affinity=1 36_maps=1 faces/76_explorer=1 systems/40_segmenter=1 systems/43_dfa=1
-        systems/44_ffr=1 systems/45_zegclip=2 work/53_training_free=1 work/56_train=2 work/57_checkpoints=1
-        work/60_experiments=2
+        systems/44_ffr=1 systems/45_zegclip=2
     """,
     "lessons_lacking": """
-        faces/75_sweep_plots=1 faces/76_explorer=3 work/50_check=2
-        work/56_train=4 work/57_checkpoints=1 work/60_experiments=4
+        faces/75_sweep_plots=1 faces/76_explorer=3
     """,
     "wide_lines": """
         05_conditions=4 06_options=6 09_plugins=8 10_lists=26 11_pictures=9 12_data=41 13_transforms=10 14_clip=47

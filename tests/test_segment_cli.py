@@ -11,14 +11,14 @@ from PIL import Image
 
 import freqseg.work.checkpoints
 from freqseg.work.checkpoints import SHIPPED, load_system
-from freqseg.faces.cli import main, output_names
+from freqseg.faces.cli import main
+from freqseg.faces.terminal import class_list, output_names, require_apart
 from freqseg.clip import Backbone, load_clip
 from freqseg.files import InputError
 from freqseg.work.inference import MOST_NAMES, segment_picture
 from freqseg.faces.segment_cli import ENDINGS, with_names
 from freqseg.systems.sptseg import SPTSEG
 from freqseg.systems.weclip import WeCLIP
-from freqseg.faces.terminal import class_list, require_apart
 from freqseg.world.scenes import WORLD_CLASSES, World
 
 

@@ -631,7 +631,7 @@ def test_a_folder_of_another_run_is_refused_with_everything_that_differs(whole: 
 
     message = refused(pictures, whole, Other(pictures.classes, width=4), changed(lr=0.5, seed=3), identity={"preset": "voc"})
     for part in ('system.kind: "Toy" there, "Other" now', "system.config.width: 8 there, 4 now", "settings.lr: 0.01 there, 0.5 now",
-                 "settings.seed: 0 there, 3 now", 'identity.preset: nothing there, "voc" now'): assert part in message
+                 "settings.seed: 0 there, 3 now", 'identity.preset: not given there, "voc" now'): assert part in message
     two = [dict(system=dict(kind=kind, config=dict(options={name: 1}))) for kind, name in (("DFA", "mu"), ("FFR", "hidden"))]
     with pytest.raises(InputError, match='system.kind: "DFA" there, "FFR" now') as caught: require_same_run(whole, *two)
     assert "options" not in str(caught.value)

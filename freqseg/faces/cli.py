@@ -78,8 +78,8 @@ def fitted_size(
 
 # %% ../../nbs/faces/84_cli.ipynb #56319bae
 def cam_prompts(
-    backbone: "Backbone",
-    classes: Sequence[str],
+    backbone: "Backbone",            # a frozen CLIP
+    classes: Sequence[str],          # K names
     background: str | None = None,   # names between commas, "none" for no background, None for the usual one
 ) -> "Prompts":
     """Embedded prompts of the classes and of what they compete with. Raises `InputError` for a word that the world
@@ -87,6 +87,10 @@ def cam_prompts(
 
     Parameters
     ----------
+    backbone : Backbone
+        a frozen CLIP
+    classes : Sequence[str]
+        K names
     background : str | None
         names between commas, "none" for no background, None for the usual one
     """
@@ -115,8 +119,16 @@ def method_list(
         elif name not in known: raise unknown_name(name, known, "map")
     return [METHODS.renamed.get(name, name) for name in names] or known
 
-def panel_titles(settings: "CamSettings") -> dict[str, str]:
-    "Method -> the title of its column; the bands say where they were cut."
+def panel_titles(
+    settings: "CamSettings",   # say where the bands are cut
+) -> dict[str, str]:
+    """Method -> the title of its column; the bands say where they were cut.
+
+    Parameters
+    ----------
+    settings : CamSettings
+        say where the bands are cut
+    """
     from freqseg.maps import METHODS
     cut = {"low": f" (to {settings.mu:g})", "high": f" (above {settings.mu:g})"}
     return {name: method.title + cut.get(name, "") for name, method in METHODS.items()} | {TRAINED: TRAINED}
@@ -184,7 +196,7 @@ class CamJob(NamedTuple):
     system: "System | None" = None   # trained, that stands on the backbone
 
 def zero_shot_probabilities(
-    job: CamJob,
+    job: CamJob,           # what is the same for all pictures
     embedding: "Tensor",   # (B, E) of CLS in the joint space
 ) -> "Tensor":             # (B, K)
     """CLIP's probability of each class against the others and the background. A map is always scaled to its own
@@ -192,6 +204,8 @@ def zero_shot_probabilities(
 
     Parameters
     ----------
+    job : CamJob
+        what is the same for all pictures
     embedding : Tensor
         (B, E) of CLS in the joint space
 
@@ -207,10 +221,10 @@ def zero_shot_probabilities(
             normalize(embedding, dim=-1) @ torch.cat(prompts).T).softmax(-1)[:, :len(job.classes)]
 
 def own_maps(
-    system: "System",          # able to answer for the classes
-    images: "Tensor",          # (B, 3, H, W) normalised
-    classes: Sequence[str],
-) -> "Tensor":                 # (B, K, h, w) in [0, 1]
+    system: "System",         # able to answer for the classes
+    images: "Tensor",         # (B, 3, H, W) normalised
+    classes: Sequence[str],   # K names
+) -> "Tensor":                # (B, K, h, w) in [0, 1]
     """The maps of a trained system: its activation maps, or where it learned from masks the scores that it predicts.
 
     Parameters
@@ -219,6 +233,8 @@ def own_maps(
         able to answer for the classes
     images : Tensor
         (B, 3, H, W) normalised
+    classes : Sequence[str]
+        K names
 
     Returns
     -------
@@ -234,13 +250,15 @@ def own_maps(
         return system.cam(images, present.to(images.device))[:, chosen].float()
 
 def explain_batch(
-    job: CamJob,
-    pictures: Sequence[Opened],      # of one size
-) -> "dict[str, Tensor]":            # method -> (B, K, h, w)
+    job: CamJob,                  # what is the same for all pictures
+    pictures: Sequence[Opened],   # of one size
+) -> "dict[str, Tensor]":         # method -> (B, K, h, w)
     """Compute, draw and store the maps of pictures, from one pass through the tower, and give them.
 
     Parameters
     ----------
+    job : CamJob
+        what is the same for all pictures
     pictures : Sequence[Opened]
         of one size
 
@@ -281,8 +299,16 @@ def _store(job: CamJob, picture: Opened, maps: dict[str, "Tensor"], scores: "Ten
                 dpi=150)
 
 # %% ../../nbs/faces/84_cli.ipynb #7dac8026
-def cam_job(args: argparse.Namespace) -> CamJob:
-    "The model, the prompts and the settings that the options name. Raises `InputError` for what cannot be."
+def cam_job(
+    args: argparse.Namespace,   # the command's options, parsed
+) -> CamJob:
+    """The model, the prompts and the settings that the options name. Raises `InputError` for what cannot be.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        the command's options, parsed
+    """
     trained, classes = is_system(args.model), named_classes(args.classes)
     methods = method_list(args.methods, trained)
     system = with_names(open_system(args.model, args.device), classes) if trained else None
@@ -292,16 +318,20 @@ def cam_job(args: argparse.Namespace) -> CamJob:
                   model_title(args.model, args.pretrained), Path(args.out), system)
 
 def explain_files(
-    job: CamJob,
-    files: Sequence[Path],
-    longest: int,   # longer side for the tower, pixels
-    batch: int,     # pictures at a time
-) -> list[str]:     # names
+    job: CamJob,             # what is the same for all pictures
+    files: Sequence[Path],   # of the pictures
+    longest: int,            # longer side for the tower, pixels
+    batch: int,              # pictures at a time
+) -> list[str]:              # names
     """Make the maps of pictures and give the names under which they are stored; what cannot be read is reported and
     left out.
 
     Parameters
     ----------
+    job : CamJob
+        what is the same for all pictures
+    files : Sequence[Path]
+        of the pictures
     longest : int
         longer side for the tower, pixels
     batch : int
@@ -321,15 +351,31 @@ def explain_files(
             bar.update(len(pictures))
     return [name for name in output_names(files) if name in names]
 
-def longest_side(backbone: "Backbone") -> int:
+def longest_side(
+    backbone: "Backbone",   # a frozen CLIP
+) -> int:
     """Longer side of a picture unless --side says otherwise: twice what the model was trained on, for a grid fine
-    enough to see edges."""
+    enough to see edges.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        a frozen CLIP
+    """
     native = backbone.native_size
     return 2 * (native if isinstance(native, int) else max(native))
 
 # %% ../../nbs/faces/84_cli.ipynb #a8370759
-def cam_command(args: argparse.Namespace) -> int:
-    "Activation maps of pictures: a PNG to look at and an .npz to compute with for each."
+def cam_command(
+    args: argparse.Namespace,   # the command's options, parsed
+) -> int:
+    """Activation maps of pictures: a PNG to look at and an .npz to compute with for each.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        the command's options, parsed
+    """
     files, out = picture_files(args.pictures), Path(args.out)
     require_apart(files, (out/f"{name}{ending}" for name in output_names(files) for ending in (".png", ".npz")))
     job = cam_job(args)
@@ -339,8 +385,19 @@ def cam_command(args: argparse.Namespace) -> int:
           (f": {made[0]} (to look at), {made[1]} (arrays)" if names else ""))
     return 0 if len(names) == len(files) else 2
 
-def add_model(parser: argparse.ArgumentParser, side: str) -> None:
-    "Add the options that choose the backbone, the maps and the size."
+def add_model(
+    parser: argparse.ArgumentParser,   # gets the options
+    side: str,                         # what --side means here, for its help
+) -> None:
+    """Add the options that choose the backbone, the maps and the size.
+
+    Parameters
+    ----------
+    parser : argparse.ArgumentParser
+        gets the options
+    side : str
+        what --side means here, for its help
+    """
     group = parser.add_argument_group("model and maps")
     add_option(group, "--model", default="ViT-B-16", help=f"{MODEL}; or {SYSTEM} (default: ViT-B-16)")
     add_option(group, "--pretrained")
@@ -353,8 +410,16 @@ def add_model(parser: argparse.ArgumentParser, side: str) -> None:
     add_names(parser, map_names, trained_names)
     add_old_spelling(parser, "--size", "--side")
 
-def add_cam(commands: Any) -> None:
-    "Add the command `cam`."
+def add_cam(
+    commands: Any,   # the parsers of all commands
+) -> None:
+    """Add the command `cam`.
+
+    Parameters
+    ----------
+    commands : Any
+        the parsers of all commands
+    """
     parser = commands.add_parser("cam", help="where CLIP sees your classes: full map, bands, refinements",
                                  description=cam_command.__doc__)
     parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="files, folders or patterns")
@@ -366,8 +431,16 @@ def add_cam(commands: Any) -> None:
     parser.set_defaults(run=cam_command)
 
 # %% ../../nbs/faces/84_cli.ipynb #6643e056
-def check_command(args: argparse.Namespace) -> int:
-    "Report what is wrong with a dataset folder; 1 when something is."
+def check_command(
+    args: argparse.Namespace,   # the command's options, parsed
+) -> int:
+    """Report what is wrong with a dataset folder; 1 when something is.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        the command's options, parsed
+    """
     from freqseg.work.check import check_folder
     if args.data is None: raise InputError("name the data set's folder: freqseg check DIR.")
     if args.fix_list: require_file(args.fix_list, "whole.txt")
@@ -376,14 +449,33 @@ def check_command(args: argparse.Namespace) -> int:
     if args.fix_list: print(f"list without the broken pictures: {report.write_fixed_list(args.fix_list, args.split)}")
     return 0 if report.ok else 1
 
-def add_data(parser: argparse.ArgumentParser, help: str) -> None:
-    "Add --data, which may also stand alone."
+def add_data(
+    parser: argparse.ArgumentParser,   # gets the options
+    help: str,                         # what the folder is for
+) -> None:
+    """Add --data, which may also stand alone.
+
+    Parameters
+    ----------
+    parser : argparse.ArgumentParser
+        gets the options
+    help : str
+        what the folder is for
+    """
     parser.add_argument("data", nargs="?", action=Once, default=argparse.SUPPRESS, metavar="DATA",
                         help="the same as --data")
     add_option(parser, "--data", action=Once, help=help)
 
-def add_check(commands: Any) -> None:
-    "Add the command `check`."
+def add_check(
+    commands: Any,   # the parsers of all commands
+) -> None:
+    """Add the command `check`.
+
+    Parameters
+    ----------
+    commands : Any
+        the parsers of all commands
+    """
     parser = commands.add_parser("check", help="is a dataset folder whole?", description=check_command.__doc__)
     add_data(parser, "the folder: VOC, COCO, COCO-Stuff or your own")
     add_option(parser, "--split", help="only this list (default: all)")
@@ -413,7 +505,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     finally: shutil.rmtree(partial, ignore_errors=True)
 
 def make_world(
-    out: Path,
+    out: Path,        # the folder, not there yet or empty
     **options: Any,   # of `write_world`
 ) -> Path:
     """Write a world of scenes to a folder, all of it or nothing. Raises `InputError` as `whole_folder` and
@@ -421,6 +513,8 @@ def make_world(
 
     Parameters
     ----------
+    out : Path
+        the folder, not there yet or empty
     **options : Any
         of `write_world`
     """
@@ -428,8 +522,16 @@ def make_world(
     with whole_folder(out) as partial: interruptible(lambda: write_world(str(partial), **options))
     return out
 
-def world_command(args: argparse.Namespace) -> int:
-    "Write scenes with exact masks in VOC layout, or measure the world's report card."
+def world_command(
+    args: argparse.Namespace,   # the command's options, parsed
+) -> int:
+    """Write scenes with exact masks in VOC layout, or measure the world's report card.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        the command's options, parsed
+    """
     from freqseg.world.scenes import DIFFICULTIES, SPLITS
     if args.measure: return _measure_world(Path(args.measure), args.seed)
     if args.difficulty not in DIFFICULTIES: raise unknown_name(args.difficulty, DIFFICULTIES, "difficulty")
@@ -450,8 +552,16 @@ def _measure_world(path: Path, seed: int) -> int:
     return 0
 
 # %% ../../nbs/faces/84_cli.ipynb #1ceeb5f5
-def add_world(commands: Any) -> None:
-    "Add the command `world`."
+def add_world(
+    commands: Any,   # the parsers of all commands
+) -> None:
+    """Add the command `world`.
+
+    Parameters
+    ----------
+    commands : Any
+        the parsers of all commands
+    """
     parser = commands.add_parser("world", help="write drawn scenes with exact masks, to train and test on",
                                  description=world_command.__doc__)
     target = parser.add_mutually_exclusive_group(required=True)
@@ -486,8 +596,16 @@ def _values_of(args: argparse.Namespace, known: "dict[str, Parameter]") -> dict[
     pairs = [text.partition("=")[::2] for text in args.parameter]
     return {name: parse_parameter(known[name], text) if name in known else text for name, text in pairs}
 
-def run_command(args: argparse.Namespace) -> int:
-    "Run a notebook with parameters, or say which it has."
+def run_command(
+    args: argparse.Namespace,   # the command's options, parsed
+) -> int:
+    """Run a notebook with parameters, or say which it has.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        the command's options, parsed
+    """
     from freqseg.work.runs import notebook_parameters, run_notebook
     known = notebook_parameters(args.notebook)
     if args.out is None: print(*known.values(), sep="\n")
@@ -495,8 +613,16 @@ def run_command(args: argparse.Namespace) -> int:
         print(f"record: {run_notebook(args.notebook, args.out, _values_of(args, known), progress=sys.stderr.isatty())}")
     return 0
 
-def add_run(commands: Any) -> None:
-    "Add the command `run`."
+def add_run(
+    commands: Any,   # the parsers of all commands
+) -> None:
+    """Add the command `run`.
+
+    Parameters
+    ----------
+    commands : Any
+        the parsers of all commands
+    """
     parser = commands.add_parser("run", help="run a notebook with parameters; without --out, list them",
                                  description=run_command.__doc__)
     parser.add_argument("notebook", metavar="NOTEBOOK", help="for example nbs/train/world_clip.ipynb")
@@ -540,14 +666,42 @@ def _seeds_data(args: argparse.Namespace) -> "tuple[SegmentationFolder, str | No
         Path(args.out or "runs/seeds")/"world", list(dict.fromkeys([split, tune])), args.limit or 200)
     return open_dataset(folder, split, masks=True), tune
 
-def seeds_folder(args: argparse.Namespace, dataset: "SegmentationFolder") -> Path:
-    "Where the result goes: --out, else a folder that is called after data set, split and model."
+def seeds_folder(
+    args: argparse.Namespace,        # the command's options, parsed
+    dataset: "SegmentationFolder",   # what is scored
+) -> Path:
+    """Where the result goes: --out, else a folder that is called after data set, split and model.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        the command's options, parsed
+    dataset : SegmentationFolder
+        what is scored
+    """
     if args.out is not None: return Path(args.out)
     name = "-".join([Path(args.data).resolve().name, dataset.listing.split, model_title(args.model, args.pretrained)])
     return Path("runs/seeds")/re.sub(r"[^\w.-]+", "-", name)
 
-def score_seeds(args: argparse.Namespace, dataset: "SegmentationFolder", tune: str | None, command: str) -> "SeedTable":
-    "The table of `evaluate_seeds` for the model and methods that the options name."
+def score_seeds(
+    args: argparse.Namespace,        # the command's options, parsed
+    dataset: "SegmentationFolder",   # what is scored
+    tune: str | None,                # split that the thresholds are chosen on; None = the scored one
+    command: str,                    # recorded with the table
+) -> "SeedTable":
+    """The table of `evaluate_seeds` for the model and methods that the options name.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        the command's options, parsed
+    dataset : SegmentationFolder
+        what is scored
+    tune : str | None
+        split that the thresholds are chosen on; None = the scored one
+    command : str
+        recorded with the table
+    """
     from freqseg.work.seeds import evaluate_seeds
     methods = method_list(args.methods)
     backbone = open_backbone(args.model, args.pretrained, args.device)
@@ -555,9 +709,17 @@ def score_seeds(args: argparse.Namespace, dataset: "SegmentationFolder", tune: s
                           batch=args.batch, limit=args.limit, threshold_split=tune, progress=sys.stderr.isatty(),
                           command=command, pretrained=None if args.pretrained == "none" else args.pretrained)
 
-# %% ../../nbs/faces/84_cli.ipynb #cc919783
-def seeds_command(args: argparse.Namespace) -> int:
-    "Score every kind of map over a data set with masks: mIoU and boundary IoU with intervals, as a table and a chart."
+# %% ../../nbs/faces/84_cli.ipynb #7ef520f7
+def seeds_command(
+    args: argparse.Namespace,   # the command's options, parsed
+) -> int:
+    """Score every kind of map over a data set with masks: mIoU and boundary IoU with intervals, as a table and a chart.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        the command's options, parsed
+    """
     dataset, tune = _seeds_data(args)
     out, command = seeds_folder(args, dataset), shlex.join(["freqseg", *args.words])
     require_own_result(out/"seeds.json", {"command": command}, args.overwrite)
@@ -565,8 +727,16 @@ def seeds_command(args: argparse.Namespace) -> int:
     print(aligned(table.markdown()), *(f"  {path}" for path in table.save(out)), sep="\n")
     return 0
 
-def add_seeds(commands: Any) -> None:
-    "Add the command `seeds`."
+def add_seeds(
+    commands: Any,   # the parsers of all commands
+) -> None:
+    """Add the command `seeds`.
+
+    Parameters
+    ----------
+    commands : Any
+        the parsers of all commands
+    """
     parser = commands.add_parser("seeds", help="how good each kind of map is, over a data set with masks",
                                  description=seeds_command.__doc__)
     add_data(parser,
@@ -598,9 +768,17 @@ def cost_file(
     require_file(path, "cost.json")
     return path
 
-def costs_of(args: argparse.Namespace) -> list[Any]:
+def costs_of(
+    args: argparse.Namespace,   # the command's options, parsed
+) -> list[Any]:
     """The costs that the options ask for: of untrained systems, or of the trained one that is the model. Raises
-    `InputError` as `measure_costs` does."""
+    `InputError` as `measure_costs` does.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        the command's options, parsed
+    """
     from freqseg.work.cost import measure_cost, measure_costs
     options = dict(size=args.size, batch=args.batch, repeats=args.repeats, training=args.training,
                    precision=args.precision)
@@ -613,10 +791,18 @@ def costs_of(args: argparse.Namespace) -> list[Any]:
         )
     return [measure_cost(with_names(open_system(args.model, args.device), classes), **options)]
 
-def cost_command(args: argparse.Namespace) -> int:
+def cost_command(
+    args: argparse.Namespace,   # the command's options, parsed
+) -> int:
     """What systems take for one picture: parameters, floating-point operations and where they go, milliseconds,
     memory. None of it depends on what the weights were trained for, so nothing is downloaded: a named CLIP gets
-    random ones."""
+    random ones.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        the command's options, parsed
+    """
     import json
     from freqseg.work.cost import cost_markdown, parts_markdown
     from freqseg.files import atomic_write
@@ -630,9 +816,17 @@ def cost_command(args: argparse.Namespace) -> int:
     print(f"\n  {path}")
     return 0
 
-# %% ../../nbs/faces/84_cli.ipynb #e70c20db
-def add_cost(commands: Any) -> None:
-    "Add the command `cost`."
+# %% ../../nbs/faces/84_cli.ipynb #257d47fa
+def add_cost(
+    commands: Any,   # the parsers of all commands
+) -> None:
+    """Add the command `cost`.
+
+    Parameters
+    ----------
+    commands : Any
+        the parsers of all commands
+    """
     parser = commands.add_parser(
         "cost", help="what a system takes for one picture: operations, time, memory", description=cost_command.__doc__,
         epilog=
@@ -749,9 +943,17 @@ def _demo_steps(out: Path, scenes: int) -> dict[str, Callable[[], list[str]]]:
         "running the notebook that follows one picture through the tower": lambda: _demo_notebook(out),
         f"training {DEMO_SYSTEM}, {steps} steps on {drawn} scenes with image labels alone": train}
 
-def demo_command(args: argparse.Namespace) -> int:
+def demo_command(
+    args: argparse.Namespace,   # the command's options, parsed
+) -> int:
     """Draw scenes, score every kind of map on them, look at some, run a notebook, train a system. Offline, with the
-    weights that ship."""
+    weights that ship.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        the command's options, parsed
+    """
     import time
     steps, lines = _demo_steps(Path(args.out), args.scenes), []
     for number, (what, work) in enumerate(steps.items(), start=1):
@@ -765,8 +967,16 @@ def demo_command(args: argparse.Namespace) -> int:
           '  freqseg cam PICTURE --classes "dog, grass"', sep="\n")
     return 0
 
-def add_demo(commands: Any) -> None:
-    "Add the command `demo`."
+def add_demo(
+    commands: Any,   # the parsers of all commands
+) -> None:
+    """Add the command `demo`.
+
+    Parameters
+    ----------
+    commands : Any
+        the parsers of all commands
+    """
     parser = commands.add_parser("demo", help="see everything once, offline, in a few minutes",
                                  description=demo_command.__doc__)
     add_option(parser, "--out", default="demo", help="where everything goes (default: demo)")
@@ -781,9 +991,17 @@ def explore_notebooks() -> dict[str, Path]:
     folder = Path(freqseg.__file__).resolve().parent.parent/"nbs"/"explore"
     return {path.stem: path for path in sorted(folder.glob("*.ipynb"))}
 
-def explore_notebook(name: str) -> Path:
+def explore_notebook(
+    name: str,   # of its file, with or without .ipynb
+) -> Path:
     """A notebook of nbs/explore. Raises `InputError` for an unknown one, naming the nearest, and where freqseg runs
-    without its notebooks."""
+    without its notebooks.
+
+    Parameters
+    ----------
+    name : str
+        of its file, with or without .ipynb
+    """
     known, name = explore_notebooks(), name.removesuffix(".ipynb")
     if not known:
         raise InputError(
@@ -799,17 +1017,21 @@ ONLY_THIS_MACHINE = ("default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blo
                      "frame-ancestors 'self'")
 
 def server_command(
-    notebook: Path,
+    notebook: Path,            # the file to open
     app: bool,                 # Voila? Else JupyterLab
-    port: int | None = None,
+    port: int | None = None,   # where to listen; None = the server chooses
     browser: bool = True,      # open one?
 ) -> list[str]:
     """The command that serves a notebook: JupyterLab, or Voila in a Jupyter server, which asks for the same token.
 
     Parameters
     ----------
+    notebook : Path
+        the file to open
     app : bool
         Voila? Else JupyterLab
+    port : int | None
+        where to listen; None = the server chooses
     browser : bool
         open one?
     """
@@ -825,12 +1047,28 @@ def server_command(
     return [sys.executable, "-m", *(("jupyter", "server") if app else ("jupyterlab",)), *chosen]
 
 # %% ../../nbs/faces/84_cli.ipynb #083c7f8d
-def lab_command(args: argparse.Namespace) -> int:
-    "Open a notebook to explore in JupyterLab, the frequency explorer if no other is named. Ctrl-C ends it."
+def lab_command(
+    args: argparse.Namespace,   # the command's options, parsed
+) -> int:
+    """Open a notebook to explore in JupyterLab, the frequency explorer if no other is named. Ctrl-C ends it.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        the command's options, parsed
+    """
     return _serve(args, app=False)
 
-def app_command(args: argparse.Namespace) -> int:
-    "Show a notebook to explore as an app, without its code, on this machine only. Ctrl-C ends it."
+def app_command(
+    args: argparse.Namespace,   # the command's options, parsed
+) -> int:
+    """Show a notebook to explore as an app, without its code, on this machine only. Ctrl-C ends it.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        the command's options, parsed
+    """
     if importlib.util.find_spec("voila") is None:
         raise InputError("the app needs Voila: pip install voila, or use freqseg lab.")
     return _serve(args, app=True)
@@ -842,8 +1080,16 @@ def _serve(args: argparse.Namespace, app: bool) -> int:
            (": open it in a browser." if args.no_browser else "; it opens in your browser."))
     os.execv(command[0], command)
 
-def add_servers(commands: Any) -> None:
-    "Add the commands `lab` and `app`."
+def add_servers(
+    commands: Any,   # the parsers of all commands
+) -> None:
+    """Add the commands `lab` and `app`.
+
+    Parameters
+    ----------
+    commands : Any
+        the parsers of all commands
+    """
     for name, help, command in (("lab", "open the explorer in JupyterLab", lab_command),
                                 ("app", "the explorer as a page without code", app_command)):
         parser = commands.add_parser(name, help=help, description=command.__doc__)

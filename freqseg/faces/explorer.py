@@ -105,22 +105,44 @@ def _fitted(image: Image.Image, title: str) -> tuple[np.ndarray, tuple[str, ...]
     return np.asarray(small), (f"{title} has {width} x {height} pixels: shown at {small.width} x {small.height}.",)
 
 # %% ../../nbs/faces/76_explorer.ipynb #a0b61ebf
-def photograph(path: str|Path) -> Subject:
-    "A picture file. Raises `InputError` for one that is missing, damaged or no picture."
+def photograph(
+    path: str|Path,   # of the picture file
+) -> Subject:
+    """A picture file. Raises `InputError` for one that is missing, damaged or no picture.
+
+    Parameters
+    ----------
+    path : str|Path
+        of the picture file
+    """
     pixels, notes = _fitted(read_image(path, listed=False), Path(path).name)
     return Subject(pixels, Path(path).name, f"photograph({str(Path(path).absolute())!r})", notes=notes)
 
-def scene(number: int = 0, split: str = "test", seed: int = 0) -> Subject:
-    "A scene of the embedded world, with its mask. Raises `InputError` for a number below 0 or an unknown split."
+def scene(
+    number: int = 0,       # of the scene in its split, from 0
+    split: str = "test",   # "train", "val" or "test"
+    seed: int = 0,         # of the world
+) -> Subject:
+    """A scene of the embedded world, with its mask. Raises `InputError` for a number below 0 or an unknown split.
+
+    Parameters
+    ----------
+    number : int
+        of the scene in its split, from 0
+    split : str
+        "train", "val" or "test"
+    seed : int
+        of the world
+    """
     drawn = World(seed, split)[number]
     return Subject(drawn.image, f"scene {number} of {split}", f"scene({number}, {split!r}" + (f", seed={seed})" if seed else ")"), tuple(drawn.classes),
                    drawn.mask, WORLD_CLASSES)
 
 def dataset_picture(
-    root: str|Path,        # folder of a data set
-    name: str,             # id of the picture
-    split: str = "val",
-    dataset: str = "auto", # "voc", "coco", "cocostuff", "folder"; auto looks
+    root: str|Path,          # folder of a data set
+    name: str,               # id of the picture
+    split: str = "val",      # of the data set: "train", "val", ...
+    dataset: str = "auto",   # "voc", "coco", "cocostuff", "folder"; auto looks
 ) -> Subject:
     """A picture of a data set on disk, with its mask where there is one. Raises `InputError` for an unknown id, and files that cannot be read.
 
@@ -130,6 +152,8 @@ def dataset_picture(
         folder of a data set
     name : str
         id of the picture
+    split : str
+        of the data set: "train", "val", ...
     dataset : str
         "voc", "coco", "cocostuff", "folder"; auto looks
     """
@@ -146,11 +170,19 @@ def dataset_picture(
 # %% ../../nbs/faces/76_explorer.ipynb #1910d8b7
 RANDOM = " (random weights)"
 
-def open_model(name: str|Path) -> Backbone|System:
+def open_model(
+    name: str|Path,   # of a model, or a path
+) -> Backbone|System:
     """A backbone by name ("world", "ViT-B-16", "ViT-B-16 (random weights)", a file of `save_clip`), or the trained system of a run's folder or checkpoint;
     the names in `checkpoints.SHIPPED` are systems trained on the embedded world.
 
-    Raises `InputError` for what is neither, and when published weights cannot be fetched."""
+    Raises `InputError` for what is neither, and when published weights cannot be fetched.
+
+    Parameters
+    ----------
+    name : str|Path
+        of a model, or a path
+    """
     text = str(name).strip()
     if not text: raise InputError("no model: give a name such as world or ViT-B-16, a saved model, or the folder of a run.")
     if text == "world": return load_clip(text).eval()   # also where a folder has that name
@@ -309,8 +341,18 @@ class Analysis:
 
     Attributes
     ----------
+    subject : Subject
+        the picture and what is known of it
+    names : tuple[str, ...]
+        K classes
     model : str
         how it was named
+    backbone : Backbone
+        that looked
+    system : System|None
+        the trained one, if the model is one
+    parts : CamParts
+        what maps are made of
     own : Tensor|None
         (1, K, h, w) the trained system's maps
     predicted : Tensor|None
@@ -324,12 +366,12 @@ class Analysis:
     drawn : dict[str, tuple[Any, np.ndarray, list[bytes]]]
         what was drawn last, by title: how, of what, and the files
     """
-    subject: Subject
-    names: tuple[str, ...]
+    subject: Subject                        # the picture and what is known of it
+    names: tuple[str, ...]                  # K classes
     model: str                              # how it was named
-    backbone: Backbone
-    system: System|None
-    parts: CamParts
+    backbone: Backbone                      # that looked
+    system: System|None                     # the trained one, if the model is one
+    parts: CamParts                         # what maps are made of
     own: Tensor|None                        # (1, K, h, w) the trained system's maps
     predicted: Tensor|None                  # (1, C, h, w) its logits
     longest: int                            # longest side that the tower saw, pixels
@@ -483,8 +525,16 @@ def _spectra(going: Tensor, refined: Tensor|None) -> tuple[Tensor, dict[str, Ten
     return frequencies[1:].cpu(), told
 
 # %% ../../nbs/faces/76_explorer.ipynb #9cadd8c9
-def usual_side(backbone: Backbone) -> int:
-    "Longest side at which a picture is looked at, pixels: that of the CLIP's domain, else 448."
+def usual_side(
+    backbone: Backbone,   # a frozen CLIP
+) -> int:
+    """Longest side at which a picture is looked at, pixels: that of the CLIP's domain, else 448.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        a frozen CLIP
+    """
     return backbone.domain.side or 448
 
 def _sides(image: np.ndarray, patch: int, longest: int) -> tuple[int, int]:
@@ -575,8 +625,19 @@ class Cell:
     alt: str         # for who cannot see it
     colour: str = "" # of the class in masks, #rrggbb
 
-def jpeg(picture: np.ndarray, quality: int = 88) -> bytes:
-    "A picture (H, W, 3) uint8 as a JPEG file in memory."
+def jpeg(
+    picture: np.ndarray,   # (H, W, 3) uint8
+    quality: int = 88,     # of the JPEG, 1 to 100
+) -> bytes:
+    """A picture (H, W, 3) uint8 as a JPEG file in memory.
+
+    Parameters
+    ----------
+    picture : np.ndarray
+        (H, W, 3) uint8
+    quality : int
+        of the JPEG, 1 to 100
+    """
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "JPEG", quality=quality)
     return file.getvalue()
@@ -608,15 +669,21 @@ def _in_brackets(scores: Mapping[str, Mapping[str, float]], title: str) -> str:
 
 # %% ../../nbs/faces/76_explorer.ipynb #0bf75494
 def view_cells(
-    analysis: Analysis,
-    shown: Shown,
-    view: View,
+    analysis: Analysis,          # of `explore`
+    shown: Shown,                # what `analysis.shown(view)` gives
+    view: View,                  # options of what is shown
     rows: slice = slice(None),   # of the classes
 ) -> list[list[Cell]]:
     """The maps of a view: a row per class, a column per map.
 
     Parameters
     ----------
+    analysis : Analysis
+        of `explore`
+    shown : Shown
+        what `analysis.shown(view)` gives
+    view : View
+        options of what is shown
     rows : slice
         of the classes
     """
@@ -625,21 +692,40 @@ def view_cells(
     return [[Cell(title, name, files[place], f"{title} of {name} over {analysis.subject.title}", class_colour(analysis.names.index(name) + 1)) for title, files in columns.items()]
             for place, name in enumerate(analysis.names[rows])]
 
-def class_colour(label: int) -> str:
-    "The colour of a label in masks, #rrggbb."
+def class_colour(
+    label: int,   # 0 = background, k + 1 = the k-th class
+) -> str:
+    """The colour of a label in masks, #rrggbb.
+
+    Parameters
+    ----------
+    label : int
+        0 = background, k + 1 = the k-th class
+    """
     return "#" + bytes(palette()[label].tolist()).hex()
 
-def mask_cells(analysis: Analysis, shown: Shown) -> list[Cell]:
-    "The labels of a view in colours: the pseudo-label, what a trained system says, and the mask where there is one."
+def mask_cells(
+    analysis: Analysis,   # of `explore`
+    shown: Shown,         # what `analysis.shown(view)` gives
+) -> list[Cell]:
+    """The labels of a view in colours: the pseudo-label, what a trained system says, and the mask where there is one.
+
+    Parameters
+    ----------
+    analysis : Analysis
+        of `explore`
+    shown : Shown
+        what `analysis.shown(view)` gives
+    """
     masks = {"pseudo-label": shown.labels, "prediction": shown.prediction, "mask": analysis.truth}
     files = {"picture": _drawn(analysis, "picture", analysis.small, (), lambda small: small[None])}
     files |= {title: _drawn(analysis, f"{title}, painted", labels, (), lambda found: _painted(analysis, found)[None]) for title, labels in masks.items() if labels is not None}
     return [Cell(title + _in_brackets(shown.scores, title), "", file[0], f"{title} of {analysis.subject.title}") for title, file in files.items()]
 
 def patch_cells(
-    analysis: Analysis,
+    analysis: Analysis,       # of `explore`
     patch: tuple[int, int],   # row and column
-    view: View,
+    view: View,               # options of what is shown
 ) -> list[Cell]:
     """What one patch is related to: its row of the smoothed affinity, strongest = 1, and of the inverse affinity around its median; the patch itself is left out.
 
@@ -647,8 +733,12 @@ def patch_cells(
 
     Parameters
     ----------
+    analysis : Analysis
+        of `explore`
     patch : tuple[int, int]
         row and column
+    view : View
+        options of what is shown
     """
     row, column = patch
     if not (0 <= row < analysis.grid[0] and 0 <= column < analysis.grid[1]): raise InputError(f"patch {patch} lies outside the grid of {analysis.grid[0]} x {analysis.grid[1]}.")
@@ -664,13 +754,15 @@ def patch_cells(
 
 # %% ../../nbs/faces/76_explorer.ipynb #9058d8b2
 def spectrum_svg(
-    shown: Shown,
+    shown: Shown,                # what `analysis.shown(view)` gives
     cutoff: float|None = None,   # cycles per token, drawn in
 ) -> Drawing:
     """Share of the energy by radial frequency, of the map and of what came out of the affinity, on a logarithmic scale; the constant is left out.
 
     Parameters
     ----------
+    shown : Shown
+        what `analysis.shown(view)` gives
     cutoff : float|None
         cycles per token, drawn in
     """
@@ -680,22 +772,37 @@ def spectrum_svg(
                      "radial frequency, cycles per token", None if cutoff is None else (cutoff, f"cut-off {cutoff:g}"))
 
 # %% ../../nbs/faces/76_explorer.ipynb #f53a0ff5
-def view_figure(analysis: Analysis, view: View = View()) -> Sheet:
-    "A view as a figure with names and a colour bar."
+def view_figure(
+    analysis: Analysis,    # of `explore`
+    view: View = View(),   # options of what is shown
+) -> Sheet:
+    """A view as a figure with names and a colour bar.
+
+    Parameters
+    ----------
+    analysis : Analysis
+        of `explore`
+    view : View
+        options of what is shown
+    """
     shown = analysis.shown(view)
     masks = {"pseudo-label": shown.labels, "prediction": shown.prediction, "mask": analysis.truth}
     beside = {title + _in_brackets(shown.scores, title): paint_mask(labels, analysis.subject.image) for title, labels in masks.items() if labels is not None}
     return cam_panel(analysis.subject.image, shown.columns, analysis.names, view.opacity, view.cmap, heading=f"{analysis.subject.title}, {analysis.model}", beside=beside)
 
 def view_code(
-    analysis: Analysis,
-    view: View = View(),
-    stem: str = "",       # of the files of a saved view
+    analysis: Analysis,    # of `explore`
+    view: View = View(),   # options of what is shown
+    stem: str = "",        # of the files of a saved view
 ) -> str:
     """Python that makes this view again, with a stem as a PNG beside the program. What was opened by hand and not by name has to be put in its place.
 
     Parameters
     ----------
+    analysis : Analysis
+        of `explore`
+    view : View
+        options of what is shown
     stem : str
         of the files of a saved view
     """
@@ -708,8 +815,8 @@ def view_code(
                       f"view = View({options})", "shown = analysis.shown(view)   # maps, labels, scores, spectra", *drawn, ""])
 
 def save_view(
-    analysis: Analysis,
-    view: View = View(),
+    analysis: Analysis,           # of `explore`
+    view: View = View(),          # options of what is shown
     folder: str|Path = "views",   # made where it is missing
 ) -> dict[str, Path]:
     """Save a view under a new number: a PNG, an NPZ with maps, labels and options, and the Python that makes it again. Returns the paths by suffix.
@@ -718,6 +825,10 @@ def save_view(
 
     Parameters
     ----------
+    analysis : Analysis
+        of `explore`
+    view : View
+        options of what is shown
     folder : str|Path
         made where it is missing
     """
@@ -738,8 +849,19 @@ def save_view(
     with atomic_write(paths["py"]) as part: part.write_text(view_code(analysis, view, stem.name), encoding="utf-8")
     return paths
 
-def uploaded(content: bytes, name: str) -> Subject:
-    "A picture file that came over a browser. Raises `InputError` for bytes that are no picture."
+def uploaded(
+    content: bytes,   # of the file
+    name: str,        # of the file
+) -> Subject:
+    """A picture file that came over a browser. Raises `InputError` for bytes that are no picture.
+
+    Parameters
+    ----------
+    content : bytes
+        of the file
+    name : str
+        of the file
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)/f"upload{Path(name).suffix or '.png'}"
         path.write_bytes(content)
@@ -749,15 +871,21 @@ def uploaded(content: bytes, name: str) -> Subject:
 
 # %% ../../nbs/faces/76_explorer.ipynb #dd1d303f
 def compare_cells(
-    left: Analysis,
-    right: Analysis,
-    views: tuple[View, View],
+    left: Analysis,              # one model's, of `explore`
+    right: Analysis,             # the other's, of the same picture and names
+    views: tuple[View, View],    # of the left and the right
     rows: slice = slice(None),   # of the classes
 ) -> tuple[list[list[Cell]], list[Cell]]:
     """Two final maps and their difference, a row per class; and masks. Raises `InputError` for analyses of different pictures or names.
 
     Parameters
     ----------
+    left : Analysis
+        one model's, of `explore`
+    right : Analysis
+        the other's, of the same picture and names
+    views : tuple[View, View]
+        of the left and the right
     rows : slice
         of the classes
     """
@@ -779,12 +907,14 @@ class RunHistory:
 
     Attributes
     ----------
+    folder : Path
+        of the run
     steps : tuple[int, ...]
         that have a snapshot
     rows : list[dict[str, Any]]
         of metrics.jsonl
     """
-    folder: Path
+    folder: Path                            # of the run
     steps: tuple[int, ...]          # that have a snapshot
     rows: list[dict[str, Any]]      # of metrics.jsonl
 
@@ -801,8 +931,16 @@ class RunHistory:
         "How many pictures a snapshot shows."
         return sum(name.startswith("labels_") for name in self.snapshot(self.steps[0]))
 
-def open_history(folder: str|Path) -> RunHistory:
-    "The history of a run. Raises `InputError` for a folder that is no run, or has no snapshots."
+def open_history(
+    folder: str|Path,   # of the run
+) -> RunHistory:
+    """The history of a run. Raises `InputError` for a folder that is no run, or has no snapshots.
+
+    Parameters
+    ----------
+    folder : str|Path
+        of the run
+    """
     folder = Path(folder)
     steps = sorted(int(path.stem[5:]) for path in (folder/"snapshots").glob("step-*.npz"))
     if not (folder/"metrics.jsonl").is_file(): raise InputError(f"{folder} is no folder of a training: there is no metrics.jsonl in it. This makes one in half a minute: "
@@ -810,8 +948,25 @@ def open_history(folder: str|Path) -> RunHistory:
     if not steps: raise InputError(f"{folder} has no snapshots: train with -p snapshot_every=100.")
     return RunHistory(folder, tuple(steps), read_log(folder/"metrics.jsonl"))
 
-def snapshot_cells(history: RunHistory, step: int, picture: int = 0, view: View = View()) -> tuple[list[list[Cell]], list[Cell]]:
-    "A picture's activation maps at a step with their bands at the view's cut-off, a row per class; and the picture with its labels."
+def snapshot_cells(
+    history: RunHistory,   # of `open_history`
+    step: int,             # of the training, one with a snapshot
+    picture: int = 0,      # which of the snapshot's, from 0
+    view: View = View(),   # options of what is shown
+) -> tuple[list[list[Cell]], list[Cell]]:
+    """A picture's activation maps at a step with their bands at the view's cut-off, a row per class; and the picture with its labels.
+
+    Parameters
+    ----------
+    history : RunHistory
+        of `open_history`
+    step : int
+        of the training, one with a snapshot
+    picture : int
+        which of the snapshot's, from 0
+    view : View
+        options of what is shown
+    """
     stored = history.snapshot(step)
     labels = stored[f"labels_{picture}"]
     if f"picture_{picture}" in stored: shown = np.asarray(Image.open(io.BytesIO(stored[f"picture_{picture}"].tobytes())).convert("RGB"))
@@ -825,8 +980,19 @@ def snapshot_cells(history: RunHistory, step: int, picture: int = 0, view: View 
     drawn = {title: overlays(shown, normalise_cam(values)[0] if title != "map" else values[0], view.opacity, view.cmap) for title, values in columns.items()}
     return [[Cell(title, name, jpeg(pictures[place]), f"{title} of {name} at step {step}") for title, pictures in drawn.items()] for place, name in enumerate(names)], masks
 
-def history_svg(history: RunHistory, step: int) -> Drawing:
-    "Losses over the steps, each as a share of its first value, and the mIoU of the validations."
+def history_svg(
+    history: RunHistory,   # of `open_history`
+    step: int,             # of the training, one with a snapshot
+) -> Drawing:
+    """Losses over the steps, each as a share of its first value, and the mIoU of the validations.
+
+    Parameters
+    ----------
+    history : RunHistory
+        of `open_history`
+    step : int
+        of the training, one with a snapshot
+    """
     losses = [row for row in history.rows if "loss" in row]
     names = ["loss", *(losses[0]["losses"] if losses else ())]
     value = lambda row, name: row["loss"] if name == "loss" else row["losses"].get(name)
@@ -843,28 +1009,40 @@ def history_svg(history: RunHistory, step: int) -> Drawing:
 # %% ../../nbs/faces/76_explorer.ipynb #e6561bdc
 WAVELETS = ("haar", "db2", "db4", "sym4", "bior2.2", "coif1")
 
-def learned_taps(analysis: Analysis) -> Tensor|None:
-    "The taps (4, L) that a trained system's decoder has learned, or None."
+def learned_taps(
+    analysis: Analysis,   # of `explore`
+) -> Tensor|None:
+    """The taps (4, L) that a trained system's decoder has learned, or None.
+
+    Parameters
+    ----------
+    analysis : Analysis
+        of `explore`
+    """
     found = [] if analysis.system is None else [part for part in analysis.system.modules() if isinstance(part, LearnableWavelet)]
     return found[0].taps.detach() if found else None
 
 def wavelet_cells(
-    analysis: Analysis,
-    block: int = 0,                  # index, 0 is the first
-    channel: int|None = None,        # None = the root of the mean square over all channels
-    wavelet: str|Tensor = "haar",    # a name, or taps (4, L)
-    cmap: str = "inferno",
+    analysis: Analysis,             # of `explore`
+    block: int = 0,                 # index, 0 is the first
+    channel: int|None = None,       # None = the root of the mean square over all channels
+    wavelet: str|Tensor = "haar",   # a name, or taps (4, L)
+    cmap: str = "inferno",          # a colour map of matplotlib, by name
 ) -> tuple[list[list[Cell]], list[Cell]]:
     """The map and its four sub-bands, absolute values to the map's own maximum; and the taps, one picture each. Raises `InputError` for an unknown block or channel.
 
     Parameters
     ----------
+    analysis : Analysis
+        of `explore`
     block : int
         index, 0 is the first
     channel : int|None
         None = the root of the mean square over all channels
     wavelet : str|Tensor
         a name, or taps (4, L)
+    cmap : str
+        a colour map of matplotlib, by name
     """
     if block not in analysis.tokens: raise InputError(f"block {block}: the tower has blocks 0 to {analysis.depth - 1}.")
     tokens = analysis.tokens[block]
@@ -894,16 +1072,35 @@ def _drawn_taps(taps: Tensor, side: int = CELL_SIDE) -> np.ndarray:
     return picture
 
 # %% ../../nbs/faces/76_explorer.ipynb #76ace6cf
-def prompt_tower(analysis: Analysis) -> PromptedTower:
-    "The prompted tower of an analysis. Raises `InputError` for a system without spectral prompts."
+def prompt_tower(
+    analysis: Analysis,   # of `explore`
+) -> PromptedTower:
+    """The prompted tower of an analysis. Raises `InputError` for a system without spectral prompts.
+
+    Parameters
+    ----------
+    analysis : Analysis
+        of `explore`
+    """
     tower = None if analysis.system is None else getattr(analysis.system, "tower", None)
     if tower is None or getattr(tower, "spectral", None) is None:
         raise InputError(f"{analysis.model} has no spectral prompts: pick a run of sptseg, or of zegclip with spectral blocks.")
     return tower
 
 @torch.no_grad()
-def prompt_cells(analysis: Analysis, cmap: str = "inferno") -> tuple[list[list[Cell]], Drawing]:
-    "For each prompted block: the gain's magnitude on the spectrum, the constant in the middle, and the length of what it adds to every patch; and radial profiles."
+def prompt_cells(
+    analysis: Analysis,      # of `explore`
+    cmap: str = "inferno",   # a colour map of matplotlib, by name
+) -> tuple[list[list[Cell]], Drawing]:
+    """For each prompted block: the gain's magnitude on the spectrum, the constant in the middle, and the length of what it adds to every patch; and radial profiles.
+
+    Parameters
+    ----------
+    analysis : Analysis
+        of `explore`
+    cmap : str
+        a colour map of matplotlib, by name
+    """
     tower, grid = prompt_tower(analysis), analysis.grid
     small, table, lines, top = analysis.small, [], {}, 1e-12
     x = analysis.backbone.embed(analysis.images)

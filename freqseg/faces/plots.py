@@ -44,13 +44,15 @@ OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "
 
 # %% ../../nbs/faces/72_plots.ipynb #c0b7140d
 def png_bytes(
-    figure: Figure,
-    dpi: float | None = None,  # default: the figure's own
+    figure: Figure,             # of matplotlib
+    dpi: float | None = None,   # default: the figure's own
 ) -> bytes:
     """The figure as a PNG file in memory. The same figure gives the same bytes.
 
     Parameters
     ----------
+    figure : Figure
+        of matplotlib
     dpi : float | None
         default: the figure's own
     """
@@ -66,14 +68,18 @@ class Sheet(Figure):
 
 # %% ../../nbs/faces/72_plots.ipynb #e08d263b
 def thumbnail(
-    figure: Figure,
-    dpi: float = 72,
-    photo: bool = True,  # JPEG, best for pictures; else a PNG of 256 colours, best for lines and bars
+    figure: Figure,       # of matplotlib
+    dpi: float = 72,      # pixels per inch of the figure
+    photo: bool = True,   # JPEG, best for pictures; else a PNG of 256 colours, best for lines and bars
 ) -> Any:
     """The figure as a small `IPython.display.Image`, some 5 to 30 KB: for cells of notebooks that are committed.
 
     Parameters
     ----------
+    figure : Figure
+        of matplotlib
+    dpi : float
+        pixels per inch of the figure
     photo : bool
         JPEG, best for pictures; else a PNG of 256 colours, best for lines and bars
     """
@@ -85,9 +91,9 @@ def thumbnail(
 
 # %% ../../nbs/faces/72_plots.ipynb #8cf82229
 def save_figure(
-    figure: Figure,
-    path: str | Path,  # ends in .png, .pdf or .svg
-    dpi: float | None = None,  # default: the figure's own
+    figure: Figure,             # of matplotlib
+    path: str | Path,           # ends in .png, .pdf or .svg
+    dpi: float | None = None,   # default: the figure's own
 ) -> Path:
     """Write the figure to `path` and return it: the complete file or, on any failure, nothing.
 
@@ -95,6 +101,8 @@ def save_figure(
 
     Parameters
     ----------
+    figure : Figure
+        of matplotlib
     path : str | Path
         ends in .png, .pdf or .svg
     dpi : float | None
@@ -107,8 +115,16 @@ def save_figure(
     return path
 
 # %% ../../nbs/faces/72_plots.ipynb #ae0e5895
-def as_picture(image: Picturelike) -> np.ndarray:
-    "The picture as uint8 `(H, W, 3)`; grey becomes RGB, transparency is dropped. Raises `InputError` for anything else."
+def as_picture(
+    image: Picturelike,   # the picture, (H, W, 3) or (H, W) uint8, or of PIL
+) -> np.ndarray:
+    """The picture as uint8 `(H, W, 3)`; grey becomes RGB, transparency is dropped. Raises `InputError` for anything else.
+
+    Parameters
+    ----------
+    image : Picturelike
+        the picture, (H, W, 3) or (H, W) uint8, or of PIL
+    """
     if isinstance(image, Image.Image): image = image.convert("RGB")
     picture = np.asarray(image)
     if picture.dtype != np.uint8: raise InputError(f"a picture is uint8, got {picture.dtype}: scale it to 0..255 and convert it")
@@ -144,21 +160,25 @@ def _ramp(cmap: str) -> np.ndarray:
     return matplotlib.colormaps[cmap](np.arange(256), bytes=True)[:, :3].astype(np.float32)
 
 def overlays(
-    image: Picturelike,
-    maps: Array,  # (K, h, w) of any size, resized bilinearly to the picture
-    alpha: float = 0.5,  # weight of the heat maps
-    cmap: str = "inferno",
-    limits: tuple[float, float] = (0.0, 1.0),  # values at the two ends of the colour map
-    grey: float = 0.8,  # how far the picture loses its colours, 0..1
+    image: Picturelike,                         # the picture, (H, W, 3) or (H, W) uint8, or of PIL
+    maps: Array,                                # (K, h, w) of any size, resized bilinearly to the picture
+    alpha: float = 0.5,                         # weight of the heat maps
+    cmap: str = "inferno",                      # a colour map of matplotlib, by name
+    limits: tuple[float, float] = (0.0, 1.0),   # values at the two ends of the colour map
+    grey: float = 0.8,                          # how far the picture loses its colours, 0..1
 ) -> np.ndarray:
     """Heat maps blended over a picture, uint8 `(K, H, W, 3)`. Values beyond `limits` take the end colours.
 
     Parameters
     ----------
+    image : Picturelike
+        the picture, (H, W, 3) or (H, W) uint8, or of PIL
     maps : Array
         (K, h, w) of any size, resized bilinearly to the picture
     alpha : float
         weight of the heat maps
+    cmap : str
+        a colour map of matplotlib, by name
     limits : tuple[float, float]
         values at the two ends of the colour map
     grey : float
@@ -175,19 +195,29 @@ def overlays(
     return blended
 
 def overlay(
-    image: Picturelike,
-    cam: Array,  # map (h, w) of any size, resized bilinearly to the picture
-    alpha: float = 0.5,
-    cmap: str = "inferno",
-    limits: tuple[float, float] = (0.0, 1.0),
-    grey: float = 0.8,
+    image: Picturelike,                         # the picture, (H, W, 3) or (H, W) uint8, or of PIL
+    cam: Array,                                 # map (h, w) of any size, resized bilinearly to the picture
+    alpha: float = 0.5,                         # weight of the heat map
+    cmap: str = "inferno",                      # a colour map of matplotlib, by name
+    limits: tuple[float, float] = (0.0, 1.0),   # values at the two ends of the colour map
+    grey: float = 0.8,                          # how far the picture loses its colours, 0..1
 ) -> np.ndarray:
     """One heat map blended over a picture, uint8 `(H, W, 3)`, with the options of `overlays`.
 
     Parameters
     ----------
+    image : Picturelike
+        the picture, (H, W, 3) or (H, W) uint8, or of PIL
     cam : Array
         map (h, w) of any size, resized bilinearly to the picture
+    alpha : float
+        weight of the heat map
+    cmap : str
+        a colour map of matplotlib, by name
+    limits : tuple[float, float]
+        values at the two ends of the colour map
+    grey : float
+        how far the picture loses its colours, 0..1
     """
     return overlays(image, cam, alpha, cmap, limits, grey)[0]
 
@@ -361,16 +391,16 @@ def _panel_maps(panels: Mapping[str, Array], class_names: Sequence[str] | None) 
 
 # %% ../../nbs/faces/72_plots.ipynb #90056692
 def cam_panel(
-    image: Picturelike,
-    panels: Mapping[str, Array],  # title -> maps (K, h, w), (1, K, h, w) or (h, w) in [0, 1]
-    class_names: Sequence[str] | None = None,  # K names, one per row
-    alpha: float = 0.5,  # weight of the heat map
-    cmap: str = "inferno",
-    limits: tuple[float, float] = (0.0, 1.0),  # values at the ends of the colour bar
-    label: str = "activation",  # what the colour bar measures
-    heading: str | None = None,
-    picture_title: str | None = "picture",  # None leaves the picture itself out
-    beside: Mapping[str, Picturelike] | None = None,  # title -> picture of all classes together, in the first row
+    image: Picturelike,                                # the picture, (H, W, 3) or (H, W) uint8, or of PIL
+    panels: Mapping[str, Array],                       # title -> maps (K, h, w), (1, K, h, w) or (h, w) in [0, 1]
+    class_names: Sequence[str] | None = None,          # K names, one per row
+    alpha: float = 0.5,                                # weight of the heat map
+    cmap: str = "inferno",                             # a colour map of matplotlib, by name
+    limits: tuple[float, float] = (0.0, 1.0),          # values at the ends of the colour bar
+    label: str = "activation",                         # what the colour bar measures
+    heading: str | None = None,                        # title of the whole figure; None = none
+    picture_title: str | None = "picture",             # None leaves the picture itself out
+    beside: Mapping[str, Picturelike] | None = None,   # title -> picture of all classes together, in the first row
 ) -> Sheet:
     """Activation maps over a picture: rows = classes, columns = views, one shared colour bar.
 
@@ -378,16 +408,22 @@ def cam_panel(
 
     Parameters
     ----------
+    image : Picturelike
+        the picture, (H, W, 3) or (H, W) uint8, or of PIL
     panels : Mapping[str, Array]
         title -> maps (K, h, w), (1, K, h, w) or (h, w) in [0, 1]
     class_names : Sequence[str] | None
         K names, one per row
     alpha : float
         weight of the heat map
+    cmap : str
+        a colour map of matplotlib, by name
     limits : tuple[float, float]
         values at the ends of the colour bar
     label : str
         what the colour bar measures
+    heading : str | None
+        title of the whole figure; None = none
     picture_title : str | None
         None leaves the picture itself out
     beside : Mapping[str, Picturelike] | None
@@ -491,13 +527,13 @@ def _legend(table: _Table, lines: list[list[int]], names: Sequence[str], colours
 
 # %% ../../nbs/faces/72_plots.ipynb #e95e79e5
 def mask_panel(
-    image: Picturelike | None,  # None draws the masks alone
-    masks: Mapping[str, Array],  # title -> class ids (H, W), 255 = ignored
-    class_names: Sequence[str] | None = None,  # name of every class id, background included
-    palette: np.ndarray | None = None,  # uint8 (256, 3); default VOC's
-    alpha: float = 0.7,  # weight of the colours over the picture
-    background: int | None = 0,  # the class that is only dimmed; None = no such class (COCO-Stuff)
-    heading: str | None = None,
+    image: Picturelike | None,                  # None draws the masks alone
+    masks: Mapping[str, Array],                 # title -> class ids (H, W), 255 = ignored
+    class_names: Sequence[str] | None = None,   # name of every class id, background included
+    palette: np.ndarray | None = None,          # uint8 (256, 3); default VOC's
+    alpha: float = 0.7,                         # weight of the colours over the picture
+    background: int | None = 0,                 # the class that is only dimmed; None = no such class (COCO-Stuff)
+    heading: str | None = None,                 # title of the whole figure; None = none
 ) -> Sheet:
     """Masks side by side over their picture, with a legend of the classes that occur. Raises `InputError` on sizes that differ.
 
@@ -515,6 +551,8 @@ def mask_panel(
         weight of the colours over the picture
     background : int | None
         the class that is only dimmed; None = no such class (COCO-Stuff)
+    heading : str | None
+        title of the whole figure; None = none
     """
     if not masks: raise InputError("no masks to draw: give at least one title with its mask")
     painted = {title: paint_mask(mask, image, alpha, palette, background) for title, mask in masks.items()}
@@ -533,13 +571,13 @@ def mask_panel(
 
 # %% ../../nbs/faces/72_plots.ipynb #0e86936f
 def band_panel(
-    image: Picturelike | None,  # None leaves the picture out
-    bands: Mapping[str, Array],  # title -> signed maps (K, h, w) or (h, w)
-    class_names: Sequence[str] | None = None,  # K names, one per row
-    shared: bool = True,  # one scale for all columns, else one each
-    cmap: str = "RdBu_r",
-    label: str = "value",  # what the colour bar measures
-    heading: str | None = None,
+    image: Picturelike | None,                  # None leaves the picture out
+    bands: Mapping[str, Array],                 # title -> signed maps (K, h, w) or (h, w)
+    class_names: Sequence[str] | None = None,   # K names, one per row
+    shared: bool = True,                        # one scale for all columns, else one each
+    cmap: str = "RdBu_r",                       # a colour map of matplotlib, by name
+    label: str = "value",                       # what the colour bar measures
+    heading: str | None = None,                 # title of the whole figure; None = none
 ) -> Sheet:
     """Signed frequency bands: rows = classes, columns = bands, zero in the middle of the colour map.
 
@@ -555,8 +593,12 @@ def band_panel(
         K names, one per row
     shared : bool
         one scale for all columns, else one each
+    cmap : str
+        a colour map of matplotlib, by name
     label : str
         what the colour bar measures
+    heading : str | None
+        title of the whole figure; None = none
     """
     maps = _panel_maps(bands, class_names)
     peaks = {title: float(np.abs(values).max()) or 1.0 for title, values in maps.items()}
@@ -613,12 +655,12 @@ def _bar_below(table: _Table, column: int, cmap: str, limits: tuple[float, float
 
 # %% ../../nbs/faces/72_plots.ipynb #85b7dd7a
 def affinity_row(
-    image: Picturelike,
-    affinity: Array | Mapping[str, Array],  # (N, N), or title -> (N, N)
-    patch: tuple[int, int],  # row and column of the patch that asks
-    grid: tuple[int, int] | None = None,  # patches (h, w); default square
-    alpha: float = 0.6,  # weight of the heat map
-    heading: str | None = None,
+    image: Picturelike,                      # the picture, (H, W, 3) or (H, W) uint8, or of PIL
+    affinity: Array | Mapping[str, Array],   # (N, N), or title -> (N, N)
+    patch: tuple[int, int],                  # row and column of the patch that asks
+    grid: tuple[int, int] | None = None,     # patches (h, w); default square
+    alpha: float = 0.6,                      # weight of the heat map
+    heading: str | None = None,              # title of the whole figure; None = none
 ) -> Sheet:
     """The picture with a patch marked, and that patch's row of one or several affinities as heat maps.
 
@@ -627,6 +669,8 @@ def affinity_row(
 
     Parameters
     ----------
+    image : Picturelike
+        the picture, (H, W, 3) or (H, W) uint8, or of PIL
     affinity : Array | Mapping[str, Array]
         (N, N), or title -> (N, N)
     patch : tuple[int, int]
@@ -635,6 +679,8 @@ def affinity_row(
         patches (h, w); default square
     alpha : float
         weight of the heat map
+    heading : str | None
+        title of the whole figure; None = none
     """
     picture = as_picture(image)
     named = affinity if isinstance(affinity, Mapping) else {"affinity": affinity}
@@ -684,10 +730,10 @@ def _key_beside(axis: Axes, count: int) -> None:
 
 # %% ../../nbs/faces/72_plots.ipynb #727592ae
 def radial_spectrum(
-    frequency: Array,  # (F,) cycles per token
-    power: Mapping[str, Array],  # name of a block -> power (F,)
-    cutoff: float | None = None,  # drawn, and what is above it shaded
-    title: str | None = None,
+    frequency: Array,              # (F,) cycles per token
+    power: Mapping[str, Array],    # name of a block -> power (F,)
+    cutoff: float | None = None,   # drawn, and what is above it shaded
+    title: str | None = None,      # above the chart; None = none
 ) -> Sheet:
     """Power over radial frequency, one line per block, on a logarithmic scale. Raises `InputError` when lengths differ.
 
@@ -699,6 +745,8 @@ def radial_spectrum(
         name of a block -> power (F,)
     cutoff : float | None
         drawn, and what is above it shaded
+    title : str | None
+        above the chart; None = none
     """
     frequency = np.asarray(frequency, np.float64)
     figure, axis = _chart(4.6, 3.2, list(power), "frequency (cycles per token)", "power", title)
@@ -723,12 +771,12 @@ def _line(x: np.ndarray, values: Array, name: str) -> np.ndarray:
 
 # %% ../../nbs/faces/72_plots.ipynb #57609747
 def curve(
-    x: Array,  # (P,) points
-    lines: Mapping[str, Any],  # name -> values (P,), or an interval with value, low, high (P,)
-    xlabel: str,
-    ylabel: str = "mIoU",
-    mark_best: bool = False,  # a dot and its value at the maximum of every line
-    title: str | None = None,
+    x: Array,                   # (P,) points
+    lines: Mapping[str, Any],   # name -> values (P,), or an interval with value, low, high (P,)
+    xlabel: str,                # what the points are
+    ylabel: str = "mIoU",       # what the values are
+    mark_best: bool = False,    # a dot and its value at the maximum of every line
+    title: str | None = None,   # above the chart; None = none
 ) -> Sheet:
     """Lines over common points, with bands where there are intervals. Raises `InputError` when lengths differ.
 
@@ -738,8 +786,14 @@ def curve(
         (P,) points
     lines : Mapping[str, Any]
         name -> values (P,), or an interval with value, low, high (P,)
+    xlabel : str
+        what the points are
+    ylabel : str
+        what the values are
     mark_best : bool
         a dot and its value at the maximum of every line
+    title : str | None
+        above the chart; None = none
     """
     points = np.asarray(x, np.float64)
     figure, axis = _chart(4.6, 3.0, list(lines), xlabel, ylabel, title)
@@ -773,10 +827,10 @@ class Drawing(str):
     def _repr_svg_(self) -> str: return str(self)
 
 def svg_picture(
-    width: float,            # pixels, unless the page says otherwise
-    height: float,
-    parts: Iterable[str],    # SVG
-    label: str,              # for who cannot see it
+    width: float,           # pixels, unless the page says otherwise
+    height: float,          # in the same unit
+    parts: Iterable[str],   # SVG
+    label: str,             # for who cannot see it
 ) -> Drawing:
     """An SVG picture that scales with the page and inherits its colours.
 
@@ -784,6 +838,8 @@ def svg_picture(
     ----------
     width : float
         pixels, unless the page says otherwise
+    height : float
+        in the same unit
     parts : Iterable[str]
         SVG
     label : str
@@ -793,12 +849,55 @@ def svg_picture(
                    f'height="{height:g}" role="img" aria-label="{escape(label)}" font-family="system-ui, sans-serif" '
                    f'fill="currentColor">{"".join(parts)}</svg>')
 
-def svg_text(x: float, y: float, text: str, size: float = 12, anchor: str = "start", more: str = "") -> str:
-    "Text in an SVG picture, its base line at (x, y)."
+def svg_text(
+    x: float,                # of its anchor
+    y: float,                # of its base line
+    text: str,               # is escaped
+    size: float = 12,        # of the letters
+    anchor: str = "start",   # "start", "middle" or "end"
+    more: str = "",          # attributes of SVG
+) -> str:
+    """Text in an SVG picture, its base line at (x, y).
+
+    Parameters
+    ----------
+    x : float
+        of its anchor
+    y : float
+        of its base line
+    text : str
+        is escaped
+    size : float
+        of the letters
+    anchor : str
+        "start", "middle" or "end"
+    more : str
+        attributes of SVG
+    """
     return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size:g}" text-anchor="{anchor}" {more}>{escape(text)}</text>'
 
-def svg_line(x1: float, y1: float, x2: float, y2: float, more: str = 'stroke="currentColor" stroke-opacity=".2"') -> str:
-    "A line in an SVG picture."
+def svg_line(
+    x1: float,                                                 # where it begins
+    y1: float,                                                 # where it begins
+    x2: float,                                                 # where it ends
+    y2: float,                                                 # where it ends
+    more: str = 'stroke="currentColor" stroke-opacity=".2"',   # attributes of SVG
+) -> str:
+    """A line in an SVG picture.
+
+    Parameters
+    ----------
+    x1 : float
+        where it begins
+    y1 : float
+        where it begins
+    x2 : float
+        where it ends
+    y2 : float
+        where it ends
+    more : str
+        attributes of SVG
+    """
     return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" {more}/>'
 
 # %% ../../nbs/faces/72_plots.ipynb #f916bb53
@@ -869,10 +968,10 @@ def _ends(given: Any) -> tuple[float, float, float]:
 
 # %% ../../nbs/faces/72_plots.ipynb #eb94ffe8
 def bar_chart(
-    figures: Mapping[str, Mapping[str, Any]],  # system -> kind of figure -> number, or interval with value, low, high
-    label: str = "mIoU (%)",
-    percent: bool = True,  # fractions are shown times 100
-    title: str | None = None,
+    figures: Mapping[str, Mapping[str, Any]],   # system -> kind of figure -> number, or interval with value, low, high
+    label: str = "mIoU (%)",                    # what the bars measure
+    percent: bool = True,                       # fractions are shown times 100
+    title: str | None = None,                   # above the chart; None = none
 ) -> Sheet:
     """Horizontal bars per system with confidence intervals and values. A figure that a system lacks is left out.
 
@@ -880,8 +979,12 @@ def bar_chart(
     ----------
     figures : Mapping[str, Mapping[str, Any]]
         system -> kind of figure -> number, or interval with value, low, high
+    label : str
+        what the bars measure
     percent : bool
         fractions are shown times 100
+    title : str | None
+        above the chart; None = none
     """
     if not figures: raise InputError("no figures to draw: give at least one system")
     kinds = list(dict.fromkeys(kind for row in figures.values() for kind in row))
@@ -913,9 +1016,9 @@ def _bars(axis: Axes, places: np.ndarray, ends: np.ndarray, thickness: float, co
 
 # %% ../../nbs/faces/72_plots.ipynb #9d2995d6
 def gallery(
-    rows: Sequence[Mapping[str, Picturelike]],  # one mapping per row: column title -> picture
-    row_names: Sequence[str] | None = None,
-    heading: str | None = None,
+    rows: Sequence[Mapping[str, Picturelike]],   # one mapping per row: column title -> picture
+    row_names: Sequence[str] | None = None,      # one per row, at its left
+    heading: str | None = None,                  # title of the whole figure; None = none
 ) -> Sheet:
     """Pictures in rows under common column titles; a row may lack a column. Raises `InputError` without any picture.
 
@@ -923,6 +1026,10 @@ def gallery(
     ----------
     rows : Sequence[Mapping[str, Picturelike]]
         one mapping per row: column title -> picture
+    row_names : Sequence[str] | None
+        one per row, at its left
+    heading : str | None
+        title of the whole figure; None = none
     """
     titles = list(dict.fromkeys(title for row in rows for title in row))
     if not titles: raise InputError("no pictures to draw: give at least one row with one picture")

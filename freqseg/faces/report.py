@@ -33,7 +33,7 @@ from ..work.inference import Inference, Predictor, named_inference, write_masks
 # %% ../../nbs/faces/74_report.ipynb #01cc9219
 def percent(
     value: Interval | float | None,   # a fraction, with or without its interval
-    digits: int = 1,
+    digits: int = 1,                  # after the point
 ) -> str:
     """A fraction in percent, its interval in brackets; a dash for what does not exist.
 
@@ -41,6 +41,8 @@ def percent(
     ----------
     value : Interval | float | None
         a fraction, with or without its interval
+    digits : int
+        after the point
     """
     if value is None: return "–"
     if isinstance(value, Interval):
@@ -48,14 +50,30 @@ def percent(
         return f"{percent(value.value, digits)} [{percent(value.low, digits)}, {percent(value.high, digits)}]"
     return "–" if math.isnan(value) else f"{100 * value:.{digits}f}"
 
-def measured_on(report: SystemReport) -> str:
-    "What the figures were measured on, in a few words."
+def measured_on(
+    report: SystemReport,   # of `evaluate_system`
+) -> str:
+    """What the figures were measured on, in a few words.
+
+    Parameters
+    ----------
+    report : SystemReport
+        of `evaluate_system`
+    """
     where = f"{report.dataset}, split {report.split}, {report.images:,} pictures"
     return f"measured on {where}" + (f": {report.caveat}" if report.caveat else "")
 
 # %% ../../nbs/faces/74_report.ipynb #727fe105
-def caption(report: SystemReport) -> list[str]:
-    "The conditions under which the figures hold, in sentences."
+def caption(
+    report: SystemReport,   # of `evaluate_system`
+) -> list[str]:
+    """The conditions under which the figures hold, in sentences.
+
+    Parameters
+    ----------
+    report : SystemReport
+        of `evaluate_system`
+    """
     settings, shown = report.settings, report.settings["inference"]
     scales = ", ".join(f"{scale:g}" for scale in shown["scales"])
     sides = [f"{name} side {shown[key]} px" for name, key in (("long", "side"), ("short", "short")) if shown.get(key)]
@@ -122,16 +140,32 @@ def _zero_shot_tables(scores: ZeroShotScores) -> Iterator[tuple[str, list[str], 
     yield ("Seen classes held back by", ["more than now", "mIoU(S) %", "mIoU(U) %", "hIoU %"],
            [[f"{bias:+.1f}", *map(percent, figures)] for bias, *figures in points])
 
-def bias_note(scores: ZeroShotScores) -> str:
-    "What is held back, and where the curve has its best."
+def bias_note(
+    scores: ZeroShotScores,   # of seen and unseen classes
+) -> str:
+    """What is held back, and where the curve has its best.
+
+    Parameters
+    ----------
+    scores : ZeroShotScores
+        of seen and unseen classes
+    """
     bias, *_, best = max(scores.curve, key=lambda point: -1 if math.isnan(point[-1]) else point[-1])
     return (f"Scores of seen classes are lowered by {scores.handicap:g} before the best class wins. On these pictures "
             f"{scores.handicap + bias:g} would have been best (hIoU {percent(best)}), which nobody can know without "
             "masks of unseen classes.")
 
 # %% ../../nbs/faces/74_report.ipynb #b559c386
-def markdown(report: SystemReport) -> str:
-    "The report as Markdown: figures, classes, boundaries, conditions. Names are text, whatever they look like."
+def markdown(
+    report: SystemReport,   # of `evaluate_system`
+) -> str:
+    """The report as Markdown: figures, classes, boundaries, conditions. Names are text, whatever they look like.
+
+    Parameters
+    ----------
+    report : SystemReport
+        of `evaluate_system`
+    """
     figures, widths = report.figures, sorted(report.main.trimap_ends)
     classes = ([name, *(percent(one.scores.iou[row].item()) for one in figures.values())]
                for row, name in enumerate(_class_titles(report)))
@@ -152,8 +186,16 @@ def markdown(report: SystemReport) -> str:
     if report.skipped: parts += ["## Left out", "\n".join(f"- {plain(text)}" for text in report.skipped)]
     return "\n\n".join(parts) + "\n"
 
-def to_json(report: SystemReport) -> str:
-    "The report as JSON: figures are fractions, NaN is null, confusions are counts with the truth in rows."
+def to_json(
+    report: SystemReport,   # of `evaluate_system`
+) -> str:
+    """The report as JSON: figures are fractions, NaN is null, confusions are counts with the truth in rows.
+
+    Parameters
+    ----------
+    report : SystemReport
+        of `evaluate_system`
+    """
     return json.dumps(report.as_dict(), indent=1, ensure_ascii=False, default=str, allow_nan=False) + "\n"
 
 # %% ../../nbs/faces/74_report.ipynb #d2a6505c
@@ -166,8 +208,16 @@ def _percent_ticks(values: Iterable[float]) -> list[tuple[float, str]]:
     step = next(step for step in (2, 5, 10, 20) if (high - low) / step <= 5.5 or step == 20)
     return [(tick, str(tick)) for tick in range(math.floor(low / step) * step, math.ceil(high / step) * step + 1, step)]
 
-def trimap_svg(report: SystemReport) -> Drawing:
-    "mIoU within 1..20 px of true boundaries, one line per figure, intervals at a few widths."
+def trimap_svg(
+    report: SystemReport,   # of `evaluate_system`
+) -> Drawing:
+    """mIoU within 1..20 px of true boundaries, one line per figure, intervals at a few widths.
+
+    Parameters
+    ----------
+    report : SystemReport
+        of `evaluate_system`
+    """
     lines = {name: [(width, 100 * value) for width, value in enumerate(one.trimap, 1)]
              for name, one in report.figures.items()}
     dots = {name: [(width, Interval(*(100 * end for end in ends)), f"{name}, {width} px: {percent(ends)} %")
@@ -176,10 +226,18 @@ def trimap_svg(report: SystemReport) -> Drawing:
     return svg_chart(lines, [(width, str(width)) for width in (1, 5, 10, 15, 20)], _percent_ticks(ends),
                      "pixels from a true boundary", size=_CHART, intervals=dots)
 
-def bias_svg(report: SystemReport) -> Drawing:
+def bias_svg(
+    report: SystemReport,   # of `evaluate_system`
+) -> Drawing:
     """mIoU of seen and unseen classes and their harmonic mean over what seen classes are held back by.
 
-    Raises `InputError` for a report without unseen classes."""
+    Raises `InputError` for a report without unseen classes.
+
+    Parameters
+    ----------
+    report : SystemReport
+        of `evaluate_system`
+    """
     if report.zero_shot is None:
         raise InputError("this report knows of no unseen classes: evaluate on a zero-shot view of the data.")
     (biases, *curves), now = zip(*report.zero_shot.curve), report.zero_shot.handicap
@@ -190,8 +248,19 @@ def bias_svg(report: SystemReport) -> Drawing:
                      "taken off the scores of seen classes", (now, "as evaluated"), _CHART)
 
 # %% ../../nbs/faces/74_report.ipynb #1f57f908
-def confusion_svg(one: FigureScores, names: Sequence[str]) -> Drawing:
-    "Shares of the true class's pixels by prediction; rows = truth. Shares below half a percent are not drawn."
+def confusion_svg(
+    one: FigureScores,      # a figure of the report
+    names: Sequence[str],   # of the classes
+) -> Drawing:
+    """Shares of the true class's pixels by prediction; rows = truth. Shares below half a percent are not drawn.
+
+    Parameters
+    ----------
+    one : FigureScores
+        a figure of the report
+    names : Sequence[str]
+        of the classes
+    """
     cell, size = (30, 12) if len(names) <= 25 else (13, 11)
     counts = one.confusion.double().numpy()
     totals = counts.sum(1, keepdims=True)
@@ -215,20 +284,33 @@ def _cell(margin: float, cell: int, row: int, column: int, share: float, names: 
     return square + svg_text(x + cell / 2, y + cell / 2 + 4, f"{100 * share:.0f}", 11, "middle", 'pointer-events="none"' + ' fill="#fff"' * int(share > 0.5))
 
 # %% ../../nbs/faces/74_report.ipynb #06f42491
-def data_uri(picture: np.ndarray, quality: int = 84) -> str:
-    "A picture (H, W, 3) uint8 as a JPEG inside a page."
+def data_uri(
+    picture: np.ndarray,   # (H, W, 3) uint8
+    quality: int = 84,     # of the JPEG, 1 to 100
+) -> str:
+    """A picture (H, W, 3) uint8 as a JPEG inside a page.
+
+    Parameters
+    ----------
+    picture : np.ndarray
+        (H, W, 3) uint8
+    quality : int
+        of the JPEG, 1 to 100
+    """
     file = io.BytesIO()
     Image.fromarray(picture).save(file, format="JPEG", quality=quality, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 def example_pictures(
-    one: Example,
+    one: Example,                 # of the report's best or worst
     background: int | None = 0,   # the class that is only dimmed; None = no such class
 ) -> dict[str, np.ndarray]:
     """What the gallery shows of a picture: itself, truth, prediction, and the strongest activation map of its classes.
 
     Parameters
     ----------
+    one : Example
+        of the report's best or worst
     background : int | None
         the class that is only dimmed; None = no such class
     """
@@ -237,8 +319,16 @@ def example_pictures(
     cam = {} if one.cam is None else {"activation map": overlay(one.image, one.cam)}
     return {"picture": one.image, **painted, **cam}
 
-def gallery_sheet(report: SystemReport) -> Sheet:
-    "Best and worst pictures as one figure, for notebooks. Raises `InputError` for a report without examples."
+def gallery_sheet(
+    report: SystemReport,   # of `evaluate_system`
+) -> Sheet:
+    """Best and worst pictures as one figure, for notebooks. Raises `InputError` for a report without examples.
+
+    Parameters
+    ----------
+    report : SystemReport
+        of `evaluate_system`
+    """
     rows = {f"{one.id}: {percent(one.miou)}%": example_pictures(one, _background(report)) for one in report.best + report.worst}
     return gallery(list(rows.values()), list(rows), heading="best and worst pictures, by their own mIoU")
 
@@ -347,8 +437,16 @@ def _zero_shot_section(report: SystemReport) -> str:
         tables.append(_note(title) + _table("".join(f"<th>{escape(name)}</th>" for name in head), body))
     return f'{tables[0]}{tables[1]}{_note(bias_note(report.zero_shot))}<div class="fit">{bias_svg(report)}</div>'
 
-def html(report: SystemReport) -> str:
-    "The report as one page that needs nothing else: pictures inside, no scripts, light and dark, printable."
+def html(
+    report: SystemReport,   # of `evaluate_system`
+) -> str:
+    """The report as one page that needs nothing else: pictures inside, no scripts, light and dark, printable.
+
+    Parameters
+    ----------
+    report : SystemReport
+        of `evaluate_system`
+    """
     title, main = f"{report.system} on {report.dataset}", report.main
     sections = {
         "Figures": _figures_table(report) + "".join(map(_note, caption(report))),
@@ -366,8 +464,19 @@ def html(report: SystemReport) -> str:
             f'<title>{escape(title)}</title><style>{STYLE}</style></head><body><header><h1>{escape(title)}</h1>{data}</header>{body}</body></html>\n')
 
 # %% ../../nbs/faces/74_report.ipynb #2cd88903
-def write_report(report: SystemReport, folder: str | Path) -> tuple[Path, ...]:
-    "Write report.html, report.md and report.json, each whole or not at all. Raises `InputError` for a folder that cannot be written."
+def write_report(
+    report: SystemReport,   # of `evaluate_system`
+    folder: str | Path,     # for the three files, made when missing
+) -> tuple[Path, ...]:
+    """Write report.html, report.md and report.json, each whole or not at all. Raises `InputError` for a folder that cannot be written.
+
+    Parameters
+    ----------
+    report : SystemReport
+        of `evaluate_system`
+    folder : str | Path
+        for the three files, made when missing
+    """
     written = []
     for name, text in (("report.html", html(report)), ("report.md", markdown(report)), ("report.json", to_json(report))):
         with atomic_write(Path(folder)/name) as partial: partial.write_text(text, encoding="utf-8")
@@ -375,23 +484,34 @@ def write_report(report: SystemReport, folder: str | Path) -> tuple[Path, ...]:
     return tuple(written)
 
 # %% ../../nbs/faces/74_report.ipynb #742aad1f
-def as_scored(system: Predictor, data: SegmentationFolder) -> SegmentationFolder:
-    "The data as a system is scored on it: for a zero-shot system without background, classes told apart into seen and unseen if there are both."
+def as_scored(
+    system: Predictor,          # trained
+    data: SegmentationFolder,   # what it is scored on
+) -> SegmentationFolder:
+    """The data as a system is scored on it: for a zero-shot system without background, classes told apart into seen and unseen if there are both.
+
+    Parameters
+    ----------
+    system : Predictor
+        trained
+    data : SegmentationFolder
+        what it is scored on
+    """
     split = getattr(system, "split", None)
     if split is None or data.listing.zero_shot is not None: return data
     view = zero_shot_view(data.listing, split)
     return SegmentationFolder(view if split.seen and split.unseen else replace(view, zero_shot=None))
 
 def evaluate_run(
-    system: Predictor,
-    data: str | Path | SegmentationFolder,
-    out: str | Path,                             # folder for the report, made when missing
+    system: Predictor,                       # trained
+    data: str | Path | SegmentationFolder,   # a folder, or what `open_dataset` gives
+    out: str | Path,                         # folder for the report, made when missing
     *,
-    split: str = "val",
-    dataset: str = "auto",                       # kind of the folder, see `open_dataset`
-    save_masks: str | Path | None = None,        # folder for masks in VOC's colours
-    skip_existing: bool = False,                 # masks that are there are not made again; only where there is nothing to score
-    **options: Any,                              # of `evaluate_system`
+    split: str = "val",                      # of the folder
+    dataset: str = "auto",                   # kind of the folder, see `open_dataset`
+    save_masks: str | Path | None = None,    # folder for masks in VOC's colours
+    skip_existing: bool = False,             # masks that are there are not made again; only where there is nothing to score
+    **options: Any,                          # of `evaluate_system`
 ) -> SystemReport | None:
     """Evaluate a system and write the report to `out`; None, and masks only, for a split without ground truth.
 
@@ -400,8 +520,14 @@ def evaluate_run(
 
     Parameters
     ----------
+    system : Predictor
+        trained
+    data : str | Path | SegmentationFolder
+        a folder, or what `open_dataset` gives
     out : str | Path
         folder for the report, made when missing
+    split : str
+        of the folder
     dataset : str
         kind of the folder, see `open_dataset`
     save_masks : str | Path | None

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/faces/80_segment_cli.ipynb #1de07532
 def with_names(
-    system: "System",
+    system: "System",              # trained
     names: Sequence[str] | None,   # None = the system's own
 ) -> "System":
     """The system able to answer for these names; a weakly supervised one stays as it is, and is asked for some of its
@@ -38,6 +38,8 @@ def with_names(
 
     Parameters
     ----------
+    system : System
+        trained
     names : Sequence[str] | None
         None = the system's own
     """
@@ -104,7 +106,7 @@ def _floor(floor: float | None, system: "System") -> float | None:
 
 def shown_as(
     args: argparse.Namespace,   # with the options of SHOWN
-    usual: "Inference",
+    usual: "Inference",         # how this system's pictures are shown
 ) -> "Inference":
     """How pictures are shown: the usual way or a paper's protocol, changed by single options. Raises `InputError` for
     what cannot be.
@@ -113,6 +115,8 @@ def shown_as(
     ----------
     args : argparse.Namespace
         with the options of SHOWN
+    usual : Inference
+        how this system's pictures are shown
     """
     from dataclasses import replace
     from freqseg.work.inference import named_inference
@@ -139,8 +143,16 @@ class SegmentJob(NamedTuple):
     inference: "Inference"
     out: Path
 
-def trained_job(args: argparse.Namespace) -> SegmentJob:
-    "A trained system answers. Raises `InputError` for what cannot be opened, and names that it cannot answer for."
+def trained_job(
+    args: argparse.Namespace,   # the command's options, parsed
+) -> SegmentJob:
+    """A trained system answers. Raises `InputError` for what cannot be opened, and names that it cannot answer for.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        the command's options, parsed
+    """
     from freqseg.work.inference import segment_picture, usual_inference
     wanted = None if args.classes is None else named_classes(args.classes)
     system = with_names(open_system(args.model, args.device), wanted)
@@ -151,7 +163,7 @@ def trained_job(args: argparse.Namespace) -> SegmentJob:
 
 # %% ../../nbs/faces/80_segment_cli.ipynb #fcef1990
 def cam_settings(
-        backbone: "Backbone",
+        backbone: "Backbone",   # a frozen CLIP
         mu: float
     | None = None,   # cut-off between the bands, cycles per token; None = that of the model's pictures, else 0.4 (FFR)
         parameters: Sequence[str] = (),   # NAME=VALUE of other options
@@ -160,6 +172,8 @@ def cam_settings(
 
     Parameters
     ----------
+    backbone : Backbone
+        a frozen CLIP
     mu : float | None
         cut-off between the bands, cycles per token; None = that of the model's pictures, else 0.4 (FFR)
     parameters : Sequence[str]
@@ -177,9 +191,17 @@ def cam_settings(
         values[today] = parsed(today, text, hint, field.metadata)
     return CamSettings(**values)
 
-def map_job(args: argparse.Namespace) -> SegmentJob:
+def map_job(
+    args: argparse.Namespace,   # the command's options, parsed
+) -> SegmentJob:
     """A kind of map answers, without any training. Raises `InputError` as `segment_with_map` does, and without
-    --classes."""
+    --classes.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        the command's options, parsed
+    """
     from freqseg.maps import chosen_methods
     from freqseg.work.training_free import segment_with_map, usual_showing
     method, = chosen_methods(args.method)
@@ -216,14 +238,18 @@ def _write(job: SegmentJob, name: str, image: "Image.Image", mask: "np.ndarray")
     return flat
 
 def segment_files(
-    job: SegmentJob,
-    files: Sequence[Path],
-    names: Sequence[str],   # of `output_names`
+    job: SegmentJob,         # what is the same for all pictures
+    files: Sequence[Path],   # of the pictures
+    names: Sequence[str],    # of `output_names`
 ) -> list[Path]:
     """Write the masks of pictures and give their paths; what cannot be segmented is reported and left out.
 
     Parameters
     ----------
+    job : SegmentJob
+        what is the same for all pictures
+    files : Sequence[Path]
+        of the pictures
     names : Sequence[str]
         of `output_names`
     """
@@ -237,9 +263,17 @@ def segment_files(
     return masks
 
 # %% ../../nbs/faces/80_segment_cli.ipynb #95bf2203
-def segment_command(args: argparse.Namespace) -> int:
+def segment_command(
+    args: argparse.Namespace,   # the command's options, parsed
+) -> int:
     """Masks of pictures: a palette PNG in VOC's colours, and the picture under its mask with a legend. A trained
-    system answers (--model), or a kind of map for any names and without any training (--method)."""
+    system answers (--model), or a kind of map for any names and without any training (--method).
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        the command's options, parsed
+    """
     from freqseg.files import require_writable
     files = picture_files(args.pictures)
     names = output_names(files, ENDINGS)
@@ -253,8 +287,16 @@ def segment_command(args: argparse.Namespace) -> int:
     print(f"{len(masks)} of {len(files)} pictures: {written}")
     return 0 if len(masks) == len(files) else 2
 
-def add_segment(commands: Any) -> None:
-    "Add the command `segment`."
+def add_segment(
+    commands: Any,   # the parsers of all commands
+) -> None:
+    """Add the command `segment`.
+
+    Parameters
+    ----------
+    commands : Any
+        the parsers of all commands
+    """
     parser = commands.add_parser("segment", help="masks of your own pictures, for names of your choice",
                                  description=segment_command.__doc__)
     parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="files, folders or patterns")

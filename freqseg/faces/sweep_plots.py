@@ -64,13 +64,32 @@ def _curves(sweep: Sweep, axis: str) -> Sheet:
     return sheet
 
 # %% ../../nbs/faces/75_sweep_plots.ipynb #4c9a6239
-def sweep_plot(sweep: Sweep) -> Sheet:
-    "A curve with intervals and single seeds over the one numeric parameter that varies, else bars. Raises `InputError` when no run has finished."
+def sweep_plot(
+    sweep: Sweep,   # of `run_sweep` or `read_sweep`
+) -> Sheet:
+    """A curve with intervals and single seeds over the one numeric parameter that varies, else bars. Raises `InputError` when no run has finished.
+
+    Parameters
+    ----------
+    sweep : Sweep
+        of `run_sweep` or `read_sweep`
+    """
     if not sweep.measures: raise InputError(f"no run of {sweep.out} has figures yet: there is nothing to draw.")
     if (axis := _numeric_axis(sweep)) is not None: return _curves(sweep, axis)
     bars = {row.title: {_short(name): one for name, one in row.measures.items() if one.n and name not in ("boundary", *NOT_IN_TABLES)} for row in sweep.rows if row.seeds}
     return bar_chart(bars, title=_heading(sweep))
 
-def save_sweep_plot(sweep: Sweep, out: str | Path | None = None) -> Path | None:
-    "Write sweep.png into a folder, by default the sweep's own; None, and nothing, when no run has finished."
+def save_sweep_plot(
+    sweep: Sweep,                    # of `run_sweep` or `read_sweep`
+    out: str | Path | None = None,   # a folder; None = the sweep's own
+) -> Path | None:
+    """Write sweep.png into a folder, by default the sweep's own; None, and nothing, when no run has finished.
+
+    Parameters
+    ----------
+    sweep : Sweep
+        of `run_sweep` or `read_sweep`
+    out : str | Path | None
+        a folder; None = the sweep's own
+    """
     return save_figure(sweep_plot(sweep), Path(sweep.out if out is None else out)/"sweep.png", dpi=150) if sweep.measures else None

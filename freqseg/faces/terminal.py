@@ -80,18 +80,36 @@ def background_list(
     """
     return None if text is None else [] if text == "none" else class_list(text)
 
-def positive(text: str) -> int:
-    "A whole number of at least 1."
+# %% ../../nbs/faces/70_terminal.ipynb #a246a093
+def positive(
+    text: str,   # as typed
+) -> int:
+    """A whole number of at least 1.
+
+    Parameters
+    ----------
+    text : str
+        as typed
+    """
     if text.isascii() and text.isdigit() and int(text) > 0: return int(text)
     raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
 
-def count(text: str) -> int:
-    "A whole number of at least 0."
+def count(
+    text: str,   # as typed
+) -> int:
+    """A whole number of at least 0.
+
+    Parameters
+    ----------
+    text : str
+        as typed
+    """
     return 0 if text == "0" else positive(text)
 
 def _within(high: float, what: str) -> Callable[[str], float]:
     "A reader of numbers from 0 to `high`."
     def read(text: str) -> float:
+        "What `text` says, where it is a number in this range."
         try: value = float(text)
         except ValueError: value = -1.0
         if 0 <= value <= high: return value
@@ -101,8 +119,16 @@ def _within(high: float, what: str) -> Callable[[str], float]:
 frequency = _within(0.5, "frequency from 0 to 0.5 cycles per token")
 score = _within(1.0, "score from 0 to 1")
 
-def numbers(text: str) -> tuple[float, ...]:
-    "Comma-separated numbers above 0."
+def numbers(
+    text: str,   # such as 1.0,1.5
+) -> tuple[float, ...]:
+    """Comma-separated numbers above 0.
+
+    Parameters
+    ----------
+    text : str
+        such as 1.0,1.5
+    """
     try: values = tuple(float(part) for part in text.split(","))
     except ValueError: values = ()
     if values and min(values) > 0: return values
@@ -142,13 +168,15 @@ def picture_files(
     return list(dict.fromkeys(file for text in paths for file in _pictures_of(text)))
 
 def output_names(
-    files: Sequence[Path],
+    files: Sequence[Path],            # what something is made of, K paths
     endings: Sequence[str] = ("",),   # of the names of what is made of a file: nothing is made twice under one name
 ) -> list[str]:
     """A name without suffix for what is made of each file; files of equal name in different folders are numbered.
 
     Parameters
     ----------
+    files : Sequence[Path]
+        what something is made of, K paths
     endings : Sequence[str]
         of the names of what is made of a file: nothing is made twice under one name
     """
@@ -216,13 +244,15 @@ def require_own_result(
             )
 
 def require_file(
-    path: str | Path,
-    example: str,        # of a file's name
+    path: str | Path,   # to be written
+    example: str,       # of a file's name
 ) -> None:
     """Raise `InputError` for a file that cannot be written, before minutes are spent. Its folder is made when missing.
 
     Parameters
     ----------
+    path : str | Path
+        to be written
     example : str
         of a file's name
     """
@@ -235,8 +265,16 @@ def require_file(
     require_writable(Path(path).parent)
 
 # %% ../../nbs/faces/70_terminal.ipynb #ca252b08
-def notice(text: str) -> None:
-    "A line on stderr, above any progress bar."
+def notice(
+    text: str,   # one sentence
+) -> None:
+    """A line on stderr, above any progress bar.
+
+    Parameters
+    ----------
+    text : str
+        one sentence
+    """
     from tqdm import tqdm
     tqdm.write(f"freqseg: {text}", file=sys.stderr)
 
@@ -267,19 +305,29 @@ def aligned(
                                  for n, (cell, w) in enumerate(zip(row, widths))).rstrip()
     return "\n".join(lines)
 
-def some_of(paths: Sequence[Path]) -> str:
-    "Paths for a sentence: all of a few, else the first two and the last."
+def some_of(
+    paths: Sequence[Path],   # at least one
+) -> str:
+    """Paths for a sentence: all of a few, else the first two and the last.
+
+    Parameters
+    ----------
+    paths : Sequence[Path]
+        at least one
+    """
     texts = list(map(str, paths))
     return ", ".join(texts if len(texts) < 4 else [*texts[:2], "...", texts[-1]])
 
 def listed(
-    title: str,
+    title: str,                    # the line above them
     meanings: Mapping[str, str],   # name -> what it means
 ) -> str:
     """Names and what they mean, one a line, for a terminal.
 
     Parameters
     ----------
+    title : str
+        the line above them
     meanings : Mapping[str, str]
         name -> what it means
     """
@@ -367,20 +415,36 @@ def add_option(
     """
     parser.add_argument(*names, **{**OPTIONS[next(name for name in names if name in OPTIONS)], **changes})
 
-def add_old_spelling(parser: argparse.ArgumentParser, old: str, today: str) -> None:
-    "Have an option answer to the name that it had in earlier versions."
+def add_old_spelling(
+    parser: argparse.ArgumentParser,   # with the option
+    old: str,                          # option, such as --checkpoint
+    today: str,                        # option, such as --model
+) -> None:
+    """Have an option answer to the name that it had in earlier versions.
+
+    Parameters
+    ----------
+    parser : argparse.ArgumentParser
+        with the option
+    old : str
+        option, such as --checkpoint
+    today : str
+        option, such as --model
+    """
     option = parser._option_string_actions[today]
     parser.add_argument(old, action=Renamed, dest=option.dest, const=today, type=option.type, default=argparse.SUPPRESS,
                         help=argparse.SUPPRESS)
 
 def add_names(
-    parser: argparse.ArgumentParser,
-    *writers: Callable[[], str],   # each gives a list as text
+    parser: argparse.ArgumentParser,   # gets the options
+    *writers: Callable[[], str],       # each gives a list as text
 ) -> None:
     """Add --names, which lists what can be named, and --plugin, which adds to it.
 
     Parameters
     ----------
+    parser : argparse.ArgumentParser
+        gets the options
     *writers : Callable[[], str]
         each gives a list as text
     """
@@ -475,7 +539,7 @@ def _is_checkpoint(path: Path) -> bool:
 
 def open_system(
     model: str | None,                      # see `is_system`
-    device: str = "auto",
+    device: str = "auto",                   # "auto", "cpu", "cuda", "cuda:1", ...
     classes: Sequence[str] | None = None,   # refuse a system for other classes; a zero-shot one answers for them
 ) -> "System":
     """The trained system that --model names. Raises `InputError` as `load_system` and `usable_device` do.
@@ -484,6 +548,8 @@ def open_system(
     ----------
     model : str | None
         see `is_system`
+    device : str
+        "auto", "cpu", "cuda", "cuda:1", ...
     classes : Sequence[str] | None
         refuse a system for other classes; a zero-shot one answers for them
     """
@@ -494,9 +560,23 @@ def open_system(
             f"name a trained system with --model: the folder of a run, a checkpoint, or {', '.join(SHIPPED)}.")
     return load_system(model, device=usable_device(device), classes=classes)
 
-def open_backbone(model: str, pretrained: str, device: str = "auto") -> "Backbone":
+def open_backbone(
+    model: str,             # name, file or run's folder
+    pretrained: str,        # which weights of open_clip
+    device: str = "auto",   # "auto", "cpu", "cuda", "cuda:1", ...
+) -> "Backbone":
     """The frozen CLIP that the options name, of a trained system its own. A failed download also proposes what works
-    without a network. Raises `InputError`."""
+    without a network. Raises `InputError`.
+
+    Parameters
+    ----------
+    model : str
+        name, file or run's folder
+    pretrained : str
+        which weights of open_clip
+    device : str
+        "auto", "cpu", "cuda", "cuda:1", ...
+    """
     from freqseg.clip import load_clip, usable_device
     if is_system(model): return open_system(model, device).backbone
     try: return load_clip(model, None if pretrained == "none" else pretrained, device=usable_device(device))
@@ -507,8 +587,19 @@ def open_backbone(model: str, pretrained: str, device: str = "auto") -> "Backbon
             "drawn "
             "classes of the embedded world; --pretrained none takes random weights, to try the mechanics.") from error
 
-def model_title(model: str, pretrained: str) -> str:
-    "How a heading names the model; random weights are said to be random."
+def model_title(
+    model: str,        # name, file or run's folder
+    pretrained: str,   # which weights of open_clip
+) -> str:
+    """How a heading names the model; random weights are said to be random.
+
+    Parameters
+    ----------
+    model : str
+        name, file or run's folder
+    pretrained : str
+        which weights of open_clip
+    """
     if model == "world" or is_system(model) or Path(model).is_file():
         return "world CLIP" if model == "world" else Path(model).stem
     return f"{model}, random weights" if pretrained == "none" else f"{model}, {Path(pretrained).stem}"

@@ -22,9 +22,17 @@ from .terminal import (SHOWN, SYSTEM, Once, add_names, add_option, aligned, coun
 # parameters that have an option of their own
 _NAMED = ("preset", "model", "data", "device", "limit", "skip_bad", "devices", "nodes")
 
-def given_parameters(args: argparse.Namespace) -> dict[str, Any]:
+def given_parameters(
+    args: argparse.Namespace,   # the command's options, parsed
+) -> dict[str, Any]:
     """The parameters that a command line names, as values. Raises `InputError` for what no training would accept,
-    before one begins."""
+    before one begins.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        the command's options, parsed
+    """
     from freqseg.work.experiments import parse_parameters, plain_warnings, plan
     named = {name: value for name in _NAMED if (value := getattr(args, name, None)) is not None}
     doubled = set(named) & {pair.partition("=")[0] for pair in args.parameter}
@@ -34,8 +42,16 @@ def given_parameters(args: argparse.Namespace) -> dict[str, Any]:
     plan(args.system, values)
     return values
 
-def add_parameters(parser: argparse.ArgumentParser) -> None:
-    "Add the options of whatever trains."
+def add_parameters(
+    parser: argparse.ArgumentParser,   # gets the options
+) -> None:
+    """Add the options of whatever trains.
+
+    Parameters
+    ----------
+    parser : argparse.ArgumentParser
+        gets the options
+    """
     parser.add_argument(
         "system", metavar="SYSTEM", help=
         "what to train: a name, or FILE.py:CLASS of your own (--names lists systems, what they learn from, and presets)"
@@ -97,9 +113,17 @@ def _report_progress(args: argparse.Namespace, parameters: dict[str, Any]) -> No
            f"all {step:,} steps of {args.out} are done: its figures and report are made again")
 
 # %% ../../nbs/faces/82_training_cli.ipynb #ec2e39be
-def train_command(args: argparse.Namespace) -> int:
+def train_command(
+    args: argparse.Namespace,   # the command's options, parsed
+) -> int:
     """Train a system: run its notebook with parameters. The executed notebook, metrics.json, report and checkpoints
-    are in --out."""
+    are in --out.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        the command's options, parsed
+    """
     from freqseg.systems.segmenter import system_named
     from freqseg.work.experiments import training_notebook
     from freqseg.work.runs import launch, launched, run_notebook
@@ -143,8 +167,16 @@ def _made(folder: Path, names: Sequence[str]) -> list[str]:
     "What there is to open, of these files of a folder."
     return [f"  {folder/name}  {_CONTENTS.get(name, '')}".rstrip() for name in names if (folder/name).exists()]
 
-def add_train(commands: Any) -> None:
-    "Add the command `train`."
+def add_train(
+    commands: Any,   # the parsers of all commands
+) -> None:
+    """Add the command `train`.
+
+    Parameters
+    ----------
+    commands : Any
+        the parsers of all commands
+    """
     parser = commands.add_parser("train", help="train a system, evaluate it, write the record",
                                  description=train_command.__doc__)
     add_parameters(parser)
@@ -205,9 +237,17 @@ def evaluation_names() -> str:
     return f"{protocol_names()}\n\ndense CRF: {', '.join(CRF_PRESETS)}\n\ncorruptions: {', '.join(CORRUPTIONS)}"
 
 # %% ../../nbs/faces/82_training_cli.ipynb #125ec303
-def evaluate_command(args: argparse.Namespace) -> int:
+def evaluate_command(
+    args: argparse.Namespace,   # the command's options, parsed
+) -> int:
     """Seed, mask and seg figures of a trained system on a data set, with report, and masks in VOC's colours if asked
-    for."""
+    for.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        the command's options, parsed
+    """
     from freqseg.data import open_dataset
     from freqseg.faces.report import evaluate_run
     from freqseg.work.checkpoints import checkpoint_path, training_title, weights_title
@@ -241,8 +281,16 @@ def _print_robustness(system: Any, data: Path, split: str, out: Path, kinds: Seq
           sep="\n")
 
 # %% ../../nbs/faces/82_training_cli.ipynb #c44051e3
-def add_evaluate(commands: Any) -> None:
-    "Add the command `evaluate`."
+def add_evaluate(
+    commands: Any,   # the parsers of all commands
+) -> None:
+    """Add the command `evaluate`.
+
+    Parameters
+    ----------
+    commands : Any
+        the parsers of all commands
+    """
     parser = commands.add_parser("evaluate", help="how good a trained system is, on any data set with its classes",
                                  description=evaluate_command.__doc__)
     parser.add_argument("model", nargs="?", action=Once, default=argparse.SUPPRESS, metavar="MODEL",
@@ -288,13 +336,15 @@ def _points(system: str, axis: str, values: str) -> list[dict[str, Any]]:
     return points
 
 def grid_axes(
-    system: str,
+    system: str,            # whose parameters they are
     texts: Sequence[str],   # such as mu=0.1,0.2
 ) -> dict[str, list[Any]]:
     """Parameter -> values of a grid. Raises `InputError` as `parse_parameters` does, and for a name that comes twice.
 
     Parameters
     ----------
+    system : str
+        whose parameters they are
     texts : Sequence[str]
         such as mu=0.1,0.2
     """
@@ -309,10 +359,18 @@ def grid_axes(
         axes[today] = [list(point.values()) if "," in axis else point[today] for point in points]
     return axes
 
-# %% ../../nbs/faces/82_training_cli.ipynb #e6606aca
-def sweep_command(args: argparse.Namespace) -> int:
+# %% ../../nbs/faces/82_training_cli.ipynb #ff08acdb
+def sweep_command(
+    args: argparse.Namespace,   # the command's options, parsed
+) -> int:
     """Train at every point of a grid, several seeds each, and compare: table with 95% intervals over seeds, and a
-    plot. Goes on where it stopped."""
+    plot. Goes on where it stopped.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        the command's options, parsed
+    """
     from freqseg.faces.sweep_plots import save_sweep_plot
     from freqseg.systems.segmenter import system_named
     from freqseg.work.experiments import experiment, training_notebook
@@ -327,8 +385,16 @@ def sweep_command(args: argparse.Namespace) -> int:
     print(aligned(table.markdown()), *(f"  {out/name}" for name in ("sweep.md", "sweep.json", "sweep.png")), sep="\n")
     return 1 if table.failed else 0
 
-def add_sweep(commands: Any) -> None:
-    "Add the command `sweep`."
+def add_sweep(
+    commands: Any,   # the parsers of all commands
+) -> None:
+    """Add the command `sweep`.
+
+    Parameters
+    ----------
+    commands : Any
+        the parsers of all commands
+    """
     parser = commands.add_parser("sweep", help="train over a grid of parameters and seeds, and compare",
                                  description=sweep_command.__doc__)
     add_parameters(parser)

@@ -87,15 +87,17 @@ class PictureGrid(anywidget.AnyWidget):
 
 # %% ../../nbs/faces/78_widgets.ipynb #afe377a9
 def control(
-    kind: type[w.DOMWidget],
-    label: str,       # what stands before it
-    about: str,       # what it does, in a sentence
-    **options: Any,   # of the widget
+    kind: type[w.DOMWidget],   # class of the widget
+    label: str,                # what stands before it
+    about: str,                # what it does, in a sentence
+    **options: Any,            # of the widget
 ) -> w.DOMWidget:
     """A control with its label and its explanation, as wide as its column.
 
     Parameters
     ----------
+    kind : type[w.DOMWidget]
+        class of the widget
     label : str
         what stands before it
     about : str
@@ -290,21 +292,27 @@ class ModelControl(w.VBox):
 
     Parameters
     ----------
+    label : str
+        what stands before it
     runs : str | Path | None
         folder with trained runs
     known : Sequence[str] | None
         what the list offers; None = models and trained runs
+    hint : str
+        shown while nothing is typed
+    about : str
+        what it does, in a sentence
     """
     value = traitlets.Unicode()
 
     def __init__(
         self,
-        label: str,
+        label: str,                                            # what stands before it
         value: str = "",
-        runs: str | Path | None = None,        # folder with trained runs
-        known: Sequence[str] | None = None,    # what the list offers; None = models and trained runs
-        hint: str = "an open_clip ViT, a file, or a folder",
-        about: str = _ABOUT_MODELS,
+        runs: str | Path | None = None,                        # folder with trained runs
+        known: Sequence[str] | None = None,                    # what the list offers; None = models and trained runs
+        hint: str = "an open_clip ViT, a file, or a folder",   # shown while nothing is typed
+        about: str = _ABOUT_MODELS,                            # what it does, in a sentence
     ):
         known = ["world", *SHIPPED, "ViT-B-16", f"ViT-B-16{RANDOM}", *trained_runs(runs)] if known is None else known
         self.description, self.about = label, about   # a box with a tooltip is not drawn by ipywidgets 8
@@ -358,8 +366,16 @@ def replace_in_cell(
         shown = []
     _by_cell[cell] = (request, [*shown, explorer])
 
-def close_tree(widget: w.Widget) -> None:
-    "Close a widget and all that it is made of."
+def close_tree(
+    widget: w.Widget,   # with everything inside it
+) -> None:
+    """Close a widget and all that it is made of.
+
+    Parameters
+    ----------
+    widget : w.Widget
+        with everything inside it
+    """
     for name in widget.keys:
         value = getattr(widget, name, None)
         for part in value if isinstance(value, (list, tuple)) else (value,):
@@ -375,6 +391,8 @@ class Explorer(w.VBox):
 
     Parameters
     ----------
+    controls : Sequence[w.Widget]
+        beside the pictures, from above
     screen : w.Widget
         the pictures
     buttons : Sequence[w.Button]
@@ -389,9 +407,9 @@ class Explorer(w.VBox):
 
     def __init__(
         self,
-        controls: Sequence[w.Widget],
-        screen: w.Widget,                     # the pictures
-        buttons: Sequence[w.Button] = (),     # beside "Help"
+        controls: Sequence[w.Widget],       # beside the pictures, from above
+        screen: w.Widget,                   # the pictures
+        buttons: Sequence[w.Button] = (),   # beside "Help"
     ):
         self._models: dict[str, Any] = {}
         self._lock = threading.RLock()
@@ -541,8 +559,8 @@ def any_name(
     return backbone.domain.classes[:1] or ("thing",)
 
 def offer_maps(
-    maps: w.Dropdown,   # the control of a view's maps
-    analysis: Analysis,
+    maps: w.Dropdown,     # the control of a view's maps
+    analysis: Analysis,   # of `explore`
 ) -> None:
     """Offer a trained system's own maps only where there are some.
 
@@ -550,20 +568,38 @@ def offer_maps(
     ----------
     maps : w.Dropdown
         the control of a view's maps
+    analysis : Analysis
+        of `explore`
     """
     offered = [choice for choice in MAPS if choice != "trained" or analysis.own is not None]
     if tuple(_labelled(offered)) == tuple(maps.options): return
     chosen, maps.options = maps.value, _labelled(offered)
     maps.value = chosen if chosen in offered else "gradcam"
 
-def notes_on(analysis: Analysis) -> list[str]:
-    "What happened to the picture on the way, and a hint where the model has seen nothing like it."
+def notes_on(
+    analysis: Analysis,   # of `explore`
+) -> list[str]:
+    """What happened to the picture on the way, and a hint where the model has seen nothing like it.
+
+    Parameters
+    ----------
+    analysis : Analysis
+        of `explore`
+    """
     domain = analysis.backbone.domain
     hint = f"This model has seen {domain.title} alone: for photographs set model to ViT-B-16."
     return [*analysis.subject.notes, *([hint] if domain.title and analysis.subject.known != domain.classes else [])]
 
-def score_note(analysis: Analysis) -> list[str]:
-    "Why there is no IoU, where a mask would allow one."
+def score_note(
+    analysis: Analysis,   # of `explore`
+) -> list[str]:
+    """Why there is no IoU, where a mask would allow one.
+
+    Parameters
+    ----------
+    analysis : Analysis
+        of `explore`
+    """
     if analysis.subject.mask is None or analysis.truth is not None: return []
     return ["No IoU: the mask knows none of these names, it shows "
             f"{', '.join(analysis.subject.names) or 'none of its classes'}; names are separated by commas."]

@@ -133,7 +133,7 @@ class DFAOptions(SegmenterOptions):
 # %% ../../nbs/systems/43_dfa.ipynb #b7145c95
 class DFA(Segmenter):
     "DFA: dual frequency-aware affinity; L_seg + 0.1 L_a + 0.2 L_r, maps by optimal transport."
-    Options: ClassVar[type] = DFAOptions
+    Options: ClassVar[type[DFAOptions]] = DFAOptions
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "voc": dict(iterations=30_000, batch=4, lr=1e-4, scales=(1., 1.2, 1.5)),
         "coco": dict(iterations=80_000, batch=8, lr=1e-4, scales=(1., 1.2, 1.5)),
@@ -169,7 +169,8 @@ class DFA(Segmenter):
     @torch.no_grad()
     def activation_maps(self, forward: ForwardPass, progress: float) -> Tensor:
         "Maps of the classes, (B, K, h, w) in [0, 1]; the background's own after them where pseudo-labels are to compete with it."
-        return self.competing(self.maps(forward, *(None if path is None else path.affinity for path in self.dual.paths(forward.features))))
+        affinities = self.dual(forward.features)
+        return self.competing(self.maps(forward, affinities.smoothed, affinities.inverse))
 
     def competing(self, maps: Tensor) -> Tensor:
         "The maps that decide a pseudo-label: all of them, or the classes' alone, whose background is 1 - max."
@@ -179,7 +180,8 @@ class DFA(Segmenter):
         "Weighted losses of one batch. Raises `InputError` without image labels."
         forward = self.forward_pass(self.backbone.normalise(batch.images), require_labels(batch))
         paths = self.dual.paths(forward.features)
-        with torch.no_grad(): maps = self.maps(forward, *(None if path is None else path.affinity for path in paths))
+        affinities = self.dual.output(paths)
+        with torch.no_grad(): maps = self.maps(forward, affinities.smoothed, affinities.inverse)
         labels = self.assign(self.competing(maps), forward, batch.valid)
         dual = self.dual.losses(paths, forward.features.grid, forward.decoded.features, nearest_labels(labels, forward.features.grid))
         weights = dict(alignment=self.options.lambda_align, rectification=self.options.lambda_relation)

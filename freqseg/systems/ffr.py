@@ -8,7 +8,7 @@ __all__ = ['FFROptions', 'FFR']
 # %% ../../nbs/systems/44_ffr.ipynb #892136c3
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -121,7 +121,8 @@ class FFROptions(SegmenterOptions):
 # %% ../../nbs/systems/44_ffr.ipynb #0080c2cf
 class FFR(Segmenter):
     "FFR: rectified tokens, and a second head for high frequencies taught by an intermediate classifier."
-    Options: ClassVar[type] = FFROptions
+    Options: ClassVar[type[FFROptions]] = FFROptions
+    rectification: FrequencyRectification
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "voc": dict(iterations=20_000, batch=4, lr=6e-5, warmup=2000, lr_power=.9),
         "coco": dict(iterations=80_000, batch=8, lr=6e-5, warmup=2000, lr_power=.9),
@@ -176,7 +177,7 @@ class FFR(Segmenter):
         middle = forward.features.tokens[self.middle_block]
         cam = self.activation_maps(forward, progress)
         with torch.no_grad(): labels, high_labels = (self.assign(x, forward, batch.valid) for x in (cam, self.middle.cam(middle, forward.present).float()))
-        logits, high_logits = (enlarged(x, labels) for x in (forward.decoded.logits, forward.decoded.high_logits))
+        logits, high_logits = (enlarged(x, labels) for x in (forward.decoded.logits, cast(Tensor, forward.decoded.high_logits)))
         losses = {"cls": multilabel_loss(self.classifier(forward.decoded.features), forward.present),
                   "cls_middle": multilabel_loss(self.middle(middle), forward.present),
                   "seg": o.lambda_seg*balanced_cross_entropy(logits, labels),

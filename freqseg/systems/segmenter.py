@@ -11,7 +11,7 @@ import importlib, pkgutil, sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ from ..plugins import load_inherited, load_target, split_target
 from ..prompts import embed_wording, usual_wording
 from ..prototypes import FrequencyRectification
 from ..refine import PAR
-from ..wavelet import filter_bank
+from ..wavelet import WaveletConv2d, filter_bank
 
 # %% ../../nbs/systems/40_segmenter.ipynb #07499eb1
 @dataclass(frozen=True)
@@ -103,13 +103,15 @@ class SegmenterOptions(Options):
                              "wavelet that PyWavelets knows.") from error
 
 # %% ../../nbs/systems/40_segmenter.ipynb #dcc0e92d
+_Kind = type[Options]   # inside the class, `Options` is its attribute
+
 class System(nn.Module):
     """What trainer, evaluator and checkpoints know of a system: a frozen backbone, classes, options, and what of it all learns.
 
     Systems add `training_step(batch, progress)`, losses by name, and `predict(images)`, logits at token resolution. A
     subclass is known by its `name`, without one by the name of its class in lower case."""
     name: ClassVar[str] = "system"
-    Options: ClassVar[type] = SegmenterOptions
+    Options: ClassVar[_Kind] = SegmenterOptions
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}   # preset -> values of its parameters; parents' come first
     supervision: ClassVar[str] = "labels"      # what it learns from: image "labels", or "masks"
     activation: ClassVar[str] = "softmax"      # what makes scores of logits: classes compete, or "sigmoid", each by itself
@@ -296,7 +298,9 @@ class Segmenter(System, abstract=True):
 
     Systems add `training_step` and `activation_maps`. Raises `InputError` for options that cannot be."""
     name: ClassVar[str] = "segmenter"
-    Options: ClassVar[type] = SegmenterOptions
+    Options: ClassVar[type[SegmenterOptions]] = SegmenterOptions
+    text: Tensor         # (K, E) unit-norm embeddings of the classes
+    background: Tensor   # (Kb, E) of the names that compete with them
 
     def __init__(self, backbone: Backbone, classes: Sequence[str], options: SegmenterOptions):
         super().__init__(backbone, classes, options)
@@ -349,9 +353,10 @@ class Segmenter(System, abstract=True):
     def common_losses(self, forward: ForwardPass, cam: Tensor) -> dict[str, Tensor]:
         "Weighted losses of the parts that any system may carry: FFR's rectification, the wavelet's perfect reconstruction."
         losses = {}
-        if self.options.rectify is not None:
+        if self.options.rectify is not None and self.rectification is not None:
             losses["rectify"] = self.options.rectify_weight*self.rectification(forward.decoded.features, cam, forward.present).loss
-        if self.options.reconstruction: losses["reconstruct"] = self.options.reconstruction*self.decoder.refine.reconstruction_penalty()
+        if self.options.reconstruction:
+            losses["reconstruct"] = self.options.reconstruction*cast(WaveletConv2d, self.decoder.refine).reconstruction_penalty()
         return losses
 
     @torch.no_grad()

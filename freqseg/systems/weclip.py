@@ -62,7 +62,7 @@ class WeCLIPOptions(SegmenterOptions):
 # %% ../../nbs/systems/41_weclip.ipynb #4010725a
 class WeCLIP(Segmenter):
     "WeCLIP (Zhang et al., 2024): segmentation loss and 0.1 of an affinity loss on pseudo-labels that a decoder helps to refine."
-    Options: ClassVar[type] = WeCLIPOptions
+    Options: ClassVar[type[WeCLIPOptions]] = WeCLIPOptions
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "voc": dict(iterations=30_000, batch=4, lr=2e-3, side=512, scales=(1., .75)),
         "coco": dict(iterations=80_000, batch=4, lr=2e-3, side=512, scales=(1., .75), late_layers=10, box=.7),

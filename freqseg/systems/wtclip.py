@@ -62,7 +62,7 @@ def edge_map(
 # %% ../../nbs/systems/42_wtclip.ipynb #f285ec13
 class WTCLIP(WeCLIP):
     "WTCLIP: WeCLIP with a wavelet decoder, a fusion gate and, as an option, activation maps weighted by the picture's edges."
-    Options: ClassVar[type] = WTCLIPOptions
+    Options: ClassVar[type[WTCLIPOptions]] = WTCLIPOptions
 
     @torch.no_grad()
     def activation_maps(self, forward: ForwardPass, progress: float) -> Tensor:

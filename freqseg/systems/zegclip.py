@@ -176,7 +176,8 @@ class ZegCLIP(System):
     Learns from masks of seen classes. 8,039,168 trainable parameters for ViT-B/16 and 10 prompts, all of which get gradients. The published count, 13,821,184, has
     two more groups that never do: 3,154,944 of self-attentions that no forward pass runs (`self_attention=True` creates and runs them), and 2,627,072 of
     the last layer behind its scores, which are the answer (`whole_last=True` creates them). Raises `InputError` for options that cannot be."""
-    Options: ClassVar[type] = ZegCLIPOptions
+    Options: ClassVar[type[ZegCLIPOptions]] = ZegCLIPOptions
+    text: Tensor   # (K, E) unit-norm embeddings of the vocabulary
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "voc": dict(_PUBLISHED, iterations=20_000),
         "coco_stuff": dict(_PUBLISHED, iterations=80_000, prompts=100, wording="scene"),

@@ -51,15 +51,17 @@ class Checkpoint:
     def step(self) -> int: return self.state["step"]
 
 def write_checkpoint(
-    path: str | Path,                # a .safetensors
-    checkpoint: Checkpoint,
+    path: str | Path,         # a .safetensors
+    checkpoint: Checkpoint,   # weights, state and moments; tensors on any device
 ) -> None:
-    """Write it whole or not at all. Raises `InputError` when the disk is full or read-only; `path` then holds what it held.
+    """Write it whole or not at all. Raises `InputError` when the disk is full or read-only; `path` then stays as it was.
 
     Parameters
     ----------
     path : str | Path
         a .safetensors
+    checkpoint : Checkpoint
+        weights, state and moments; tensors on any device
     """
     from safetensors.torch import save
     moments = {f"{_MOMENTS}{number}/{name}": value for number, its in checkpoint.moments.items() for name, value in its.items()}
@@ -70,8 +72,16 @@ def write_checkpoint(
     # Not save_file: its errors do not say that the disk is full.
     with atomic_write(path) as partial: partial.write_bytes(save(tensors, metadata=header))
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
-    "Read a file of `write_checkpoint`, on the CPU. Raises `InputError` when it is missing, damaged, or something else."
+def read_checkpoint(
+    path: str | Path,   # a file of `write_checkpoint`, .safetensors
+) -> Checkpoint:
+    """Read a file of `write_checkpoint`, on the CPU. Raises `InputError` when it is missing, damaged, or something else.
+
+    Parameters
+    ----------
+    path : str | Path
+        a file of `write_checkpoint`, .safetensors
+    """
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(path, "pt") as file: header, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
@@ -87,14 +97,16 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 # %% ../../nbs/work/57_checkpoints.ipynb #03cbc9a8
 def save_system(
-    system: System,
-    path: str|Path,      # .safetensors
-    **state: Any,        # kept beside it, for example step=12000
+    system: System,   # its trainable weights, classes and options are written; its CLIP by name only
+    path: str|Path,   # .safetensors
+    **state: Any,     # kept beside it, for example step=12000
 ) -> Path:
     """Write a system whole or not at all. Raises `InputError` when the disk is full or read-only.
 
     Parameters
     ----------
+    system : System
+        its trainable weights, classes and options are written; its CLIP by name only
     path : str|Path
         .safetensors
     **state : Any
@@ -110,10 +122,18 @@ def _shipped_weights() -> tuple[str, ...]:
 
 SHIPPED = _shipped_weights()   # trained on the embedded world
 
-def checkpoint_path(path: str|Path) -> Path:
+def checkpoint_path(
+    path: str|Path,   # a checkpoint, a run's folder, or a name in SHIPPED
+) -> Path:
     """The file itself; of a run's folder the best checkpoint, else the last; of a system's name in SHIPPED the weights that ship.
 
-    Raises `InputError` when there is none."""
+    Raises `InputError` when there is none.
+
+    Parameters
+    ----------
+    path : str|Path
+        a checkpoint, a run's folder, or a name in SHIPPED
+    """
     if str(path) in SHIPPED and not Path(path).exists(): return shipped(f"systems/{path}.safetensors")
     path = Path(path)
     if path.is_file(): return path
@@ -124,11 +144,11 @@ def checkpoint_path(path: str|Path) -> Path:
 
 # %% ../../nbs/work/57_checkpoints.ipynb #7b5157a8
 def load_system(
-    path: str|Path,                           # a checkpoint, or the folder of a run
-    backbone: Backbone|None = None,           # None = load the one that the checkpoint names
-    device: str|torch.device = "cpu",
-    classes: Sequence[str]|None = None,       # refuse a checkpoint for other classes; a zero-shot system answers for them
-    plugin: str | Path | None = None,         # file of the user's that defines the system; None = the package, or a loaded one
+    path: str|Path,                       # a checkpoint, or the folder of a run
+    backbone: Backbone|None = None,       # None = load the one that the checkpoint names
+    device: str|torch.device = "cpu",     # where the system computes
+    classes: Sequence[str]|None = None,   # refuse a checkpoint for other classes; a zero-shot system answers for them
+    plugin: str | Path | None = None,  # file of the user's that defines the system; None = the package, or a loaded one
 ) -> System:
     """The system of a checkpoint, in eval mode.
 
@@ -141,6 +161,8 @@ def load_system(
         a checkpoint, or the folder of a run
     backbone : Backbone|None
         None = load the one that the checkpoint names
+    device : str|torch.device
+        where the system computes
     classes : Sequence[str]|None
         refuse a checkpoint for other classes; a zero-shot system answers for them
     plugin : str | Path | None
@@ -181,14 +203,37 @@ def _require_same_file(
         raise InputError(f"{trained}; {loaded['file']} is now another, SHA-256 {loaded['sha256'][:12]}: give the version that "
                          "trained it, or train anew.")
 
-def weights_title(system: System) -> str:
-    "Which CLIP a system stands on, in words; random weights are said to be random."
+def _other_classes(path: Path, stored: tuple[str, ...], wanted: tuple[str, ...]) -> InputError:
+    "Say how two class lists differ."
+    sides = (("only the checkpoint has", [name for name in stored if name not in wanted]), ("only the data have", [name for name in wanted if name not in stored]))
+    said = "; ".join(f"{what} {', '.join(names[:3])}{' ...' * (len(names) > 3)}" for what, names in sides if names)
+    return InputError(f"{path} was trained on {len(stored)} classes, the data have {len(wanted)}: {said or 'the same ones in another order'}. Take those that belong together.")
+
+# %% ../../nbs/work/57_checkpoints.ipynb #98631d34
+def weights_title(
+    system: System,   # whose `backbone` is named
+) -> str:
+    """Which CLIP a system stands on, in words; random weights are said to be random.
+
+    Parameters
+    ----------
+    system : System
+        whose `backbone` is named
+    """
     name, tag = str(system.backbone.recipe.get("name", "?")), system.backbone.recipe.get("pretrained")
     if name in SHIPPED_CLIPS: return f"the CLIP of {system.backbone.domain.title}"
     return Path(name).name if name.endswith(".safetensors") else f"{name}, {'random weights' if tag is None else tag}"
 
-def training_title(path: str|Path) -> str:
-    "How far the weights of a checkpoint, or of a run's folder, were trained, and without which pictures; empty where it does not say."
+def training_title(
+    path: str|Path,   # a checkpoint, or the folder of a run
+) -> str:
+    """How far the weights of a checkpoint, or of a run's folder, were trained, and without which pictures; empty where it does not say.
+
+    Parameters
+    ----------
+    path : str|Path
+        a checkpoint, or the folder of a run
+    """
     path = checkpoint_path(path)
     state = read_checkpoint(path).state
     if "step" not in state: return ""
@@ -206,9 +251,3 @@ def left_out(
     """
     names = sorted(skipped)
     return f"without {len(names)} picture{'s' * (len(names) > 1)} that could not be read ({', '.join(names[:5])}{', ...' * (len(names) > 5)})"
-
-def _other_classes(path: Path, stored: tuple[str, ...], wanted: tuple[str, ...]) -> InputError:
-    "Say how two class lists differ."
-    sides = (("only the checkpoint has", [name for name in stored if name not in wanted]), ("only the data have", [name for name in wanted if name not in stored]))
-    said = "; ".join(f"{what} {', '.join(names[:3])}{' ...' * (len(names) > 3)}" for what, names in sides if names)
-    return InputError(f"{path} was trained on {len(stored)} classes, the data have {len(wanted)}: {said or 'the same ones in another order'}. Take those that belong together.")

@@ -112,9 +112,15 @@ def _kind(operator: str) -> str:
 # %% ../../nbs/work/68_cost.ipynb #17d3ea01
 def peak_memory(
     work: Callable[[], Any],
-    device: torch.device,
+    device: torch.device,   # where `work` computes: CUDA's own counter, or the CPU's profile
 ) -> int:
-    "Most bytes that PyTorch's allocator held at a time because of `work`, beyond what it held before."
+    """Most bytes that PyTorch's allocator held at a time because of `work`, beyond what it held before.
+
+    Parameters
+    ----------
+    device : torch.device
+        where `work` computes: CUDA's own counter, or the CPU's profile
+    """
     if device.type != "cuda": return _recorded_peak(work)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -146,10 +152,18 @@ class Spread(NamedTuple):
 
 def wall_clock(
     work: Callable[[], Any],
-    device: torch.device,
-    repeats: int = 5,
+    device: torch.device,   # where `work` computes; on CUDA the kernels are waited for
+    repeats: int = 5,       # timed calls
 ) -> Spread:
-    "Milliseconds that `work` takes, on the device."
+    """Milliseconds that `work` takes, on the device.
+
+    Parameters
+    ----------
+    device : torch.device
+        where `work` computes; on CUDA the kernels are waited for
+    repeats : int
+        timed calls
+    """
     watch, seconds = Stopwatch(device), []
     for _ in range(repeats):
         start = watch.now()
@@ -171,13 +185,15 @@ class Effort:
         the same by part of the system
     kinds : dict[str, int]
         the same by kind of operator
+    milliseconds : Spread
+        median and quartiles, per picture
     memory : int
         bytes at the peak, beyond the weights
     """
     flops: int                # two for a multiply-add
     parts: dict[str, int]     # the same by part of the system
     kinds: dict[str, int]     # the same by kind of operator
-    milliseconds: Spread
+    milliseconds: Spread      # median and quartiles, per picture
     memory: int               # bytes at the peak, beyond the weights
 
 @dataclass(frozen=True)
@@ -186,6 +202,8 @@ class Cost:
 
     Attributes
     ----------
+    system : str
+        its name
     model : str
         the CLIP that it stands on, and where its weights come from
     classes : int
@@ -198,26 +216,30 @@ class Cost:
         pictures in a pass; figures are per picture
     precision : str
         "fp32" or "bf16"
+    device : str
+        in words, such as the GPU's name
     parameters : int
         of both towers of CLIP and everything on top
     trainable : int
         of them
+    predict : Effort
+        effort of `system.predict`
     step : Effort|None
         forward and backward of a training step
     unseen : str|None
         the class that was taken as the one without masks, as no split of these classes is published
     """
-    system: str
+    system: str               # its name
     model: str                # the CLIP that it stands on, and where its weights come from
     classes: int              # channels of the answer
     background: bool          # is one of them
     size: int                 # side of the picture, pixels
     batch: int                # pictures in a pass; figures are per picture
     precision: str            # "fp32" or "bf16"
-    device: str
+    device: str               # in words, such as the GPU's name
     parameters: int           # of both towers of CLIP and everything on top
     trainable: int            # of them
-    predict: Effort
+    predict: Effort           # effort of `system.predict`
     step: Effort|None = None  # forward and backward of a training step
     unseen: str|None = None   # the class that was taken as the one without masks, as no split of these classes is published
 
@@ -342,8 +364,19 @@ def _device(device: torch.device) -> str:
 # %% ../../nbs/work/68_cost.ipynb #7ba01e12
 CLASS_LISTS: dict[str, tuple[str, ...]] = {"voc": VOC_CLASSES, "coco": COCO_CLASSES, "cocostuff": COCOSTUFF_CLASSES, "world": WORLD_CLASSES}
 
-def cost_classes(names: Sequence[str] | None, domain: Domain = Domain()) -> tuple[str, ...]:
-    "Class names, or those of the one list of CLASS_LISTS that is named; by default those of the CLIP's domain, else VOC's. Raises `InputError` for a bare text."
+def cost_classes(
+    names: Sequence[str] | None,   # class names, or one name of CLASS_LISTS; None = the domain's, else VOC's
+    domain: Domain = Domain(),     # what the CLIP was trained for
+) -> tuple[str, ...]:
+    """Class names, or those of the one list of CLASS_LISTS that is named; by default those of the CLIP's domain, else VOC's. Raises `InputError` for a bare text.
+
+    Parameters
+    ----------
+    names : Sequence[str] | None
+        class names, or one name of CLASS_LISTS; None = the domain's, else VOC's
+    domain : Domain
+        what the CLIP was trained for
+    """
     if isinstance(names, str): raise InputError(f"classes={names!r}: give a list of names, or of one name in {', '.join(CLASS_LISTS)}.")
     if names is None: return domain.classes or VOC_CLASSES
     return CLASS_LISTS.get(names[0].lower(), tuple(names)) if len(names) == 1 else tuple(names)
@@ -420,8 +453,16 @@ def _by_system(texts: Sequence[tuple[str, str]]) -> list[str]:
     for system, text in texts: systems_of.setdefault(text, []).append(system)
     return [f"{', '.join(names)}: {text}" for text, names in systems_of.items() if text]
 
-def conditions(costs: Sequence[Cost]) -> str:
-    "What was measured, in sentences; what differs between systems is aspects_of of each. Raises `InputError` for no costs."
+def conditions(
+    costs: Sequence[Cost],   # of one or several systems, at least one
+) -> str:
+    """What was measured, in sentences; what differs between systems is aspects_of of each. Raises `InputError` for no costs.
+
+    Parameters
+    ----------
+    costs : Sequence[Cost]
+        of one or several systems, at least one
+    """
     if not costs: raise InputError("no costs to show: measure at least one system.")
     aspects_of = [(cost.system, _aspects(cost)) for cost in costs]
     shared = [aspect for aspect in aspects_of[0][1] if all(aspect in aspects for _, aspects in aspects_of)]
@@ -435,8 +476,16 @@ def conditions(costs: Sequence[Cost]) -> str:
     return " ".join(lines)
 
 # %% ../../nbs/work/68_cost.ipynb #c649b0d5
-def cost_markdown(costs: Sequence[Cost]) -> str:
-    "A table of costs in Markdown, the conditions above it. Raises `InputError` for none."
+def cost_markdown(
+    costs: Sequence[Cost],   # of one or several systems: a row each
+) -> str:
+    """A table of costs in Markdown, the conditions above it. Raises `InputError` for none.
+
+    Parameters
+    ----------
+    costs : Sequence[Cost]
+        of one or several systems: a row each
+    """
     above, steps = conditions(costs), any(cost.step for cost in costs)
     head = ["system", "parameters M", "trainable M", "GFLOP", "ms", "MB", *(["step GFLOP", "step ms", "step MB"] if steps else [])]
     rows = [[cost.system, f"{cost.parameters/1e6:.1f}", f"{cost.trainable/1e6:.3f}", *_cells(cost.predict),
@@ -446,13 +495,15 @@ def cost_markdown(costs: Sequence[Cost]) -> str:
 _PARTS = {"tower": "CLIP on the picture", "rest": "what no module does (transforms, losses)", "backward": "gradients of all parts"}
 
 def parts_markdown(
-    costs: Sequence[Cost],
-    of: str = "predict",   # or "step"
+    costs: Sequence[Cost],   # of one or several systems; those with operations by part are shown
+    of: str = "predict",     # or "step"
 ) -> str:
     """A table of operations by part, GFLOP and share, and which parts these are. Raises `InputError` when no such pass was measured.
 
     Parameters
     ----------
+    costs : Sequence[Cost]
+        of one or several systems; those with operations by part are shown
     of : str
         or "step"
     """

@@ -50,8 +50,17 @@ TRIMAP = 20                       # widest band around a true boundary, pixels
 TRIMAP_ENDS = (1, 2, 5, 10, 20)   # widths that get an interval
 
 class Counts:
-    "What has been counted of one figure: memory is some hundred bytes per picture."
-    def __init__(self, classes: int) -> None:
+    """What has been counted of one figure: memory is some hundred bytes per picture.
+
+    Parameters
+    ----------
+    classes : int
+        C, background included
+    """
+    def __init__(
+        self,
+        classes: int,   # C, background included
+    ) -> None:
         self.classes = classes
         self.region, self.border = ConfusionMeter(classes), ConfusionMeter(classes + 1)
         self.bands = ConfusionMeter(classes, (len(TRIMAP_ENDS),))
@@ -77,6 +86,8 @@ class FigureScores:
     ----------
     name : str
         a key of FIGURES
+    miou : Interval
+        mean over the classes, in 0..1
     boundary : Interval
         boundary IoU (Cheng et al.)
     scores : Scores
@@ -89,6 +100,8 @@ class FigureScores:
         (C, C) int64, rows = truth
     counts : ConfusionMeter
         per picture: what `bootstrap_interval` takes
+    images : int
+        pictures counted
     threshold : float | None
         background score or power of a seed
     tuned_miou : float | None
@@ -97,14 +110,14 @@ class FigureScores:
         multi-label mAP of the network's class scores against the image labels
     """
     name: str                             # a key of FIGURES
-    miou: Interval
+    miou: Interval                        # mean over the classes, in 0..1
     boundary: Interval                    # boundary IoU (Cheng et al.)
     scores: Scores                        # per class, pixel accuracy
     trimap: tuple[float, ...]             # mIoU within 1..20 pixels of a true boundary
     trimap_ends: dict[int, Interval]      # the same at a few widths, with intervals
     confusion: Tensor                     # (C, C) int64, rows = truth
     counts: ConfusionMeter                # per picture: what `bootstrap_interval` takes
-    images: int
+    images: int                           # pictures counted
     threshold: float | None = None        # background score or power of a seed
     tuned_miou: float | None = None       # the best of the sweep, on the split that the threshold was chosen on
     class_map: Interval | None = None     # multi-label mAP of the network's class scores against the image labels
@@ -121,8 +134,29 @@ class FigureScores:
         return {"title": self.title, **plain, "pixel_accuracy": finite(self.scores.pixel_accuracy), **by_class, "trimap": [finite(value) for value in self.trimap],
                 "trimap_intervals": {str(width): finite(ends) for width, ends in self.trimap_ends.items()}, "confusion": self.confusion.tolist()}
 
-def figure_scores(name: str, counts: Counts, truth: Tensor | None, samples: int, seed: int, **extra: Any) -> FigureScores:
-    "What the counts of a figure say. `truth` (n, K) bool are image labels, for the class scores."
+def figure_scores(
+    name: str,        # the figure: "seed", "mask", "seg", ...
+    counts: Counts,   # of the figure, over all pictures
+    truth: Tensor | None,
+    samples: int,     # bootstrap samples
+    seed: int,        # of the bootstrap
+    **extra: Any,     # further fields of `FigureScores`
+) -> FigureScores:
+    """What the counts of a figure say. `truth` (n, K) bool are image labels, for the class scores.
+
+    Parameters
+    ----------
+    name : str
+        the figure: "seed", "mask", "seg", ...
+    counts : Counts
+        of the figure, over all pictures
+    samples : int
+        bootstrap samples
+    seed : int
+        of the bootstrap
+    **extra : Any
+        further fields of `FigureScores`
+    """
     pick = lambda ends, place: Interval(*(float(end[place]) for end in ends))
     bands = bootstrap_interval(counts.bands, samples=samples, seed=seed)
     border = bootstrap_interval(counts.border, lambda total: mean_iou(total, average=range(counts.classes)), samples, seed=seed)
@@ -134,12 +168,18 @@ def figure_scores(name: str, counts: Counts, truth: Tensor | None, samples: int,
 # %% ../../nbs/work/54_evaluation.ipynb #84d1e869
 @dataclass(frozen=True, eq=False)
 class ZeroShotScores:
-    """Seen and unseen classes told apart. Fractions in 0..1; intervals are bootstrapped over pictures.
+    """Figures of seen and of unseen classes. Fractions in 0..1; intervals are bootstrapped over pictures.
 
     Attributes
     ----------
+    split : ZeroShotSplit
+        which classes are seen and which unseen
     pixel_accuracy : Interval
         pAcc
+    miou_seen : Interval
+        mean over the seen classes
+    miou_unseen : Interval
+        mean over the unseen classes
     hiou : Interval
         harmonic mean of the two
     handicap : float
@@ -149,10 +189,10 @@ class ZeroShotScores:
     confused : Tensor
         (2, 3): of true pixels seen, unseen, the share that is right, another seen, another unseen class
     """
-    split: ZeroShotSplit
+    split: ZeroShotSplit                              # which classes are seen and which unseen
     pixel_accuracy: Interval                          # pAcc
-    miou_seen: Interval
-    miou_unseen: Interval
+    miou_seen: Interval                               # mean over the seen classes
+    miou_unseen: Interval                             # mean over the unseen classes
     hiou: Interval                                    # harmonic mean of the two
     handicap: float                                   # of seen classes, the system's own
     curve: tuple[tuple[float, float, float, float], ...]   # (bias beyond it, mIoU seen, mIoU unseen, hIoU)
@@ -176,8 +216,31 @@ def _confused(total: Tensor, split: ZeroShotSplit) -> Tensor:
 
 BIASES: tuple[float, ...] = tuple(step / 20 for step in range(-10, 21))   # added to the system's own handicap of seen classes
 
-def zero_shot_scores(counts: Counts, biases: Tensor, split: ZeroShotSplit, handicap: float, samples: int, seed: int) -> ZeroShotScores:
-    "What the counts of the network's labels, and those at every bias (n, C, C), say about seen and unseen classes."
+def zero_shot_scores(
+    counts: Counts,         # of the network's labels
+    biases: Tensor,         # (n, C, C) counts at every bias in BIASES
+    split: ZeroShotSplit,   # which classes are seen and which unseen
+    handicap: float,        # what the labels in `counts` had taken off the scores of seen classes
+    samples: int,           # bootstrap samples
+    seed: int,              # of the bootstrap
+) -> ZeroShotScores:
+    """What the counts of the network's labels, and those at every bias (n, C, C), say about seen and unseen classes.
+
+    Parameters
+    ----------
+    counts : Counts
+        of the network's labels
+    biases : Tensor
+        (n, C, C) counts at every bias in BIASES
+    split : ZeroShotSplit
+        which classes are seen and which unseen
+    handicap : float
+        what the labels in `counts` had taken off the scores of seen classes
+    samples : int
+        bootstrap samples
+    seed : int
+        of the bootstrap
+    """
     figures = [bootstrap_interval(counts.region, lambda total, which=which: gzss_figures(total, split.seen_index, split.unseen_index)[..., which], samples, seed=seed)
                for which in range(4)]
     curve = gzss_figures(biases, split.seen_index, split.unseen_index)[..., 1:].tolist()
@@ -190,6 +253,8 @@ class Example:
 
     Attributes
     ----------
+    id : str
+        of the picture
     miou : float
         of this picture alone
     image : np.ndarray
@@ -201,7 +266,7 @@ class Example:
     cam : np.ndarray | None
         (h', w') float32, the strongest class of its label
     """
-    id: str
+    id: str                          # of the picture
     miou: float                      # of this picture alone
     image: np.ndarray                # (h, w, 3) uint8
     truth: np.ndarray                # (h, w) uint8
@@ -237,12 +302,18 @@ def _example(listing: Listing, corrupt: Corruption | None, miou: float, index: i
 # %% ../../nbs/work/54_evaluation.ipynb #f630eb7c
 @dataclass(frozen=True, eq=False)
 class SystemReport:
-    """What `evaluate_system` found, and under which conditions.
+    """Figures of `evaluate_system`, and under which conditions they were measured.
 
     Attributes
     ----------
     figures : dict[str, FigureScores]
         by name, in the order of FIGURES
+    system : str
+        its name
+    dataset : str
+        its title
+    split : str
+        that was reported
     threshold_split : str
         where the seed's threshold was chosen; the split itself by convention
     names : tuple[str, ...]
@@ -253,10 +324,18 @@ class SystemReport:
         pictures scored
     skipped : tuple[str, ...]
         complaints about pictures that were left out
+    best : tuple[Example, ...]
+        pictures with the highest mIoU
+    worst : tuple[Example, ...]
+        pictures with the lowest mIoU
     settings : dict[str, Any]
         inference, CRF, thresholds, bands
     config : dict[str, Any]
         of the system
+    device : str
+        in words, such as the GPU's name
+    software : dict[str, str]
+        package -> version
     seconds : dict[str, float]
         by part, and "in all"
     weights : str
@@ -267,28 +346,30 @@ class SystemReport:
         how to make the report again
     level : float
         of the intervals
+    zero_shot : ZeroShotScores | None
+        of seen and unseen classes apart; None without such a split
     """
     figures: dict[str, FigureScores]       # by name, in the order of FIGURES
-    system: str
-    dataset: str
-    split: str
+    system: str                            # its name
+    dataset: str                           # its title
+    split: str                             # that was reported
     threshold_split: str                   # where the seed's threshold was chosen; the split itself by convention
     names: tuple[str, ...]                 # of the mask values, C
     caveat: str                            # what the pictures are, and figures on them do not say
     images: int                            # pictures scored
     skipped: tuple[str, ...]               # complaints about pictures that were left out
-    best: tuple[Example, ...]
-    worst: tuple[Example, ...]
+    best: tuple[Example, ...]              # pictures with the highest mIoU
+    worst: tuple[Example, ...]             # pictures with the lowest mIoU
     settings: dict[str, Any]               # inference, CRF, thresholds, bands
     config: dict[str, Any]                 # of the system
-    device: str
-    software: dict[str, str]
+    device: str                            # in words, such as the GPU's name
+    software: dict[str, str]               # package -> version
     seconds: dict[str, float]              # by part, and "in all"
     weights: str = ""                      # where the weights come from, in words
     training: str = ""                     # how far the system was trained, in words
     command: str = ""                      # how to make the report again
     level: float = 0.95                    # of the intervals
-    zero_shot: ZeroShotScores | None = None
+    zero_shot: ZeroShotScores | None = None   # of seen and unseen classes apart; None without such a split
 
     def __getitem__(self, name: str) -> FigureScores:
         if name not in self.figures: raise unknown_name(name, self.figures, "figure of this report")
@@ -308,8 +389,16 @@ class SystemReport:
         return {**values, "names": list(self.names), "skipped": list(self.skipped), "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
                 "figures": {name: figure.as_dict(self.names) for name, figure in self.figures.items()}, **gallery}
 
-def main_figure(names: Iterable[str]) -> str:
-    "The figure of several that says most about a system."
+def main_figure(
+    names: Iterable[str],   # of the figures there are
+) -> str:
+    """The figure of several that says most about a system.
+
+    Parameters
+    ----------
+    names : Iterable[str]
+        of the figures there are
+    """
     return next(name for name in ("seg_crf", "seg", "mask_crf", "mask", "seed") if name in names)
 
 # %% ../../nbs/work/54_evaluation.ipynb #d4cc05f7
@@ -426,33 +515,34 @@ def _settings_record(job: Job, crf: Any, seeds: _Seeds | None, limit: int | None
 
 # %% ../../nbs/work/54_evaluation.ipynb #0898c4d4
 def evaluate_system(
-    system: Predictor,
-    dataset: SegmentationFolder,
-    *,
-    figures: Sequence[str] = ("seed", "mask", "seg"),
-    scales: Sequence[float] = (1.0,),
-    flip: bool = True,
-    side: int | None = None,                                  # long side at scale 1, pixels; None = as in the files
-    inference: Inference | str | None = None,                 # all of the way a picture is shown, instead of scales, flip, side, batch, precision
-    crf: str | CRFSettings | None = None,                     # adds figures after a CRF: "weclip", "toco", "clip_es" or settings
-    crf_workers: int | None = None,                           # processes; None = one per core
-    bands: float | None = None,                               # adds the bands: cut-off mu in cycles per token
-    cam_scales: Sequence[float] = (1.0,),                     # activation maps are averaged over these
-    thresholds: Sequence[float] | None = None,                # of the seeds, to sweep; None = `evaluate.THRESHOLDS` or POWERS
-    variant: str = "threshold",                               # background score: "threshold" t, or "power" (1 - max)^p
-    threshold_split: SegmentationFolder | str | None = None,  # choose it there; None = on the evaluated split (the convention)
-    corrupt: Corruption | None = None,                        # makes every picture worse before it is shown; masks stay
-    limit: int | None = None,                                 # only the first so many pictures
-    save_masks: str | Path | None = None,                     # folder for the main figure's labels, in VOC's colours
-    batch: int = 4,                                           # images in one forward pass
-    workers: int = 0,                                         # processes that read pictures
-    precision: str | None = None,                             # "fp32" or "bf16"; None = bf16 on CUDA
-    skip_bad: bool = False,                                   # leave out pictures that cannot be read, and say which
-    examples: int = 4,                                        # best and worst pictures each
-    samples: int = 1000,                                      # of the bootstrap
-    seed: int = 0,                                            # of the bootstrap
-    progress: bool = True,
-    weights: str = "", training: str = "", command: str = "", # for the report
+    system: Predictor,                                         # trained for the data set's classes
+    dataset: SegmentationFolder,                               # with masks and without a transform
+    *, figures: Sequence[str] = ("seed", "mask", "seg"),       # of "seed", "mask" and "seg"
+    scales: Sequence[float] = (1.0,),   # factors at which the network is shown every picture
+    flip: bool = True,                                         # show it mirror images, too
+    side: int | None = None,                                   # long side at scale 1, pixels; None = as in the files
+    inference: Inference | str | None = None,   # instead of scales, flip, side, batch and precision
+    crf: str | CRFSettings | None = None,   # adds figures after a CRF: "weclip", "toco", "clip_es" or settings
+    crf_workers: int | None = None,                            # processes; None = one per core
+    bands: float | None = None,                                # adds the bands: cut-off mu in cycles per token
+    cam_scales: Sequence[float] = (1.0,),                      # activation maps are averaged over these
+    thresholds: Sequence[float] | None = None,   # of the seeds, to sweep; None = `evaluate.THRESHOLDS` or POWERS
+    variant: str = "threshold",                                # background score: "threshold" t, or "power" (1 - max)^p
+    threshold_split: SegmentationFolder | str | None = None,   # choose it there; None = on the evaluated split
+    corrupt: Corruption | None = None,   # makes every picture worse before it is shown; masks stay
+    limit: int | None = None,                                  # only the first so many pictures
+    save_masks: str | Path | None = None,                      # folder for the main figure's labels, in VOC's colours
+    batch: int = 4,                                            # images in one forward pass
+    workers: int = 0,                                          # processes that read pictures
+    precision: str | None = None,                              # "fp32" or "bf16"; None = bf16 on CUDA
+    skip_bad: bool = False,                                    # leave out pictures that cannot be read, and say which
+    examples: int = 4,                                         # best and worst pictures each
+    samples: int = 1000,                                       # of the bootstrap
+    seed: int = 0,                                             # of the bootstrap
+    progress: bool = True,                                     # show a bar
+    weights: str = "",   # where the weights come from, for the report
+    training: str = "",   # how far the system was trained, for the report
+    command: str = "",                                         # the command line that makes it again, for the report
 ) -> SystemReport:
     """Seed, mask and seg of a system in one pass over a data set: mIoU, boundary IoU and trimap with intervals, classes, confusions, examples.
 
@@ -462,10 +552,20 @@ def evaluate_system(
 
     Parameters
     ----------
+    system : Predictor
+        trained for the data set's classes
+    dataset : SegmentationFolder
+        with masks and without a transform
+    figures : Sequence[str]
+        of "seed", "mask" and "seg"
+    scales : Sequence[float]
+        factors at which the network is shown every picture
+    flip : bool
+        show it mirror images, too
     side : int | None
         long side at scale 1, pixels; None = as in the files
     inference : Inference | str | None
-        all of the way a picture is shown, instead of scales, flip, side, batch, precision
+        instead of scales, flip, side, batch and precision
     crf : str | CRFSettings | None
         adds figures after a CRF: "weclip", "toco", "clip_es" or settings
     crf_workers : int | None
@@ -479,7 +579,7 @@ def evaluate_system(
     variant : str
         background score: "threshold" t, or "power" (1 - max)^p
     threshold_split : SegmentationFolder | str | None
-        choose it there; None = on the evaluated split (the convention)
+        choose it there; None = on the evaluated split
     corrupt : Corruption | None
         makes every picture worse before it is shown; masks stay
     limit : int | None
@@ -500,19 +600,21 @@ def evaluate_system(
         of the bootstrap
     seed : int
         of the bootstrap
+    progress : bool
+        show a bar
     weights : str
-        for the report
+        where the weights come from, for the report
     training : str
-        for the report
+        how far the system was trained, for the report
     command : str
-        for the report
+        the command line that makes it again, for the report
     """
     keep_memory()
     begin, levels = time.perf_counter(), sweep_levels(thresholds, variant)
     inference = Inference(tuple(scales), flip, side, batch=batch, precision=precision) if inference is None else named_inference(inference)
     job = _evaluation_job(system, dataset, inference, tuple(figures), crf, bands, cam_scales, corrupt=corrupt, workers=workers, skip_bad=skip_bad, progress=progress)
     tally = _Tally.begun(_figure_names(figures, job.crf is not None, job.answers), dataset.num_classes, levels, variant, examples)
-    if "seg" in figures and (split := dataset.listing.zero_shot): tally.zero_shot, job.look = split, tally.sweep
+    if "seg" in figures and (split := dataset.listing.zero_shot): tally.zero_shot, job.on_strip = split, tally.sweep
     tuning, indices = tuning_split(dataset, threshold_split), picture_indices(dataset, limit)
     for item in refined((label(job, prediction) for prediction in stream(job, dataset, indices, masks=True)), job.crf, crf_workers):
         with job.watch.measure("counting"): tally.add(item)

@@ -80,7 +80,7 @@ class Predictor(Protocol):
         "Activation maps (B, K, h, w) in [0, 1] of the classes in labels (B, K) bool."
 
     def explain(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        "From one look: what `cam` gives, and pseudo-labels (B, H, W) int64 made of it, 255 = left open."
+        "From one forward pass: what `cam` gives, and pseudo-labels (B, H, W) int64 made of it, 255 = left open."
 
 # %% ../../nbs/work/52_inference.ipynb #99f467d9
 @dataclass(frozen=True)
@@ -162,6 +162,8 @@ class Picture:
     ----------
     index : int
         in the data set
+    id : str
+        of the picture, its name in the split's list
     image : np.ndarray
         (H, W, 3) uint8
     scaled : dict[float, Tensor]
@@ -172,7 +174,7 @@ class Picture:
         (H, W) uint8 ground truth, for scoring; None where it was not asked for
     """
     index: int                      # in the data set
-    id: str
+    id: str                         # of the picture, its name in the split's list
     image: np.ndarray               # (H, W, 3) uint8
     scaled: dict[float, Tensor]     # scale -> (3, h, w) uint8
     labels: Tensor | None           # (K,) bool of the label table
@@ -190,16 +192,18 @@ class Picture:
 
 # %% ../../nbs/work/52_inference.ipynb #8505710e
 def scaled_pixels(
-    image: Image.Image,          # RGB
-    scales: Iterable[float],
+    image: Image.Image,                   # RGB
+    scales: Iterable[float],              # factors of the working size
     inference: Inference | None = None,   # says how large scale 1 is; None = as the picture is
-) -> dict[float, Tensor]:        # scale -> (3, h, w) uint8
+) -> dict[float, Tensor]:   # scale -> (3, h, w) uint8
     """The picture at every scale, each resized from the original (bicubic, antialiased).
 
     Parameters
     ----------
     image : Image.Image
         RGB
+    scales : Iterable[float]
+        factors of the working size
     inference : Inference | None
         says how large scale 1 is; None = as the picture is
 
@@ -218,14 +222,18 @@ def scaled_pixels(
 
 # %% ../../nbs/work/52_inference.ipynb #3cb82285
 def read_truth(
-    listing: Listing,
-    index: int,
-    size: tuple[int, int],       # (height, width) of the picture
-) -> np.ndarray:                 # (H, W) uint8, 255 = ignored
+    listing: Listing,        # a data set with masks
+    index: int,              # of the picture in the listing
+    size: tuple[int, int],   # (height, width) of the picture
+) -> np.ndarray:   # (H, W) uint8, 255 = ignored
     """The ground truth of one picture. Raises `InputError` when it is missing, damaged, out of range or of another size.
 
     Parameters
     ----------
+    listing : Listing
+        a data set with masks
+    index : int
+        of the picture in the listing
     size : tuple[int, int]
         (height, width) of the picture
 
@@ -240,8 +248,22 @@ def read_truth(
     require_same_size(path, mask, (size[1], size[0]))
     return mask
 
-def shown_image(listing: Listing, index: int, corrupt: Corruption | None) -> Image.Image:
-    "The picture of that index, made worse where that is asked for. Raises `InputError` for a damaged file."
+def shown_image(
+    listing: Listing,             # a data set
+    index: int,                   # of the picture in the listing
+    corrupt: Corruption | None,   # how it is made worse; None = as it is
+) -> Image.Image:
+    """The picture of that index, made worse where that is asked for. Raises `InputError` for a damaged file.
+
+    Parameters
+    ----------
+    listing : Listing
+        a data set
+    index : int
+        of the picture in the listing
+    corrupt : Corruption | None
+        how it is made worse; None = as it is
+    """
     image = read_image(listing.images[index])
     return image if corrupt is None else corrupt(image, listing.ids[index])
 
@@ -266,15 +288,17 @@ class _Reader(Dataset):
 Item = TypeVar("Item")
 
 def grouped(
-    items: Iterable[Item],
-    key: Callable[[Item], Any],    # items of equal key share a group
-    size: int,                     # most items in a group
-    window: int,                   # how many items may overtake a waiting one
+    items: Iterable[Item],        # in their order
+    key: Callable[[Item], Any],   # items of equal key share a group
+    size: int,                    # most items in a group
+    window: int,                  # how many items may overtake a waiting one
 ) -> Iterator[list[tuple[int, Item]]]:
     """Groups of (position, item) with equal keys; an item leaves at the latest when `window` others have come after it.
 
     Parameters
     ----------
+    items : Iterable[Item]
+        in their order
     key : Callable[[Item], Any]
         items of equal key share a group
     size : int
@@ -361,13 +385,13 @@ class AugmentedView:
 
 # %% ../../nbs/work/52_inference.ipynb #d8c4ff24
 def interpolation_matrix(
-    length: int,                              # pixels along one side of the picture
-    tokens: int,                              # tokens of the box along that side, padding included
-    covered: float,                           # how many of them the box fills
-    box: tuple[float, float] = (0.0, 1.0),    # where the box begins and ends, as shares of the side
-    flipped: bool = False,                    # was the picture shown mirrored along this side?
-    device: torch.device | str | None = None,
-) -> Tensor:                                  # (length, tokens)
+    length: int,                                # pixels along one side of the picture
+    tokens: int,                                # tokens of the box along that side, padding included
+    covered: float,                             # how many of them the box fills
+    box: tuple[float, float] = (0.0, 1.0),      # where the box begins and ends, as shares of the side
+    flipped: bool = False,                      # was the picture shown mirrored along this side?
+    device: torch.device | str | None = None,   # of the matrix; None = torch's default
+) -> Tensor:   # (length, tokens)
     """Weights of bilinear interpolation at pixel centres; rows of pixels outside the box are 0.
 
     Parameters
@@ -382,6 +406,8 @@ def interpolation_matrix(
         where the box begins and ends, as shares of the side
     flipped : bool
         was the picture shown mirrored along this side?
+    device : torch.device | str | None
+        of the matrix; None = torch's default
 
     Returns
     -------
@@ -439,17 +465,21 @@ def _showing(views: Sequence[AugmentedView], size: tuple[int, int], strip: slice
     return total / weights
 
 def merge_views(
-    views: Sequence[AugmentedView],
-    size: tuple[int, int],           # (H, W) of the result
-    scoring: Scoring = Scoring(),
-    strip: slice = slice(None),      # only these rows
-) -> Tensor:                         # (C, H, W) float32; with `strip`, only its rows
+    views: Sequence[AugmentedView],   # of one picture
+    size: tuple[int, int],            # (H, W) of the result
+    scoring: Scoring = Scoring(),     # how answers are averaged and activated
+    strip: slice = slice(None),       # only these rows
+) -> Tensor:   # (C, H, W) float32; with `strip`, only its rows
     """The mean over all showings of a picture, at any size. Scales and mirror images count alike, however many boxes they have.
 
     Parameters
     ----------
+    views : Sequence[AugmentedView]
+        of one picture
     size : tuple[int, int]
         (H, W) of the result
+    scoring : Scoring
+        how answers are averaged and activated
     strip : slice
         only these rows
 
@@ -464,34 +494,51 @@ def merge_views(
 # %% ../../nbs/work/52_inference.ipynb #47783130
 LARGEST = 16_000_000   # scores of a picture that are alive at a time, some 64 MB
 
-def merged_strips(views: Sequence[AugmentedView], size: tuple[int, int], scoring: Scoring = Scoring()) -> Iterator[tuple[slice, Tensor]]:
-    "Merged answers, strip by strip (C, strip, W): memory does not grow with the picture."
+def merged_strips(
+    views: Sequence[AugmentedView],   # of one picture
+    size: tuple[int, int],            # (H, W) of the labels, pixels
+    scoring: Scoring = Scoring(),     # how answers are averaged and activated
+) -> Iterator[tuple[slice, Tensor]]:
+    """Merged answers, strip by strip (C, strip, W): memory does not grow with the picture.
+
+    Parameters
+    ----------
+    views : Sequence[AugmentedView]
+        of one picture
+    size : tuple[int, int]
+        (H, W) of the labels, pixels
+    scoring : Scoring
+        how answers are averaged and activated
+    """
     rows = max(1, LARGEST // (len(views[0].maps) * size[1]))
     for strip in (slice(start, start + rows) for start in range(0, size[0], rows)):
         yield strip, merge_views(views, size, scoring, strip)
 
 def merged_labels(
-    views: Sequence[AugmentedView],
-    size: tuple[int, int],                                  # (H, W) of the result
-    scoring: Scoring = Scoring(),
-    look: Callable[[slice, Tensor], None] | None = None,    # sees the rows of every strip and what its classes are compared by (C, strip, W)
+    views: Sequence[AugmentedView],                        # of one picture
+    size: tuple[int, int],                                 # (H, W) of the result
+    scoring: Scoring = Scoring(),                          # how answers are averaged and activated
+    on_strip: Callable[[slice, Tensor], None] | None = None,   # called with rows and scores (C, strip, W) of every strip
 ) -> np.ndarray:
     """Best class of every pixel, (H, W) uint8.
 
     Parameters
     ----------
+    views : Sequence[AugmentedView]
+        of one picture
     size : tuple[int, int]
         (H, W) of the result
-    look : Callable[[slice, Tensor], None] | None
-        sees the rows of every strip and what its classes are compared by (C, strip, W)
+    scoring : Scoring
+        how answers are averaged and activated
+    on_strip : Callable[[slice, Tensor], None] | None
+        called with rows and scores (C, strip, W) of every strip
     """
     labels = []
     for strip, merged in merged_strips(views, size, scoring):
         ranked = scoring.ranked(merged)
-        if look is not None: look(strip, ranked)
+        if on_strip is not None: on_strip(strip, ranked)
         labels.append(best_class(ranked, 0).to(torch.uint8))
     return torch.cat(labels).cpu().numpy()
-
 
 # %% ../../nbs/work/52_inference.ipynb #ab8fc58f
 MapFunction = Callable[[Tensor, Tensor], Tensor]   # images (n, 3, H, W) and their pictures (n,) -> maps (n, C, h, w)
@@ -515,17 +562,23 @@ def _maps_of_crops(answer: MapFunction, crops: Tensor, pictures: Tensor, patch: 
     return maps, tuple(n * side / whole for n, side, whole in zip(maps.shape[-2:], size, padded.shape[-2:]))
 
 def augmented_views(
-    tower: Tower,
-    pictures: Sequence[Picture],     # of one size
-    answer: MapFunction,
-    inference: Inference,
+    tower: Tower,                  # what the answers come from: its patch size and normalisation are heeded
+    pictures: Sequence[Picture],   # of one size
+    answer: MapFunction,           # images (B, 3, H, W) and positions of their pictures (B,) to maps (B, C, h, w)
+    inference: Inference,          # scales, mirror images and windows
 ) -> list[list[AugmentedView]]:
     """The views of every picture. Raises `InputError` when memory runs out.
 
     Parameters
     ----------
+    tower : Tower
+        what the answers come from: its patch size and normalisation are heeded
     pictures : Sequence[Picture]
         of one size
+    answer : MapFunction
+        images (B, 3, H, W) and positions of their pictures (B,) to maps (B, C, h, w)
+    inference : Inference
+        scales, mirror images and windows
     """
     views_of: list[list[AugmentedView]] = [[] for _ in pictures]
     for number, scale in enumerate(inference.scales):
@@ -542,8 +595,19 @@ def augmented_views(
     return views_of
 
 # %% ../../nbs/work/52_inference.ipynb #f94b75f6
-def check_system(system: Predictor, dataset: SegmentationFolder) -> None:
-    "Raise `InputError` when a system was made for other classes than the data set has."
+def check_system(
+    system: Predictor,             # with `classes`
+    dataset: SegmentationFolder,   # whose class names have to be the same
+) -> None:
+    """Raise `InputError` when a system was made for other classes than the data set has.
+
+    Parameters
+    ----------
+    system : Predictor
+        with `classes`
+    dataset : SegmentationFolder
+        whose class names have to be the same
+    """
     ours, theirs = tuple(system.classes), tuple(dataset.classes)
     if ours != theirs:
         extra = [name for name in ours if name not in theirs] or [name for name in theirs if name not in ours]
@@ -581,8 +645,16 @@ class Bands:
         "Tokens (B, D, h, w) whole, low and high, one after the other: (3 B, D, h, w)."
         return torch.cat([tokens, *(band.to(tokens.dtype) for band in split_bands(tokens.float(), self.mu, self.shape))])
 
-def require_keep(system: Predictor) -> None:
-    "Raise `InputError` for a system that cannot be shown single bands."
+def require_keep(
+    system: Predictor,   # one of a kind that may have no `keep`
+) -> None:
+    """Raise `InputError` for a system that cannot be shown single bands.
+
+    Parameters
+    ----------
+    system : Predictor
+        one of a kind that may have no `keep`
+    """
     if "keep" not in inspect.signature(system.predict).parameters:
         raise InputError(f"{type(system).__name__}.predict has no `keep`: band faithfulness needs a system that can filter its frozen tokens. Leave the bands out.")
 
@@ -646,6 +718,8 @@ class Job:
 
     Attributes
     ----------
+    system : Predictor
+        that is shown the pictures
     inference : Inference
         of the network's answer
     figures : tuple[str, ...]
@@ -654,31 +728,39 @@ class Job:
         of activation maps
     bands : Bands | None
         adds "seg_low" and "seg_high"
+    crf : CRFSettings | None
+        of the figures `mask_crf` and `seg_crf`; None = without
     background : bool
         is mask value 0 background?
-    look : Callable[[Picture, slice, Tensor], None] | None
-        sees what the classes of "seg" are compared by, strip by strip (C, strip, W)
+    on_strip : Callable[[Picture, slice, Tensor], None] | None
+        called with rows and scores (C, strip, W) of "seg"
     corrupt : Corruption | None
         makes every picture worse before it is shown
     workers : int
         processes that read pictures
+    skip_bad : bool
+        leave out pictures that cannot be read, with a warning
+    progress : bool
+        show a bar
     skipped : list[str]
         why pictures were left out
+    watch : Stopwatch
+        adds up the time of every stage
     """
-    system: Predictor
+    system: Predictor                                              # that is shown the pictures
     inference: Inference                                           # of the network's answer
     figures: tuple[str, ...] = ("seg",)                            # of "seed", "mask" and "seg"
     cams: Inference = Inference(flip=False)                        # of activation maps
     bands: Bands | None = None                                     # adds "seg_low" and "seg_high"
-    crf: CRFSettings | None = None
+    crf: CRFSettings | None = None  # of the figures `mask_crf` and `seg_crf`; None = without
     background: bool = True                                        # is mask value 0 background?
-    look: Callable[[Picture, slice, Tensor], None] | None = None   # sees what the classes of "seg" are compared by, strip by strip (C, strip, W)
+    on_strip: Callable[[Picture, slice, Tensor], None] | None = None   # called with rows and scores (C, strip, W) of "seg"
     corrupt: Corruption | None = None                              # makes every picture worse before it is shown
     workers: int = 0                                               # processes that read pictures
-    skip_bad: bool = False
-    progress: bool = True
+    skip_bad: bool = False  # leave out pictures that cannot be read, with a warning
+    progress: bool = True                                          # show a bar
     skipped: list[str] = field(default_factory=list)               # why pictures were left out
-    watch: Stopwatch = field(default_factory=lambda: Stopwatch(torch.device("cpu")))
+    watch: Stopwatch = field(default_factory=lambda: Stopwatch(torch.device("cpu")))   # adds up the time of every stage
 
     def __post_init__(self) -> None: self.watch.device = self.system.backbone.device
 
@@ -715,6 +797,8 @@ class Prediction:
 
     Attributes
     ----------
+    picture : Picture
+        as it was read
     views : dict[str, list[AugmentedView]]
         "seg", "seg_low", "seg_high"
     cams : SeedMaps | None
@@ -722,7 +806,7 @@ class Prediction:
     pseudo : np.ndarray | None
         (H, W) uint8 pseudo-label at the size of the mask
     """
-    picture: Picture
+    picture: Picture                 # as it was read
     views: dict[str, list[AugmentedView]]     # "seg", "seg_low", "seg_high"
     cams: SeedMaps | None            # activation maps of the classes of its label
     pseudo: np.ndarray | None        # (H, W) uint8 pseudo-label at the size of the mask
@@ -734,7 +818,7 @@ def _shortened(job: Job) -> Any:
     return torch.autocast(device.type, torch.bfloat16) if wanted == "bf16" else nullcontext()
 
 def _logits(job: Job, pictures: Sequence[Picture]) -> dict[str, list[list[AugmentedView]]]:
-    "Views of the network's answers by figure; the tower looks once for all of them."
+    "Views of the network's answers by figure; one forward pass of the tower for all of them."
     options, channels = {} if job.bands is None else {"keep": job.bands}, job.system.num_classes
     def answer(images: Tensor, _: Tensor) -> Tensor:
         with _shortened(job): logits = job.system.predict(images, **options)
@@ -779,8 +863,19 @@ def _explanations(job: Job, pictures: Sequence[Picture], labels: Tensor) -> tupl
 
 # %% ../../nbs/work/52_inference.ipynb #fed7b2e5
 @torch.no_grad()
-def analyse(job: Job, pictures: Sequence[Picture]) -> list[Prediction]:
-    "Everything a job asks about pictures of one size. Raises `InputError` for answers that cannot be, and when memory runs out."
+def analyse(
+    job: Job,                      # what is asked
+    pictures: Sequence[Picture],   # of one size
+) -> list[Prediction]:
+    """Everything a job asks about pictures of one size. Raises `InputError` for answers that cannot be, and when memory runs out.
+
+    Parameters
+    ----------
+    job : Job
+        what is asked
+    pictures : Sequence[Picture]
+        of one size
+    """
     views, cams, pseudo = {}, [None]*len(pictures), [None]*len(pictures)
     if "seg" in job.figures:
         with job.watch.measure("network"): views = _logits(job, pictures)
@@ -797,8 +892,16 @@ def analyse(job: Job, pictures: Sequence[Picture]) -> list[Prediction]:
 OVERTAKING = 16   # groups that may overtake a picture of a rare size
 
 @contextmanager
-def evaluating(system: Any) -> Iterator[None]:
-    "The system in evaluation mode, afterwards as it was."
+def evaluating(
+    system: Any,   # an `nn.Module`; anything else is left alone
+) -> Iterator[None]:
+    """The system in evaluation mode, afterwards as it was.
+
+    Parameters
+    ----------
+    system : Any
+        an `nn.Module`; anything else is left alone
+    """
     before = getattr(system, "training", False)
     if before: system.eval()
     try: yield
@@ -816,8 +919,8 @@ def _readable(job: Job, reader: Iterable[Picture | InputError], bar: tqdm) -> It
         bar.update(1)
 
 def stream(
-    job: Job,
-    dataset: SegmentationFolder,
+    job: Job,                      # what is asked
+    dataset: SegmentationFolder,   # where the pictures are read from
     indices: Sequence[int],        # which pictures
     masks: bool = False,           # read the ground truth, too
 ) -> Iterator[Prediction]:
@@ -827,6 +930,10 @@ def stream(
 
     Parameters
     ----------
+    job : Job
+        what is asked
+    dataset : SegmentationFolder
+        where the pictures are read from
     indices : Sequence[int]
         which pictures
     masks : bool
@@ -849,16 +956,20 @@ class LabelledPicture:
 
     Attributes
     ----------
+    picture : Picture
+        as it was read
     labels : dict[str, np.ndarray]
         figure -> (H, W) uint8
+    cams : SeedMaps | None
+        activation maps of its classes; None where they were not asked for
     scores : dict[str, Tensor]
         figure -> (K,) how sure the network is that a class occurs
     unary : dict[str, tuple[np.ndarray, np.ndarray]]
         what a CRF shall refine: class of each channel (n,), probabilities (n, H, W)
     """
-    picture: Picture
+    picture: Picture                                        # as it was read
     labels: dict[str, np.ndarray]                           # figure -> (H, W) uint8
-    cams: SeedMaps | None
+    cams: SeedMaps | None  # activation maps of its classes; None where they were not asked for
     scores: dict[str, Tensor]                               # figure -> (K,) how sure the network is that a class occurs
     unary: dict[str, tuple[np.ndarray, np.ndarray]]         # what a CRF shall refine: class of each channel (n,), probabilities (n, H, W)
 
@@ -880,16 +991,42 @@ def _seg_unary(views: Sequence[AugmentedView], size: tuple[int, int], scoring: S
     return kept.cpu().numpy().astype(np.uint8), probs[kept].cpu().numpy()
 
 # %% ../../nbs/work/52_inference.ipynb #5c464c94
-def class_scores(views: Sequence[AugmentedView], background: bool = True, scoring: Scoring = Scoring()) -> Tensor:
-    "Probability of every foreground class at its best token, mean over the views: (K,)."
+def class_scores(
+    views: Sequence[AugmentedView],   # of one picture
+    background: bool = True,          # channel 0 is the background and left out
+    scoring: Scoring = Scoring(),     # how answers are averaged and activated
+) -> Tensor:
+    """Probability of every foreground class at its best token, mean over the views: (K,).
+
+    Parameters
+    ----------
+    views : Sequence[AugmentedView]
+        of one picture
+    background : bool
+        channel 0 is the background and left out
+    scoring : Scoring
+        how answers are averaged and activated
+    """
     return torch.stack([scoring.scores(view.maps).amax((1, 2)) for view in views]).mean(0)[int(background):].cpu()
 
-def label(job: Job, prediction: Prediction) -> LabelledPicture:
-    "Labels of every figure at the size of the mask, and what is left to a CRF."
+def label(
+    job: Job,                 # what is asked
+    prediction: Prediction,   # of `analyse`
+) -> LabelledPicture:
+    """Labels of every figure at the size of the mask, and what is left to a CRF.
+
+    Parameters
+    ----------
+    job : Job
+        what is asked
+    prediction : Prediction
+        of `analyse`
+    """
     size, scoring, unary = prediction.picture.size, job.scoring, {}
     with job.watch.measure("enlarging"):
-        look = None if job.look is None else partial(job.look, prediction.picture)
-        labels = {name: merged_labels(views, size, scoring, look if name == "seg" else None) for name, views in prediction.views.items()}
+        on_strip = None if job.on_strip is None else partial(job.on_strip, prediction.picture)
+        labels = {name: merged_labels(views, size, scoring, on_strip if name == "seg" else None)
+                  for name, views in prediction.views.items()}
         if job.crf and "seg" in prediction.views: unary["seg_crf"] = _seg_unary(prediction.views["seg"], size, scoring)
     if prediction.pseudo is not None: labels["mask"] = prediction.pseudo
     if job.crf and prediction.pseudo is not None: unary["mask_crf"] = _label_unary(prediction.pseudo, prediction.picture.labels.numpy())
@@ -898,14 +1035,16 @@ def label(job: Job, prediction: Prediction) -> LabelledPicture:
 
 # %% ../../nbs/work/52_inference.ipynb #02ecf2fa
 def refined(
-    items: Iterable[LabelledPicture],
-    crf: CRFSettings | str | None,       # None passes everything on as it is
-    workers: int | None = None,          # processes; None = one per core, 1 = in this process
+    items: Iterable[LabelledPicture],   # of `label`
+    crf: CRFSettings | str | None,      # None passes everything on as it is
+    workers: int | None = None,         # processes; None = one per core, 1 = in this process
 ) -> Iterator[LabelledPicture]:
     """The same items with the labels of `mask_crf` and `seg_crf`, refined in other processes. Errors as in `dense_crf`.
 
     Parameters
     ----------
+    items : Iterable[LabelledPicture]
+        of `label`
     crf : CRFSettings | str | None
         None passes everything on as it is
     workers : int | None
@@ -916,7 +1055,7 @@ def refined(
     def tasks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for item in items:
             waiting.append((item, {name: classes for name, (classes, _) in item.unary.items()}))
-            # The probabilities are the CRF's from here on: nothing else holds them while they wait.
+            # The probabilities are the CRF's from here on: there is no other copy while they wait.
             for name in list(item.unary): yield item.picture.image, item.unary.pop(name)[1]
     ours, theirs = itertools.tee(tasks())
     results = dense_crf((image for image, _ in ours), (probs for _, probs in theirs), crf, workers, labels=True, progress=False)
@@ -929,23 +1068,33 @@ def refined(
     finally: results.close()
 
 # %% ../../nbs/work/52_inference.ipynb #cfc6a163
-def picture_indices(dataset: SegmentationFolder, limit: int | None = None) -> range:
-    "Which pictures to look at. Raises `InputError` for an empty split, or a limit below 1."
+def picture_indices(
+    dataset: SegmentationFolder,   # not empty
+    limit: int | None = None,      # only the first so many; None = all
+) -> range:
+    """Which pictures are used. Raises `InputError` for an empty split, or a limit below 1.
+
+    Parameters
+    ----------
+    dataset : SegmentationFolder
+        not empty
+    limit : int | None
+        only the first so many; None = all
+    """
     if limit is not None and limit < 1: raise InputError(f"limit={limit}: take at least one picture, or None for all.")
     if not len(dataset): raise InputError(f"split {dataset.listing.split!r} of {dataset.listing.root} holds no picture: name another split.")
     return range(len(dataset) if limit is None else min(limit, len(dataset)))
 
 def segment(
-    system: Predictor,
-    dataset: SegmentationFolder,
-    inference: Inference | str = "single",        # or a name of INFERENCE
-    *,
-    crf: str | CRFSettings | None = None,         # "weclip", "toco", "clip_es", settings, or no CRF
-    crf_workers: int | None = None,               # processes; None = one per core
-    indices: Sequence[int] | None = None,         # which pictures; None = all
-    workers: int = 0,                             # processes that read pictures; 0 = this one
-    skipped: list[str] | None = None,             # a list takes the complaints about damaged pictures; None = raise the first
-    progress: bool = True,
+    system: Predictor,                         # made for the data set's classes, or zero-shot
+    dataset: SegmentationFolder,               # pictures, with or without masks
+    inference: Inference | str = "single",     # or a name of INFERENCE
+    *, crf: str | CRFSettings | None = None,   # "weclip", "toco", "clip_es", settings, or no CRF
+    crf_workers: int | None = None,            # processes; None = one per core
+    indices: Sequence[int] | None = None,      # which pictures; None = all
+    workers: int = 0,                          # processes that read pictures; 0 = this one
+    skipped: list[str] | None = None,   # a list takes the complaints about damaged pictures; None = raise the first
+    progress: bool = True,                     # show a bar
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (id, labels (H, W) uint8) of every picture in order: the network's answer, after the CRF if there is one.
 
@@ -953,6 +1102,10 @@ def segment(
 
     Parameters
     ----------
+    system : Predictor
+        made for the data set's classes, or zero-shot
+    dataset : SegmentationFolder
+        pictures, with or without masks
     inference : Inference | str
         or a name of INFERENCE
     crf : str | CRFSettings | None
@@ -965,6 +1118,8 @@ def segment(
         processes that read pictures; 0 = this one
     skipped : list[str] | None
         a list takes the complaints about damaged pictures; None = raise the first
+    progress : bool
+        show a bar
     """
     check_system(system, dataset)
     job = Job(system, named_inference(inference), crf=None if crf is None else crf_settings(crf), workers=workers, progress=progress,
@@ -972,12 +1127,28 @@ def segment(
     predictions = stream(job, dataset, picture_indices(dataset) if indices is None else indices)
     for item in refined((label(job, one) for one in predictions), job.crf, crf_workers): yield item.picture.id, item.labels["seg_crf" if job.crf else "seg"]
 
-def usual_inference(system: Predictor) -> Inference:
-    "Whole pictures and mirror images, logits averaged; where every class stands by itself, no mirror images and probabilities, as ZegCLIP has it."
+def usual_inference(
+    system: Predictor,   # a zero-shot one is shown otherwise
+) -> Inference:
+    """Whole pictures and mirror images, logits averaged; where every class stands by itself, no mirror images and probabilities, as ZegCLIP has it.
+
+    Parameters
+    ----------
+    system : Predictor
+        a zero-shot one is shown otherwise
+    """
     return Inference(flip=False, average="probabilities") if getattr(system, "activation", "softmax") == "sigmoid" else Inference()
 
-def named_inference(given: Inference | str) -> Inference:
-    "The inference itself, or the one of that name. Raises `InputError` for an unknown name."
+def named_inference(
+    given: Inference | str,   # an inference, or a name such as "single"
+) -> Inference:
+    """The inference itself, or the one of that name. Raises `InputError` for an unknown name.
+
+    Parameters
+    ----------
+    given : Inference | str
+        an inference, or a name such as "single"
+    """
     if isinstance(given, Inference): return given
     if given not in INFERENCE: raise unknown_name(given, INFERENCE, "inference")
     return INFERENCE[given]
@@ -985,8 +1156,16 @@ def named_inference(given: Inference | str) -> Inference:
 # %% ../../nbs/work/52_inference.ipynb #a6179a1b
 MOST_NAMES = 254   # of one mask: its values are bytes, 0 may be the background, and 255 is left open
 
-def require_countable(names: Sequence[str]) -> None:
-    "Raise `InputError` for more names than a mask can tell apart."
+def require_countable(
+    names: Sequence[str],   # class names, background left out
+) -> None:
+    """Raise `InputError` for more names than a mask can tell apart.
+
+    Parameters
+    ----------
+    names : Sequence[str]
+        class names, background left out
+    """
     if len(names) > MOST_NAMES: raise InputError(f"{len(names)} names do not fit into a mask, which tells {MOST_NAMES} apart at most: ask for fewer at a time.")
 
 def _answer_channels(system: Predictor, names: Sequence[str] | None) -> list[int]:
@@ -1001,11 +1180,11 @@ def _answer_channels(system: Predictor, names: Sequence[str] | None) -> list[int
     return [*range(first), *(first + list(system.classes).index(name) for name in names)]
 
 def segment_picture(
-    system: Predictor,
-    image: Image.Image,                        # RGB
-    inference: Inference | str | None = None,  # None = `usual_inference`
-    floor: float | None = None,                # least score, 0 to 1, of the best class; the handicap is not taken off it
-    classes: Sequence[str] | None = None,      # those of the system's classes that may answer, in the order of the labels; None = all
+    system: Predictor,                          # with its weights, on its device
+    image: Image.Image,                         # RGB
+    inference: Inference | str | None = None,   # None = `usual_inference`
+    floor: float | None = None,   # least score, 0 to 1, of the best class; the handicap is not taken off it
+    classes: Sequence[str] | None = None,   # the classes that may answer, in the order of the labels; None = all
 ) -> np.ndarray:
     """Best class of every pixel, (H, W) uint8, counted from 1 where the system has a background, which always may answer; 255 where the score is below `floor`.
 
@@ -1013,6 +1192,8 @@ def segment_picture(
 
     Parameters
     ----------
+    system : Predictor
+        with its weights, on its device
     image : Image.Image
         RGB
     inference : Inference | str | None
@@ -1020,7 +1201,7 @@ def segment_picture(
     floor : float | None
         least score, 0 to 1, of the best class; the handicap is not taken off it
     classes : Sequence[str] | None
-        those of the system's classes that may answer, in the order of the labels; None = all
+        the classes that may answer, in the order of the labels; None = all
     """
     channels = _answer_channels(system, classes)
     inference = usual_inference(system) if inference is None else named_inference(inference)
@@ -1036,12 +1217,11 @@ def segment_picture(
 
 # %% ../../nbs/work/52_inference.ipynb #556f6127
 def write_masks(
-    system: Predictor,
-    dataset: SegmentationFolder,
+    system: Predictor,                       # made for the data set's classes, or zero-shot
+    dataset: SegmentationFolder,             # pictures, with or without masks
     folder: str | Path,                      # made when missing
-    inference: Inference | str = "single",
-    *,
-    skip_existing: bool = False,             # leave out pictures whose mask is there already
+    inference: Inference | str = "single",   # how pictures are shown, or a name for it
+    *, skip_existing: bool = False,          # leave out pictures whose mask is there already
     limit: int | None = None,                # only the first so many pictures
     **options: Any,                          # of `segment`
 ) -> int:
@@ -1051,8 +1231,14 @@ def write_masks(
 
     Parameters
     ----------
+    system : Predictor
+        made for the data set's classes, or zero-shot
+    dataset : SegmentationFolder
+        pictures, with or without masks
     folder : str | Path
         made when missing
+    inference : Inference | str
+        how pictures are shown, or a name for it
     skip_existing : bool
         leave out pictures whose mask is there already
     limit : int | None
@@ -1067,6 +1253,17 @@ def write_masks(
         written += 1
     return written
 
-def mask_path(folder: str | Path, name: str) -> Path:
-    "Where the mask of a picture goes."
+def mask_path(
+    folder: str | Path,   # of the masks
+    name: str,            # id of the picture
+) -> Path:
+    """Where the mask of a picture goes.
+
+    Parameters
+    ----------
+    folder : str | Path
+        of the masks
+    name : str
+        id of the picture
+    """
     return Path(folder)/f"{name}.png"

@@ -95,7 +95,7 @@ class RobustnessRow:
 # %% ../../nbs/work/66_robustness.ipynb #27563eab
 @dataclass(frozen=True, eq=False)
 class Robustness:
-    """What `robustness` found, and under which conditions.
+    """Figures of `robustness`, and under which conditions they were measured.
 
     Attributes
     ----------
@@ -172,10 +172,10 @@ class Robustness:
 
     def as_dict(self) -> dict[str, Any]:
         "Everything as plain values; NaN becomes None."
-        told = {name: getattr(self, name) for name in ("figure", *_CONDITIONS)}
+        conditions = {name: getattr(self, name) for name in ("figure", *_CONDITIONS)}
         names = ("clean", "clean_boundary", "mean", "mean_drop") + ("clean_hiou",)*(self.clean_hiou is not None)
         intervals = {name: finite(getattr(self, name)) for name in names}
-        return {**told, **intervals, "rows": [row.as_dict() for row in self.rows]}
+        return {**conditions, **intervals, "rows": [row.as_dict() for row in self.rows]}
 
     def save(self, folder: str|Path) -> tuple[Path, ...]:
         "Write robustness.md, robustness.json and robustness.png, each whole or not at all. Raises `InputError` for a folder that cannot be written."
@@ -258,8 +258,8 @@ def _table(clean: SystemReport, corruptions: Sequence[Corruption], worse: Sequen
     "Rows with paired drops."
     scores = [report[main_figure(clean.figures)] for report in worse]
     whole = side_by_side([clean.main.counts, *(one.counts for one in scores)])
-    found = bootstrap_interval(whole, _drops, samples, clean.level, seed)
-    *drops, mean_drop, mean = (Interval(*ends) for ends in zip(*(end.tolist() for end in found)))
+    intervals = bootstrap_interval(whole, _drops, samples, clean.level, seed)
+    *drops, mean_drop, mean = (Interval(*ends) for ends in zip(*(end.tolist() for end in intervals)))
     rows = tuple(RobustnessRow(corruption, one.miou, one.boundary, drop, _hiou(report))
                  for corruption, one, drop, report in zip(corruptions, scores, drops, worse, strict=True))
     conditions = {name: getattr(clean, name) for name in _CONDITIONS}
@@ -316,31 +316,31 @@ def _draw_curves(axes: Any, table: Robustness) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 def robustness_plot(
-    systems: Mapping[str, Robustness],   # name -> what was found
+    systems: Mapping[str, Robustness],   # name -> its figures
 ) -> Any:
     """mIoU over strength, a line per kind and a panel per system, as a matplotlib `Figure`. Raises `InputError` for systems that cannot be compared.
 
     Parameters
     ----------
     systems : Mapping[str, Robustness]
-        name -> what was found
+        name -> its figures
     """
     from matplotlib.figure import Figure
     _require_comparable(systems)
     sheet = Figure(figsize=(1.6 + 2.7*len(systems), 3), dpi=100, layout="constrained", facecolor="white")
     panels = sheet.subplots(1, len(systems), sharey=True, squeeze=False)[0]
-    for axes, (name, found) in zip(panels, systems.items()):
-        _draw_curves(axes, found)
+    for axes, (name, table) in zip(panels, systems.items()):
+        _draw_curves(axes, table)
         axes.set_title(name, fontsize=10)
         axes.set_xlabel("strength (0: clean)", fontsize=9)
     panels[0].set_ylim(0)
-    panels[0].set_ylabel(f"mIoU (%) of {found.figure}, {found.images:,} pictures", fontsize=9)
+    panels[0].set_ylabel(f"mIoU (%) of {table.figure}, {table.images:,} pictures", fontsize=9)
     sheet.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=9, frameon=False)
     return sheet
 
 # %% ../../nbs/work/66_robustness.ipynb #8867f38c
 def robustness_markdown(
-    systems: Mapping[str, Robustness],   # name -> what was found
+    systems: Mapping[str, Robustness],   # name -> its figures
     figure: str = "miou",                # or "hiou", of zero-shot systems
 ) -> str:
     """A figure of several systems under the same corruptions, a column each, the change against clean pictures in brackets.
@@ -350,21 +350,21 @@ def robustness_markdown(
     Parameters
     ----------
     systems : Mapping[str, Robustness]
-        name -> what was found
+        name -> its figures
     figure : str
         or "hiou", of zero-shot systems
     """
     _require_comparable(systems)
-    found = list(systems.values())
+    tables = list(systems.values())
     if figure not in ("miou", "hiou"): raise InputError(f"figure={figure!r}: use 'miou' or 'hiou'.")
-    if figure == "hiou" and any(one.clean_hiou is None for one in found): raise InputError("no hIoU: it takes zero-shot systems on data with unseen classes.")
-    clean = [(one.clean if figure == "miou" else one.clean_hiou).value for one in found]
-    columns = [[getattr(row, figure).value for row in one.rows] for one in found]
+    if figure == "hiou" and any(one.clean_hiou is None for one in tables): raise InputError("no hIoU: it takes zero-shot systems on data with unseen classes.")
+    clean = [(one.clean if figure == "miou" else one.clean_hiou).value for one in tables]
+    columns = [[getattr(row, figure).value for row in one.rows] for one in tables]
     cell = lambda value, before: f"{_points(value)} ({_points(value - before, '+')})"
     rows = [["clean", *map(_points, clean)],
-            *([_name(row.corruption), *(cell(column[place], before) for column, before in zip(columns, clean))] for place, row in enumerate(found[0].rows)),
-            [f"mean of {len(found[0].rows)}", *(cell(sum(column)/len(column), before) for column, before in zip(columns, clean))]]
-    where = (f"{dict(miou='mIoU', hiou='hIoU')[figure]} in percent on {found[0].dataset}, split {found[0].split}, {found[0].images:,} pictures; "
+            *([_name(row.corruption), *(cell(column[place], before) for column, before in zip(columns, clean))] for place, row in enumerate(tables[0].rows)),
+            [f"mean of {len(tables[0].rows)}", *(cell(sum(column)/len(column), before) for column, before in zip(columns, clean))]]
+    where = (f"{dict(miou='mIoU', hiou='hIoU')[figure]} in percent on {tables[0].dataset}, split {tables[0].split}, {tables[0].images:,} pictures; "
              "in brackets the change against clean pictures.")
     return f"{where}\n\n{markdown_table(['corruption', *systems], rows)}\n"
 

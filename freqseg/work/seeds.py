@@ -40,28 +40,40 @@ class SeedJob:
 
     Attributes
     ----------
+    backbone : Backbone
+        the frozen CLIP
+    methods : tuple[str, ...]
+        names in `maps.METHODS`
+    settings : CamSettings
+        of all methods
     text : Tensor
         (K, E)
     background : Tensor | None
         (Kb, E)
     size : int | None
         long side in pixels
+    batch : int
+        pictures at a time
     workers : int
         processes that read pictures
     precision : str
         "fp32" or "bf16" for the tower
+    progress : bool
+        show a bar
+    watch : Stopwatch
+        adds up the time of every part
     """
-    backbone: Backbone
-    methods: tuple[str, ...]
-    settings: CamSettings
+    backbone: Backbone               # the frozen CLIP
+    methods: tuple[str, ...]         # names in `maps.METHODS`
+    settings: CamSettings            # of all methods
     text: Tensor                     # (K, E)
     background: Tensor | None        # (Kb, E)
     size: int | None                 # long side in pixels
-    batch: int
+    batch: int                       # pictures at a time
     workers: int                     # processes that read pictures
     precision: str                   # "fp32" or "bf16" for the tower
-    progress: bool
-    watch: Stopwatch
+    progress: bool                   # show a bar
+    watch: Stopwatch                 # adds up the time of every part
 
     def shortened(self) -> Any:
         "bf16 for the tower and what is read off it directly; sums over patches stay in fp32."
@@ -83,14 +95,16 @@ def _seed_job(dataset: SegmentationFolder, backbone: Backbone, methods: Sequence
 
 # %% ../../nbs/work/55_seeds.ipynb #2fb40554
 def batch_cams(
-    job: SeedJob,
+    job: SeedJob,      # which maps, from which CLIP
     images: Tensor,    # (B, 3, H, W) normalised, whole patches
     present: Tensor,   # (B, K) bool
-) -> Tensor:           # (M, B, K, h, w) in [0, 1], in the order of the job's methods
+) -> Tensor:   # (M, B, K, h, w) in [0, 1], in the order of the job's methods
     """All maps of a batch from one forward pass, the time of every part noted.
 
     Parameters
     ----------
+    job : SeedJob
+        which maps, from which CLIP
     images : Tensor
         (B, 3, H, W) normalised, whole patches
     present : Tensor
@@ -115,8 +129,19 @@ def _timed_cam(job: SeedJob, parts: CamParts, method: str) -> Tensor:
     reads = METHODS[method].tower   # off the tower itself, hence through its weights
     with job.shortened() if reads else nullcontext(), job.watch.measure(f"{method} itself"): return cam_of(parts, method)
 
-def method_seconds(job: SeedJob, method: str) -> float:
-    "Seconds per picture of one method alone: forward pass, its parts, its last step."
+def method_seconds(
+    job: SeedJob,   # whose `watch` has measured
+    method: str,    # one of `job.methods`
+) -> float:
+    """Seconds per picture of one method alone: forward pass, its parts, its last step.
+
+    Parameters
+    ----------
+    job : SeedJob
+        whose `watch` has measured
+    method : str
+        one of `job.methods`
+    """
     return job.watch.per_picture(["forward", *needed_parts([method], job.settings), f"{method} itself"])
 
 # %% ../../nbs/work/55_seeds.ipynb #ecdf6cf5
@@ -147,8 +172,20 @@ def _batches(job: SeedJob, dataset: SegmentationFolder, count: int) -> Iterator[
             yield batch
             bar.update(len(batch))
 
-def seed_maps(job: SeedJob, dataset: SegmentationFolder, count: int) -> Iterator[tuple[SeedMaps, np.ndarray]]:
-    "Maps and mask of the first `count` pictures, in their order."
+def seed_maps(
+    job: SeedJob,                  # which maps, from which CLIP
+    dataset: SegmentationFolder,   # where the pictures are read from
+    count: int,
+) -> Iterator[tuple[SeedMaps, np.ndarray]]:
+    """Maps and mask of the first `count` pictures, in their order.
+
+    Parameters
+    ----------
+    job : SeedJob
+        which maps, from which CLIP
+    dataset : SegmentationFolder
+        where the pictures are read from
+    """
     def numbered() -> Iterator[tuple[int, tuple[SeedMaps, np.ndarray]]]:
         for batch in _batches(job, dataset, count):
             present = torch.stack([item.present for _, item in batch]).to(job.backbone.device)
@@ -180,13 +217,13 @@ def _score(job: SeedJob, pictures: Iterable[tuple[SeedMaps, np.ndarray]], levels
 
 # %% ../../nbs/work/55_seeds.ipynb #1e492937
 def paired_gain(
-    confusions: Tensor | ConfusionMeter,   # per picture and method (n, M, C, C), or a meter of shape (M, C, C)
-    method: int,                           # position of the method
-    over: int,                             # position of what it is compared with
-    average: Sequence[int] | None = None,  # classes in the mean; None = all (for borders: range(C))
-    samples: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
+    confusions: Tensor | ConfusionMeter,    # per picture and method (n, M, C, C), or a meter of shape (M, C, C)
+    method: int,                            # position of the method
+    over: int,                              # position of what it is compared with
+    average: Sequence[int] | None = None,   # classes in the mean; None = all (for borders: range(C))
+    samples: int = 1000,                    # bootstrap samples
+    level: float = 0.95,                    # coverage of the interval, in 0..1
+    seed: int = 0,                          # of the bootstrap
 ) -> Interval:
     """Difference of two mean IoUs on the same pictures, with its paired bootstrap interval (Efron). Errors as in `bootstrap_interval`.
 
@@ -200,6 +237,12 @@ def paired_gain(
         position of what it is compared with
     average : Sequence[int] | None
         classes in the mean; None = all (for borders: range(C))
+    samples : int
+        bootstrap samples
+    level : float
+        coverage of the interval, in 0..1
+    seed : int
+        of the bootstrap
     """
     def difference(counts: Tensor) -> Tensor:
         iou = mean_iou(counts[..., [method, over], :, :], average=average)
@@ -213,6 +256,8 @@ class SeedRow:
 
     Attributes
     ----------
+    method : str
+        its name in `maps.METHODS`
     miou : Interval
         at the threshold, with its bootstrap interval over pictures
     threshold : float
@@ -225,36 +270,50 @@ class SeedRow:
         mIoU above GradCAM's, paired; None for GradCAM itself or where it was not asked for
     seconds : float
         per picture, if this method were computed alone
+    images : int
+        pictures counted
     iou : dict[str, float]
         by class, NaN = class occurs nowhere
     """
-    method: str
+    method: str                 # its name in `maps.METHODS`
     miou: Interval              # at the threshold, with its bootstrap interval over pictures
     threshold: float            # background score, or power
     tuned_miou: float           # the best of the sweep, on the split that the threshold was chosen on
     boundary: Interval          # boundary IoU at the threshold (Cheng et al.)
     gain: Interval | None       # mIoU above GradCAM's, paired; None for GradCAM itself or where it was not asked for
     seconds: float              # per picture, if this method were computed alone
-    images: int
+    images: int                 # pictures counted
     iou: dict[str, float]       # by class, NaN = class occurs nowhere
 
 # %% ../../nbs/work/55_seeds.ipynb #cbda5d01
 @dataclass(frozen=True, eq=False)
 class SeedTable:
-    """What `evaluate_seeds` found.
+    """Scores of `evaluate_seeds`, and under which conditions they were measured.
 
     Attributes
     ----------
+    rows : tuple[SeedRow, ...]
+        one for every method
+    dataset : str
+        its title
+    split : str
+        that was reported
     threshold_split : str
         where the thresholds were chosen; the split itself by convention
+    model : str
+        name of the CLIP and its weights
     background : tuple[str, ...]
         prompts
     variant : str
         "threshold" or "power"
     size : int | None
         long side, pixels
+    settings : CamSettings
+        of all methods
     caveat : str
         what the pictures are, and figures on them do not say
+    command : str
+        the command line that makes it again; empty: unknown
     device : str
         what the times were taken on
     confusions : ConfusionMeter
@@ -262,17 +321,17 @@ class SeedTable:
     level : float
         of the intervals
     """
-    rows: tuple[SeedRow, ...]
-    dataset: str
-    split: str
+    rows: tuple[SeedRow, ...]      # one for every method
+    dataset: str                   # its title
+    split: str                     # that was reported
     threshold_split: str           # where the thresholds were chosen; the split itself by convention
-    model: str
+    model: str                     # name of the CLIP and its weights
     background: tuple[str, ...]    # prompts
     variant: str                   # "threshold" or "power"
     size: int | None               # long side, pixels
-    settings: CamSettings
+    settings: CamSettings          # of all methods
     caveat: str                    # what the pictures are, and figures on them do not say
-    command: str
+    command: str                   # the command line that makes it again; empty: unknown
     device: str                    # what the times were taken on
     confusions: ConfusionMeter     # (M, C, C) per picture: `paired_gain` compares any two rows
     level: float = 0.95            # of the intervals
@@ -395,25 +454,24 @@ def _rows(job: SeedJob, dataset: SegmentationFolder, best: Sequence[Any], region
 
 # %% ../../nbs/work/55_seeds.ipynb #c4b40582
 def evaluate_seeds(
-    dataset: SegmentationFolder,                             # with masks; image labels decide which classes a picture has
-    backbone: Backbone,
-    methods: Sequence[str] | None = None,                    # None = all
-    settings: CamSettings = CamSettings(),
-    *,
-    size: int | None = None,                                 # long side in pixels; None = as in the files
-    batch: int = 8,
-    limit: int | None = None,                                # only the first so many pictures (of each split)
-    wording: Wording | None = None,                          # what the text tower is asked; None = `usual_wording`
-    thresholds: Sequence[float] | None = None,               # to sweep; None = THRESHOLDS, or POWERS
-    variant: str = "threshold",                              # background score: "threshold" t, or "power" (1 - max)^p
-    threshold_split: SegmentationFolder | str | None = None, # choose thresholds there; None = on the reported split (the convention)
-    workers: int = 0,                                        # processes that read pictures; 0 = this one
-    samples: int = 1000,                                     # bootstrap samples
-    seed: int = 0,                                           # of the bootstrap
-    precision: str | None = None,                            # of the tower, "fp32" or "bf16"; None = bf16 on CUDA, else fp32
-    progress: bool = True,
-    pretrained: str | Path | None = "not stated",            # what `load_clip` was given, for the caption; None = random weights
-    command: str = "",                                       # how to make the table again, for the caption
+    dataset: SegmentationFolder,   # with masks; image labels decide which classes a picture has
+    backbone: Backbone,                                        # the frozen CLIP
+    methods: Sequence[str] | None = None,                      # None = all
+    settings: CamSettings = CamSettings(),                     # of all methods
+    *, size: int | None = None,                                # long side in pixels; None = as in the files
+    batch: int = 8,                                            # pictures at a time
+    limit: int | None = None,                                  # only the first so many pictures (of each split)
+    wording: Wording | None = None,                            # what the text tower is asked; None = `usual_wording`
+    thresholds: Sequence[float] | None = None,                 # to sweep; None = THRESHOLDS, or POWERS
+    variant: str = "threshold",                                # background score: "threshold" t, or "power" (1 - max)^p
+    threshold_split: SegmentationFolder | str | None = None,   # choose thresholds there; None = on the reported split
+    workers: int = 0,                                          # processes that read pictures; 0 = this one
+    samples: int = 1000,                                       # bootstrap samples
+    seed: int = 0,                                             # of the bootstrap
+    precision: str | None = None,   # of the tower, "fp32" or "bf16"; None = bf16 on CUDA, else fp32
+    progress: bool = True,                                     # show a bar
+    pretrained: str | Path | None = "not stated",   # what `load_clip` was given, for the caption; None = random weights
+    command: str = "",                                         # how to make the table again, for the caption
 ) -> SeedTable:
     """Score the seeds of every method: mIoU and boundary IoU with intervals, best background threshold, seconds per picture.
 
@@ -425,10 +483,16 @@ def evaluate_seeds(
     ----------
     dataset : SegmentationFolder
         with masks; image labels decide which classes a picture has
+    backbone : Backbone
+        the frozen CLIP
     methods : Sequence[str] | None
         None = all
+    settings : CamSettings
+        of all methods
     size : int | None
         long side in pixels; None = as in the files
+    batch : int
+        pictures at a time
     limit : int | None
         only the first so many pictures (of each split)
     wording : Wording | None
@@ -438,7 +502,7 @@ def evaluate_seeds(
     variant : str
         background score: "threshold" t, or "power" (1 - max)^p
     threshold_split : SegmentationFolder | str | None
-        choose thresholds there; None = on the reported split (the convention)
+        choose thresholds there; None = on the reported split
     workers : int
         processes that read pictures; 0 = this one
     samples : int
@@ -447,6 +511,8 @@ def evaluate_seeds(
         of the bootstrap
     precision : str | None
         of the tower, "fp32" or "bf16"; None = bf16 on CUDA, else fp32
+    progress : bool
+        show a bar
     pretrained : str | Path | None
         what `load_clip` was given, for the caption; None = random weights
     command : str

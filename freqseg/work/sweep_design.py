@@ -29,7 +29,15 @@ _OTHER_PICTURES = "figures on different pictures cannot be compared: make a swee
 NOT_SWEPT = {"seed": "say how many, or which, with seeds", "out": "every run has its own folder inside the sweep's",
              **dict.fromkeys(("preset", "data", "scenes", "test_split", "limit"), _OTHER_PICTURES)}
 
-def is_number(value: Any) -> bool: return isinstance(value, (int, float)) and not isinstance(value, bool)
+def is_number(
+    value: Any,   # anything
+) -> bool:
+    """Parameters
+    ----------
+    value : Any
+        anything
+    """
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 def _unpacked(value: Any) -> Any:
     "What a path or a number of numpy is as JSON."
@@ -43,8 +51,16 @@ def _plain(name: str, value: Any) -> Any:
     except (TypeError, ValueError) as error:
         raise InputError(f"{name}={value!r}: give finite numbers, words, truth values, None, or lists of them.") from error
 
-def value_key(value: Any) -> float | str:
-    "Equal for values that mean the same: 1 and 1.0, but neither 1 and true nor 1 and \"1\"."
+def value_key(
+    value: Any,   # of a parameter: a number, text, truth value, None or list
+) -> float | str:
+    """Equal for values that mean the same: 1 and 1.0, but neither 1 and true nor 1 and \"1\".
+
+    Parameters
+    ----------
+    value : Any
+        of a parameter: a number, text, truth value, None or list
+    """
     return float(value) if is_number(value) else json.dumps(value)
 
 def _distinct(name: str, values: Iterable[Any]) -> list[Any]:
@@ -57,9 +73,15 @@ def _distinct(name: str, values: Iterable[Any]) -> list[Any]:
 
 # %% ../../nbs/work/62_sweep_design.ipynb #3fc9cfb9
 def parameters_of(
-    axis: str,
+    axis: str,   # a parameter, or several as in "a,b"
 ) -> list[str]:
-    "The parameters of one axis of a grid: several, joined by commas, change together."
+    """The parameters of one axis of a grid: several, joined by commas, change together.
+
+    Parameters
+    ----------
+    axis : str
+        a parameter, or several as in "a,b"
+    """
     return [name.strip() for name in axis.split(",")]
 
 def checked_grid(
@@ -143,9 +165,11 @@ class Run:
     ----------
     point : dict[str, Any]
         the grid's parameters
+    seed : int
+        of the training
     """
     point: dict[str, Any]   # the grid's parameters
-    seed: int
+    seed: int               # of the training
 
     @property
     def name(self) -> str:
@@ -158,14 +182,20 @@ class Design:
 
     Attributes
     ----------
+    system : str
+        name of what the notebook trains, or of the notebook
+    grid : dict[str, list[Any]]
+        axis -> its values
+    seeds : list[int]
+        of every point: each is a run
     fixed : dict[str, Any]
         parameters that all runs share
     commands : tuple[str, ...]
         that made it, the first one first
     """
-    system: str
-    grid: dict[str, list[Any]]
-    seeds: list[int]
+    system: str                        # name of what the notebook trains, or of the notebook
+    grid: dict[str, list[Any]]         # axis -> its values
+    seeds: list[int]                   # of every point: each is a run
     fixed: dict[str, Any]              # parameters that all runs share
     commands: tuple[str, ...] = ()     # that made it, the first one first
 
@@ -182,18 +212,20 @@ class Design:
         return [Run(point, seed) for seed in self.seeds for point in self.points]
 
     def parameters(self, run: Run) -> dict[str, Any]:
-        "What a run is told, but for places."
+        "Parameters of a run, but for places."
         return {**self.fixed, **run.point, "seed": run.seed}
 
 # %% ../../nbs/work/62_sweep_design.ipynb #0145f5d6
 def trained_system(
-    notebook: str | Path,
+    notebook: str | Path,                          # an .ipynb
     parameters: Mapping[str, Any] | None = None,   # of the notebook, where they differ from its own
 ) -> str | None:
     """The system that a notebook trains: in its call of `experiment` the name, or the parameter that holds it; else None.
 
     Parameters
     ----------
+    notebook : str | Path
+        an .ipynb
     parameters : Mapping[str, Any] | None
         of the notebook, where they differ from its own
     """
@@ -208,13 +240,27 @@ def trained_system(
     return None
 
 def new_design(
-    notebook: str | Path,
-    grid: Mapping[str, Iterable[Any]],
-    seeds: int | Iterable[int],
-    parameters: Mapping[str, Any] | None = None,
-    command: str = "",
+    notebook: str | Path,                          # an .ipynb with a cell tagged `parameters`
+    grid: Mapping[str, Iterable[Any]],             # axis -> its values
+    seeds: int | Iterable[int],                    # how many, from 0 on, or a list
+    parameters: Mapping[str, Any] | None = None,   # the same for all runs
+    command: str = "",                             # the command line that makes it again; empty: unknown
 ) -> Design:
-    "The design of a sweep. Raises `InputError` for values that do not fit the notebook, naming them."
+    """The design of a sweep. Raises `InputError` for values that do not fit the notebook, naming them.
+
+    Parameters
+    ----------
+    notebook : str | Path
+        an .ipynb with a cell tagged `parameters`
+    grid : Mapping[str, Iterable[Any]]
+        axis -> its values
+    seeds : int | Iterable[int]
+        how many, from 0 on, or a list
+    parameters : Mapping[str, Any] | None
+        the same for all runs
+    command : str
+        the command line that makes it again; empty: unknown
+    """
     known = notebook_parameters(notebook)
     for name in ("seed", "out"):
         if name not in known: raise InputError(f"{notebook} has no parameter {name!r}: a sweep gives every run a seed and a folder.")
@@ -227,8 +273,16 @@ def new_design(
     return design
 
 # %% ../../nbs/work/62_sweep_design.ipynb #1df8c61a
-def run_plans(design: Design) -> list["Plan"]:
-    "The plans of all runs where the notebook trains a system, else none. Raises `InputError` for values that cannot be."
+def run_plans(
+    design: Design,   # of `new_design`
+) -> list["Plan"]:
+    """The plans of all runs where the notebook trains a system, else none. Raises `InputError` for values that cannot be.
+
+    Parameters
+    ----------
+    design : Design
+        of `new_design`
+    """
     from freqseg.plugins import split_target
     from freqseg.systems.segmenter import known_systems
     from freqseg.work.experiments import plan
@@ -237,8 +291,16 @@ def run_plans(design: Design) -> list["Plan"]:
     return [plan(design.system, parameters) for parameters in given]
 
 # %% ../../nbs/work/62_sweep_design.ipynb #a5dc3456
-def read_design(out: str | Path) -> Design:
-    "The design of the sweep in a folder. Raises `InputError` when there is none."
+def read_design(
+    out: str | Path,   # folder of the sweep
+) -> Design:
+    """The design of the sweep in a folder. Raises `InputError` when there is none.
+
+    Parameters
+    ----------
+    out : str | Path
+        folder of the sweep
+    """
     path = Path(out)/"sweep.json"
     if not path.exists(): raise InputError(f"{out} holds no sweep: there is no {path.name}.")
     try: return Design(**{**(record := read_json(path)["design"]), "commands": tuple(record["commands"])})
@@ -248,7 +310,7 @@ def read_design(out: str | Path) -> Design:
 def _differences(there: Design, now: Design) -> list[str]:
     "What keeps two designs from being the same sweep."
     differences = [f"system: {there.system} there, {now.system} now"] if there.system != now.system else []
-    if set(there.grid) != set(now.grid): differences.append(f"grid: {', '.join(there.grid) or 'nothing'} there, {', '.join(now.grid) or 'nothing'} now")
+    if set(there.grid) != set(now.grid): differences.append(f"grid: {', '.join(there.grid) or 'no parameter'} there, {', '.join(now.grid) or 'no parameter'} now")
     shown = lambda fixed, name: repr(fixed[name]) if name in fixed else "not given"
     return differences + [f"{name}: {shown(there.fixed, name)} there, {shown(now.fixed, name)} now" for name in {**there.fixed, **now.fixed}
                     if value_key(there.fixed.get(name)) != value_key(now.fixed.get(name))]
@@ -279,14 +341,22 @@ def extended(
     return replace(there, grid=grid, seeds=_joined(there.seeds, now.seeds), commands=tuple(_joined(there.commands, now.commands)))
 
 # %% ../../nbs/work/62_sweep_design.ipynb #3ff85b95
-def run_figures(metrics: Any) -> dict[str, Any] | None:
-    "The figures in what a metrics.json holds, if there are any."
+def run_figures(
+    metrics: Any,   # what a metrics.json holds, read as JSON
+) -> dict[str, Any] | None:
+    """The figures in what a metrics.json holds, if there are any.
+
+    Parameters
+    ----------
+    metrics : Any
+        what a metrics.json holds, read as JSON
+    """
     figures = metrics.get("report", {}).get("figures") if isinstance(metrics, dict) and isinstance(metrics.get("report", {}), dict) else None
     return figures if isinstance(figures, dict) and figures else None
 
 def finished(
-    folder: str | Path,            # of the run
-    parameters: Mapping[str, Any],
+    folder: str | Path,              # of the run
+    parameters: Mapping[str, Any],   # of the run
 ) -> dict[str, Any] | None:
     """The metrics of a run that was finished with these very parameters, else None.
 
@@ -294,12 +364,28 @@ def finished(
     ----------
     folder : str | Path
         of the run
+    parameters : Mapping[str, Any]
+        of the run
     """
     metrics = read_json(Path(folder)/"metrics.json")
     return metrics if read_json(Path(folder)/"parameters.json") == parameters and run_figures(metrics) else None
 
-def settle(folder: Path, parameters: Mapping[str, Any], complaint: str) -> str:
-    "Note how a run ended; gives the complaint, empty when all is well."
+def settle(
+    folder: Path,                    # of the run
+    parameters: Mapping[str, Any],   # of the run
+    complaint: str,                  # why it failed; empty: it did not
+) -> str:
+    """Note how a run ended; gives the complaint, empty when all is well.
+
+    Parameters
+    ----------
+    folder : Path
+        of the run
+    parameters : Mapping[str, Any]
+        of the run
+    complaint : str
+        why it failed; empty: it did not
+    """
     if not complaint and run_figures(read_json(folder/"metrics.json")) is None:
         complaint = f"the notebook ran to its end, but left no figures: {folder/'metrics.json'} is missing, torn, or holds none."
     if not complaint: write_json(folder/"parameters.json", parameters)
@@ -307,6 +393,14 @@ def settle(folder: Path, parameters: Mapping[str, Any], complaint: str) -> str:
         with atomic_write(folder/"error.txt") as partial: partial.write_text(complaint + "\n", encoding="utf-8")
     return complaint
 
-def forget(folder: Path) -> None:
-    "Remove what an attempt before has left, but for its checkpoint."
+def forget(
+    folder: Path,   # of the run
+) -> None:
+    """Remove what an attempt before has left, but for its checkpoint.
+
+    Parameters
+    ----------
+    folder : Path
+        of the run
+    """
     for name in ("metrics.json", "parameters.json", "error.txt"): (folder/name).unlink(missing_ok=True)

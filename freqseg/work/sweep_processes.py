@@ -39,8 +39,23 @@ def serve() -> None:
 
 # %% ../../nbs/work/63_sweep_processes.ipynb #aefec9e1
 class RunProcess:
-    "A process that runs a notebook."
-    def __init__(self, run: Run, task: Mapping[str, Any], environment: Mapping[str, str]):
+    """A process that runs a notebook.
+
+    Parameters
+    ----------
+    run : Run
+        which run it is
+    task : Mapping[str, Any]
+        notebook, parameters and paths, as the process is given them
+    environment : Mapping[str, str]
+        variables of the process
+    """
+    def __init__(
+        self,
+        run: Run,                         # which run it is
+        task: Mapping[str, Any],          # notebook, parameters and paths, as the process is given them
+        environment: Mapping[str, str],   # variables of the process
+    ):
         self.run, self.words = run, tempfile.TemporaryFile()
         program = f"import sys; sys.path[:] = {[*map(str, sys.path), *_package_folder()]!r}; from freqseg.work.sweep_processes import serve; serve()"
         self.process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.words,
@@ -64,7 +79,7 @@ class RunProcess:
     def _last_words(self) -> str:
         self.words.seek(0)
         lines = self.words.read().decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "nothing was said"
+        return lines[-1] if lines else "it gave no message"
 
     def dismiss(self) -> None:
         "Let it know that it is not needed any more."
@@ -94,8 +109,16 @@ def _cuda_devices() -> list[str]:
     import torch
     return [str(number) for number in range(torch.cuda.device_count())]
 
-def environments(jobs: int) -> list[dict[str, str]]:
-    "What each of so many processes side by side finds in its environment: its share of the cores, and of the GPUs if there are several."
+def environments(
+    jobs: int,   # processes side by side
+) -> list[dict[str, str]]:
+    """What each of so many processes side by side finds in its environment: its share of the cores, and of the GPUs if there are several.
+
+    Parameters
+    ----------
+    jobs : int
+        processes side by side
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     given, share, devices = os.environ.get("OMP_NUM_THREADS", ""), max(1, cores // jobs), _cuda_devices()
     threads = min(share, int(given)) if given.isdecimal() and int(given) else share   # who asked for less has a reason
@@ -103,11 +126,30 @@ def environments(jobs: int) -> list[dict[str, str]]:
     return [{**shared, **({"CUDA_VISIBLE_DEVICES": devices[place % len(devices)]} if len(devices) > 1 else {})} for place in range(jobs)]
 
 # %% ../../nbs/work/63_sweep_processes.ipynb #a39aa1d2
-def run_side_by_side(runs: Sequence[Run], jobs: int, start: Callable[[Run, int], RunProcess], ended: Callable[[RunProcess], None],
-                  look: Callable[[list[Run]], None]) -> None:
-    """Start every run when a place is free, tell `ended` of each that has gone, and let `look` see what is under way.
+def run_side_by_side(
+    runs: Sequence[Run],                       # in the order in which they start
+    jobs: int,                                 # processes side by side
+    start: Callable[[Run, int], RunProcess],   # (run, place) -> its process; places count from 0
+    ended: Callable[[RunProcess], None],       # called with each process that has gone
+    show: Callable[[list[Run]], None],         # called with the runs under way, twenty times a second
+) -> None:
+    """Start every run when a place is free, tell `ended` of each that has gone, and let `show` have what is under way.
 
-    Whatever happens, none is left behind."""
+    Whatever happens, none is left behind.
+
+    Parameters
+    ----------
+    runs : Sequence[Run]
+        in the order in which they start
+    jobs : int
+        processes side by side
+    start : Callable[[Run, int], RunProcess]
+        (run, place) -> its process; places count from 0
+    ended : Callable[[RunProcess], None]
+        called with each process that has gone
+    show : Callable[[list[Run]], None]
+        called with the runs under way, twenty times a second
+    """
     waiting, free, running = deque(runs), list(range(jobs)), {}
     try:
         while waiting or running:
@@ -115,7 +157,7 @@ def run_side_by_side(runs: Sequence[Run], jobs: int, start: Callable[[Run, int],
             for place in [place for place, child in running.items() if child.ended]:
                 free.append(place)
                 ended(running.pop(place))
-            look([child.run for child in running.values()])
+            show([child.run for child in running.values()])
             time.sleep(0.05)
     finally:
         for child in running.values(): child.dismiss()

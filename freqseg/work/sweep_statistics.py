@@ -28,12 +28,18 @@ class Estimate:
 
     Attributes
     ----------
+    value : float
+        mean over seeds
+    low : float
+        lower end of the interval
+    high : float
+        upper end of the interval
     values : dict[int, float]
         seed -> its own
     """
-    value: float
-    low: float
-    high: float
+    value: float               # mean over seeds
+    low: float                 # lower end of the interval
+    high: float                # upper end of the interval
     values: dict[int, float]   # seed -> its own
 
     @property
@@ -41,7 +47,7 @@ class Estimate:
 
 def estimate(
     values: Mapping[int, float],   # seed -> value
-    level: float = LEVEL,
+    level: float = LEVEL,          # coverage of the interval, in 0..1
 ) -> Estimate:
     """Mean and Student's t interval.
 
@@ -49,6 +55,8 @@ def estimate(
     ----------
     values : Mapping[int, float]
         seed -> value
+    level : float
+        coverage of the interval, in 0..1
     """
     kept = {seed: float(value) for seed, value in values.items()}
     if len(kept) < 2: value = next(iter(kept.values()), math.nan); return Estimate(value, math.nan, math.nan, kept)
@@ -57,8 +65,22 @@ def estimate(
     half = float(t.ppf((1 + level) / 2, len(kept) - 1)) * statistics.stdev(kept.values()) / math.sqrt(len(kept))
     return Estimate(mean, mean - half, mean + half, kept)
 
-def paired_difference(values: Mapping[int, float], first: Mapping[int, float], level: float = LEVEL) -> Estimate:
-    "The mean of value - first over the seeds that both have."
+def paired_difference(
+    values: Mapping[int, float],   # seed -> value
+    first: Mapping[int, float],    # seed -> value at the first point
+    level: float = LEVEL,          # coverage of the interval, in 0..1
+) -> Estimate:
+    """The mean of value - first over the seeds that both have.
+
+    Parameters
+    ----------
+    values : Mapping[int, float]
+        seed -> value
+    first : Mapping[int, float]
+        seed -> value at the first point
+    level : float
+        coverage of the interval, in 0..1
+    """
     return estimate({seed: value - first[seed] for seed, value in values.items() if seed in first}, level)
 
 # %% ../../nbs/work/64_sweep_statistics.ipynb #4743fd03
@@ -68,8 +90,16 @@ TITLES = {"hiou": "hIoU", "seen": "mIoU(S)", "unseen": "mIoU(U)", "seg": "seg mI
           "boundary": "seg boundary IoU", "low": "seg mIoU, low band", "high": "seg mIoU, high band"}
 NOT_IN_TABLES = ("low", "high")   # in sweep.json alone: how faithful a system is to bands is a question of its own
 
-def main_measure(names: Sequence[str]) -> str:
-    "What settings are compared by: hIoU of zero-shot systems, else the network's mIoU."
+def main_measure(
+    names: Sequence[str],   # of the measures there are
+) -> str:
+    """What settings are compared by: hIoU of zero-shot systems, else the network's mIoU.
+
+    Parameters
+    ----------
+    names : Sequence[str]
+        of the measures there are
+    """
     return "hiou" if "hiou" in names else "seg"
 
 def _measured(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -82,10 +112,12 @@ def _measured(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Row:
-    """What was found at one point of the grid.
+    """Means over the seeds at one point of the grid.
 
     Attributes
     ----------
+    point : dict[str, Any]
+        parameter -> value
     seeds : tuple[int, ...]
         that are done
     measures : dict[str, Estimate]
@@ -93,7 +125,7 @@ class Row:
     gain : Estimate | None
         of `main_measure` over the first point, seed by seed; None for the first
     """
-    point: dict[str, Any]
+    point: dict[str, Any]                # parameter -> value
     seeds: tuple[int, ...]               # that are done
     measures: dict[str, Estimate]        # those of MEASURES that some run of the sweep has
     gain: Estimate | None                # of `main_measure` over the first point, seed by seed; None for the first
@@ -114,10 +146,14 @@ def _origin(metrics: Mapping[str, Any]) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep has found so far.
+    """Figures of a sweep, as far as they have been measured.
 
     Attributes
     ----------
+    out : Path
+        folder of the sweep
+    design : Design
+        what is compared
     rows : tuple[Row, ...]
         by point, the first one first
     missing : dict[str, str]
@@ -129,8 +165,8 @@ class Sweep:
     executed : tuple[str, ...]
         runs of the call that gave this
     """
-    out: Path
-    design: Design
+    out: Path                        # folder of the sweep
+    design: Design                   # what is compared
     rows: tuple[Row, ...]            # by point, the first one first
     missing: dict[str, str]          # run -> why it has no figures
     data: tuple[str, ...]            # what was measured on: one, unless something went wrong
@@ -201,8 +237,16 @@ def _recorded(path: Path) -> Sweep:
         return Sweep(path.parent, design, rows, record["missing"], tuple(record["data"]), recorded_caveat(record))
     except (OSError, ValueError, KeyError, TypeError) as error: raise InputError(f"{path} is no record of a sweep: {type(error).__name__}: {error}.") from error
 
-def read_sweep(out: str | Path) -> Sweep:
-    "What the sweep in a folder has measured so far, or what a sweep.json tells of one; nothing is run. Raises `InputError` where there is none."
+def read_sweep(
+    out: str | Path,   # folder of a sweep, or a sweep.json
+) -> Sweep:
+    """What the sweep in a folder has measured so far, or what a sweep.json tells of one; nothing is run. Raises `InputError` where there is none.
+
+    Parameters
+    ----------
+    out : str | Path
+        folder of a sweep, or a sweep.json
+    """
     out = Path(out)
     if out.suffix == ".json": return _recorded(out)
     design = read_design(out)
@@ -247,18 +291,34 @@ def _caption(sweep: Sweep) -> str:
                     " Each interval stands for itself: of many rows a few leave out 0 by chance." * (several and len(sweep.rows) > 2))
     return " ".join(sentences)
 
-def provenance(sweep: Sweep) -> str:
-    "What the figures were measured on, in a sentence."
+def provenance(
+    sweep: Sweep,   # of `read_sweep`
+) -> str:
+    """What the figures were measured on, in a sentence.
+
+    Parameters
+    ----------
+    sweep : Sweep
+        of `read_sweep`
+    """
     if not any(row.seeds for row in sweep.rows): return "No run has finished yet."
     where = "; and ".join(map(plain, sweep.data)) or "data that the runs do not name"
     text = f"Measured on {where}." + " **The runs do not agree on the data: these rows are no comparison.**" * (len(sweep.data) > 1)
     return text + (f" **The pictures are {plain(sweep.caveat)}.**" if sweep.caveat else "")
 
-def sweep_markdown(sweep: Sweep) -> str:
-    "A sweep as Markdown: data, table, what the numbers mean, how to make them again, and what is missing."
+def sweep_markdown(
+    sweep: Sweep,   # of `read_sweep`
+) -> str:
+    """A sweep as Markdown: data, table, what the numbers mean, how to make them again, and what is missing.
+
+    Parameters
+    ----------
+    sweep : Sweep
+        of `read_sweep`
+    """
     design = sweep.design
     fixed = ", ".join(f"{name}={value}" for name, value in design.fixed.items()) or "the notebook's defaults"
-    grid = "; ".join(f"{name} = {', '.join(map(str, values))}" for name, values in design.grid.items()) or "nothing"
+    grid = "; ".join(f"{name} = {', '.join(map(str, values))}" for name, values in design.grid.items()) or "seeds only"
     conditions = [f"- system: {plain(design.system)}; fixed: {plain(fixed)}", f"- compared: {plain(grid)}", f"- seeds: {', '.join(map(str, design.seeds))}",
             *(f"- command: `{plain(command)}`" for command in design.commands)]
     title = f"# Sweep of {plain(design.system)} over {plain(', '.join(design.points[0]) or 'seeds')}"
@@ -270,21 +330,23 @@ def sweep_markdown(sweep: Sweep) -> str:
 
 # %% ../../nbs/work/64_sweep_statistics.ipynb #69750022
 def in_percent(
-    one: Estimate,
+    one: Estimate,    # a share in 0..1, or a difference of two
     sign: str = "",   # "+" for differences
 ) -> str:
     """A mean in percent, with its interval where seeds differ.
 
     Parameters
     ----------
+    one : Estimate
+        a share in 0..1, or a difference of two
     sign : str
         "+" for differences
     """
     return _percent(replace(one, low=math.nan) if one.high - one.low < 1e-6 else one, one.n, sign)
 
 def comparison_markdown(
-    head: Sequence[str],
-    rows: Iterable[Sequence[Any]],
+    head: Sequence[str],             # titles of the columns
+    rows: Iterable[Sequence[Any]],   # cells of every row
     *sweeps: Sweep,                  # where the figures come from
     commands: Sequence[str] = (),    # of figures that no sweep has made
 ) -> str:
@@ -292,6 +354,10 @@ def comparison_markdown(
 
     Parameters
     ----------
+    head : Sequence[str]
+        titles of the columns
+    rows : Iterable[Sequence[Any]]
+        cells of every row
     *sweeps : Sweep
         where the figures come from
     commands : Sequence[str]

@@ -119,10 +119,10 @@ def _carry_out(design: Design, asked: Sequence[Run], notebook: str | Path, out: 
 def _watcher(bar: Any) -> Callable[[list[Run]], None]:
     "Show in a bar what is under way: when that changes, and on a terminal every second, so that its clock moves."
     shown, since, live = "", 0.0, sys.stderr.isatty()
-    def look(runs: list[Run]) -> None:
+    def show(runs: list[Run]) -> None:
         nonlocal shown, since
         names = "  ".join(run.name for run in runs)
         if names == shown and not (live and time.monotonic() - since > 1): return
         shown, since = names, time.monotonic()
         bar.set_postfix_str(names)
-    return look
+    return show

@@ -23,11 +23,11 @@ THRESHOLDS: tuple[float, ...] = tuple(i / 50 for i in range(1, 50))           # 
 POWERS: tuple[float, ...] = tuple(2 ** (i / 4) for i in range(-8, 25))       # of (1 - max)^power, 0.25 to 64
 
 def add_sweep(
-    totals: Tensor,                  # (M, T, C, C) int64, added to in place
-    maps: SeedMaps,
-    mask: Tensor,                    # (H, W) uint8, 255 = ignored
-    thresholds: Sequence[float],     # T background scores or powers
-    variant: str = "threshold",      # "threshold" or "power", see `metrics.sweep_background`
+    totals: Tensor,                # (M, T, C, C) int64, added to in place
+    maps: SeedMaps,                # of one picture
+    mask: Tensor,                  # (H, W) uint8, 255 = ignored
+    thresholds: Sequence[float],   # T background scores or powers
+    variant: str = "threshold",    # "threshold" or "power", see `metrics.sweep_background`
 ) -> None:
     """Count one picture at every threshold. Only the classes that it has or that its mask shows take part in the work.
 
@@ -35,6 +35,8 @@ def add_sweep(
     ----------
     totals : Tensor
         (M, T, C, C) int64, added to in place
+    maps : SeedMaps
+        of one picture
     mask : Tensor
         (H, W) uint8, 255 = ignored
     thresholds : Sequence[float]
@@ -55,20 +57,26 @@ def add_sweep(
 
 # %% ../../nbs/work/53_thresholds.ipynb #f255d06e
 def seed_labels(
-    maps: SeedMaps,
-    size: tuple[int, int],           # (H, W) of the mask
-    thresholds: Sequence[float],     # one per method: background score, or power
-    variant: str = "threshold",
-    device: torch.device | str = "cpu",
-) -> Tensor:                         # (M, H, W) uint8: 0 background, k + 1 for class k
+    maps: SeedMaps,                       # of one picture
+    size: tuple[int, int],                # (H, W) of the mask
+    thresholds: Sequence[float],          # one per method: background score, or power
+    variant: str = "threshold",           # "threshold" or "power"
+    device: torch.device | str = "cpu",   # where the maps are enlarged
+) -> Tensor:   # (M, H, W) uint8: 0 background, k + 1 for class k
     """Labels of every method at its own threshold: the strongest class, or background where its score is below the background's.
 
     Parameters
     ----------
+    maps : SeedMaps
+        of one picture
     size : tuple[int, int]
         (H, W) of the mask
     thresholds : Sequence[float]
         one per method: background score, or power
+    variant : str
+        "threshold" or "power"
+    device : torch.device | str
+        where the maps are enlarged
 
     Returns
     -------
@@ -83,16 +91,38 @@ def seed_labels(
     return torch.where(score >= background, named, torch.zeros_like(named))
 
 # %% ../../nbs/work/53_thresholds.ipynb #771a41e4
-def tuning_split(dataset: SegmentationFolder, chosen: SegmentationFolder | str | None) -> SegmentationFolder | None:
-    "The data set to choose thresholds on; None when it is the reported one. Raises `InputError` when its classes differ."
+def tuning_split(
+    dataset: SegmentationFolder,               # that is reported
+    chosen: SegmentationFolder | str | None,   # a data set, or a split of the same one; None = the reported one
+) -> SegmentationFolder | None:
+    """The data set to choose thresholds on; None when it is the reported one. Raises `InputError` when its classes differ.
+
+    Parameters
+    ----------
+    dataset : SegmentationFolder
+        that is reported
+    chosen : SegmentationFolder | str | None
+        a data set, or a split of the same one; None = the reported one
+    """
     listing = dataset.listing
     if chosen is None or chosen == listing.split: return None
     if isinstance(chosen, str): chosen = SegmentationFolder(list_dataset(listing.root, chosen, listing.dataset), masks=True)
     if tuple(chosen.classes) != tuple(dataset.classes): raise InputError(f"{chosen!r} has other classes than {dataset!r}: choose thresholds on the same classes.")
     return chosen
 
-def sweep_levels(thresholds: Sequence[float] | None, variant: str) -> tuple[float, ...]:
-    "The sweep. Raises `InputError` for values that are no background score, or no power."
+def sweep_levels(
+    thresholds: Sequence[float] | None,   # None = THRESHOLDS or POWERS
+    variant: str,                         # "threshold": background scores; "power": exponents
+) -> tuple[float, ...]:
+    """The sweep. Raises `InputError` for values that are no background score, or no power.
+
+    Parameters
+    ----------
+    thresholds : Sequence[float] | None
+        None = THRESHOLDS or POWERS
+    variant : str
+        "threshold": background scores; "power": exponents
+    """
     if variant not in ("threshold", "power"): raise InputError(f"variant={variant!r}: use 'threshold' or 'power'.")
     levels = tuple(thresholds) if thresholds is not None else (THRESHOLDS if variant == "threshold" else POWERS)
     if not levels or any(not 0 < level < (1 if variant == "threshold" else math.inf) for level in levels):

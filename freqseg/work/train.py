@@ -174,7 +174,7 @@ class TrainSettings(Options):
 # %% ../../nbs/work/56_train.ipynb #61194f55
 def learning_rate(
     step: int,                 # 0 .. iterations - 1
-    settings: TrainSettings,
+    settings: TrainSettings,   # the schedule
 ) -> float:
     """Linear warm-up from `warmup_start` of the rate, then lr (1 - t/T)^power (WeCLIP: power 1, FFR: 0.9 after 2,000 steps).
 
@@ -182,14 +182,24 @@ def learning_rate(
     ----------
     step : int
         0 .. iterations - 1
+    settings : TrainSettings
+        the schedule
     """
     start = settings.warmup_start
     if step < settings.warmup: return settings.lr * (start + (1 - start) * step / settings.warmup)
     return settings.lr * (1 - step / settings.iterations) ** settings.lr_power
 
 # %% ../../nbs/work/56_train.ipynb #92aebc5c
-def mixed_seed(*numbers: int) -> int:
-    "A 63-bit seed from any non-negative integers, the same on every machine."
+def mixed_seed(
+    *numbers: int,   # non-negative integers, such as seed, stream, step
+) -> int:
+    """A 63-bit seed from any non-negative integers, the same on every machine.
+
+    Parameters
+    ----------
+    *numbers : int
+        non-negative integers, such as seed, stream, step
+    """
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 @contextlib.contextmanager
@@ -219,6 +229,8 @@ class DataPlan:
     ----------
     pictures : int
         in the data set
+    seed : int
+        of the order
     batch : int
         pictures per process and pass
     accumulate : int
@@ -227,7 +239,7 @@ class DataPlan:
         processes
     """
     pictures: int          # in the data set
-    seed: int
+    seed: int              # of the order
     batch: int             # pictures per process and pass
     accumulate: int = 1    # passes per step
     ranks: int = 1         # processes
@@ -298,9 +310,9 @@ def _unreadable(bad: dict[str, str]) -> str:
 
 # %% ../../nbs/work/56_train.ipynb #0e43cad4
 def describe_run(
-    system: Trainable,
-    train: Pictures,
-    settings: TrainSettings,
+    system: Trainable,                           # that is trained
+    train: Pictures,                             # what it learns from
+    settings: TrainSettings,                     # of the training
     per_step: int,                               # pictures per optimiser step over all processes
     identity: Mapping[str, Any] | None = None,   # what else makes it this run: preset, crop, ...
 ) -> dict[str, Any]:
@@ -308,6 +320,12 @@ def describe_run(
 
     Parameters
     ----------
+    system : Trainable
+        that is trained
+    train : Pictures
+        what it learns from
+    settings : TrainSettings
+        of the training
     per_step : int
         pictures per optimiser step over all processes
     identity : Mapping[str, Any] | None
@@ -338,7 +356,7 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
     return {key: leaf for part, inner in value.items() for key, leaf in _flat(inner, f"{name}.{part}" if name else part).items()}
 
 def _short(value: Any) -> str:
-    text = json.dumps(value) if value is not None else "nothing"
+    text = json.dumps(value) if value is not None else "not given"
     return text if len(text) <= 60 else f"{text[:56]} ..."
 
 def _unlike(name: str, there: Any, now: Any, places: tuple[str, str] = ("there", "now")) -> str:
@@ -351,14 +369,16 @@ def _unlike(name: str, there: Any, now: Any, places: tuple[str, str] = ("there",
     return f"{name}: " + ", ".join(f"{word} {place}" for word, place in zip(words, places))
 
 def require_same_run(
-    folder: Path,
-    there: Mapping[str, Any],    # of run.json
-    now: Mapping[str, Any],      # of `describe_run`
+    folder: Path,               # named in the error
+    there: Mapping[str, Any],   # of run.json
+    now: Mapping[str, Any],     # of `describe_run`
 ) -> None:
     """Raises `InputError` that lists what differs.
 
     Parameters
     ----------
+    folder : Path
+        named in the error
     there : Mapping[str, Any]
         of run.json
     now : Mapping[str, Any]
@@ -374,8 +394,16 @@ def require_same_run(
                      "\nChoose another out folder, or give what this run was begun with (see run.json).")
 
 # %% ../../nbs/work/56_train.ipynb #f90596ab
-def read_log(path: str | Path) -> list[dict[str, Any]]:
-    "The lines of a metrics.jsonl as dictionaries; a torn last line is left out. Empty when there is no file."
+def read_log(
+    path: str | Path,   # a metrics.jsonl
+) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl as dictionaries; a torn last line is left out. Empty when there is no file.
+
+    Parameters
+    ----------
+    path : str | Path
+        a metrics.jsonl
+    """
     rows = []
     for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines() if Path(path).exists() else ():
         try: rows.append(json.loads(line))
@@ -405,8 +433,29 @@ def _scalar(value: Any) -> bool: return isinstance(value, Tensor) and value.ndim
 
 # %% ../../nbs/work/56_train.ipynb #6121f283
 class TrainingDiverged(RuntimeError):
-    "A loss or the gradient became NaN or infinite. Nothing of that step was saved."
-    def __init__(self, step: int, losses: dict[str, float], norm: float, ids: Sequence[str], checkpoint: str):
+    """A loss or the gradient became NaN or infinite. Nothing of that step was saved.
+
+    Parameters
+    ----------
+    step : int
+        at which it happened
+    losses : dict[str, float]
+        of that step by name
+    norm : float
+        of all gradients
+    ids : Sequence[str]
+        pictures of that step, of all processes
+    checkpoint : str
+        path and step of the last good one
+    """
+    def __init__(
+        self,
+        step: int,                  # at which it happened
+        losses: dict[str, float],   # of that step by name
+        norm: float,                # of all gradients
+        ids: Sequence[str],         # pictures of that step, of all processes
+        checkpoint: str,            # path and step of the last good one
+    ):
         self.step, self.losses, self.ids, self.checkpoint = step, losses, tuple(ids), checkpoint
         listed = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
         super().__init__(f"training diverged at step {step}: {listed}; gradient norm {norm:.4g}. The pictures: {', '.join(ids)}. The last good "
@@ -432,8 +481,16 @@ def _processes(settings: TrainSettings) -> tuple[int, int]:
     raise InputError(f"devices={wanted[0]} and nodes={wanted[1]}, but {started[0]} processes run here on {started[1]} nodes. Start them with: "
                      f"torchrun --nnodes {wanted[1]} --nproc-per-node {wanted[0]} ...")
 
-def open_fabric(settings: TrainSettings) -> "Fabric":
-    "Fabric for the settings, launched. Raises `InputError` when the accelerator is not there or the processes do not match."
+def open_fabric(
+    settings: TrainSettings,   # accelerator, devices, nodes, strategy and precision
+) -> "Fabric":
+    """Fabric for the settings, launched. Raises `InputError` when the accelerator is not there or the processes do not match.
+
+    Parameters
+    ----------
+    settings : TrainSettings
+        accelerator, devices, nodes, strategy and precision
+    """
     import lightning_fabric as lf
     from datetime import timedelta
     devices, nodes = _processes(settings)
@@ -482,10 +539,10 @@ class _Objective(nn.Module):
 @torch.no_grad()
 def segmentation_scores(
     system: Trainable,
-    pictures: Pictures,          # with masks, without a transform
-    batch: int = 4,              # pictures of one size at a time
-    workers: int = 0,
-    skip_bad: bool = False,      # leave out pictures that cannot be read, with a warning
+    pictures: Pictures,       # with masks, without a transform
+    batch: int = 4,           # pictures of one size at a time
+    workers: int = 0,         # processes that read pictures; 0: none but this one
+    skip_bad: bool = False,   # leave out pictures that cannot be read, with a warning
 ) -> dict[str, float]:
     """`miou` and `pixel_accuracy` of `system.predict` on whole pictures, logits enlarged bilinearly to the mask.
 
@@ -498,6 +555,8 @@ def segmentation_scores(
         with masks, without a transform
     batch : int
         pictures of one size at a time
+    workers : int
+        processes that read pictures; 0: none but this one
     skip_bad : bool
         leave out pictures that cannot be read, with a warning
     """
@@ -774,22 +833,28 @@ def _open_folder(out: Path, described: dict[str, Any], system: Trainable, comman
     return saved
 
 def require_own_folder(
-    system: Trainable,
-    train: Pictures,
+    system: Trainable,                           # that would be trained
+    train: Pictures,                             # what it would learn from
     out: str | Path,
-    settings: TrainSettings,
-    identity: Mapping[str, Any] | None = None,
+    settings: TrainSettings,                     # of the training
+    identity: Mapping[str, Any] | None = None,   # what else makes it this run, as in `fit`
 ) -> None:
-    "Raises `InputError` when `out` holds a run that `fit`, given the same, would not continue; it says what differs. A folder without a run will do."
+    """Raises `InputError` when `out` holds a run that `fit`, given the same, would not continue; it says what differs. A folder without a run will do.
+
+    Parameters
+    ----------
+    system : Trainable
+        that would be trained
+    train : Pictures
+        what it would learn from
+    settings : TrainSettings
+        of the training
+    identity : Mapping[str, Any] | None
+        what else makes it this run, as in `fit`
+    """
     processes = max(1, settings.devices) * max(1, settings.nodes)
     described = describe_run(system, train, settings, settings.batch * settings.accumulate * processes, identity)
     if (Path(out)/"run.json").exists(): require_same_run(Path(out), _read_run(Path(out), system), described)
-
-def _last_checkpoint(out: Path) -> Checkpoint | None:
-    "Where the run stands; None before its first step. Raises `InputError` for a damaged file."
-    if not (out/"last.safetensors").exists(): return None
-    try: return read_checkpoint(out/"last.safetensors")
-    except InputError as error: raise InputError(f"{error} To begin anew, remove it or choose another out folder.") from error
 
 def _claim(out: Path, described: dict[str, Any], command: str) -> None:
     "Write run.json: what the run is, and where it came from."
@@ -797,6 +862,13 @@ def _claim(out: Path, described: dict[str, Any], command: str) -> None:
     origin = dict(command=command or " ".join(sys.argv), started=time.strftime("%Y-%m-%d %H:%M:%S %z"), host=socket.gethostname(),
                   freqseg=__version__, torch=torch.__version__)
     with atomic_write(out/"run.json") as partial: partial.write_text(json.dumps({**described, "origin": origin}, indent=1), encoding="utf-8")
+
+# %% ../../nbs/work/56_train.ipynb #b8b6b502
+def _last_checkpoint(out: Path) -> Checkpoint | None:
+    "Where the run stands; None before its first step. Raises `InputError` for a damaged file."
+    if not (out/"last.safetensors").exists(): return None
+    try: return read_checkpoint(out/"last.safetensors")
+    except InputError as error: raise InputError(f"{error} To begin anew, remove it or choose another out folder.") from error
 
 def _as_today(stored: Any, kind: type) -> Any:
     "Options that a run.json holds, under today's names, without those that are gone, younger ones at their defaults."
@@ -918,16 +990,17 @@ def _set_up(fabric: "Fabric", system: Any, settings: TrainSettings, saved: Check
     if settings.tensorboard and fabric.global_rank == 0: run.board = _board(run.out, run.step)
     return run
 
+# %% ../../nbs/work/56_train.ipynb #e9f70a8a
 def fit(
-    system: Trainable,
-    train: Pictures,                         # its transform crops to one size
-    out: str | Path,                         # folder of the run; made when missing, continued when it holds this run
-    settings: TrainSettings | None = None,   # None: the defaults
-    val: Pictures | None = None,             # with masks and without a transform, for the default `evaluate`
-    evaluate: Callable[[Any, Pictures], Mapping[str, Any]] | None = None,   # (system, val) -> scores with `miou`; None: `segmentation_scores`
-    snapshot: Callable[[Any, int], Mapping[str, Any]] | None = None,        # (system, step) -> small arrays for out/snapshots
-    identity: Mapping[str, Any] | None = None,   # what else makes it this run (preset, crop), refused when it differs; JSON can hold it
-    command: str = "",                       # recorded in run.json; empty: this process's
+    system: Trainable,                                                      # in any mode; trained in place
+    train: Pictures,                                                        # its transform crops to one size
+    out: str | Path,   # folder of the run; made when missing, continued when it holds this run
+    settings: TrainSettings | None = None,                                  # None: the defaults
+    val: Pictures | None = None,   # with masks and without a transform, for the default `evaluate`
+    evaluate: Callable[[Any, Pictures], Mapping[str, Any]] | None = None,   # gives `miou`; None: `segmentation_scores`
+    snapshot: Callable[[Any, int], Mapping[str, Any]] | None = None,  # (system, step) -> small arrays for out/snapshots
+    identity: Mapping[str, Any] | None = None,   # what else makes it this run (preset, crop); JSON can hold it
+    command: str = "",   # recorded in run.json; empty: this process's
 ) -> TrainResult:
     """Train `system` on `train`, or continue where the run in `out` was interrupted; on a CPU with the very same result.
 
@@ -937,6 +1010,8 @@ def fit(
 
     Parameters
     ----------
+    system : Trainable
+        in any mode; trained in place
     train : Pictures
         its transform crops to one size
     out : str | Path
@@ -946,11 +1021,11 @@ def fit(
     val : Pictures | None
         with masks and without a transform, for the default `evaluate`
     evaluate : Callable[[Any, Pictures], Mapping[str, Any]] | None
-        (system, val) -> scores with `miou`; None: `segmentation_scores`
+        gives `miou`; None: `segmentation_scores`
     snapshot : Callable[[Any, int], Mapping[str, Any]] | None
         (system, step) -> small arrays for out/snapshots
     identity : Mapping[str, Any] | None
-        what else makes it this run (preset, crop), refused when it differs; JSON can hold it
+        what else makes it this run (preset, crop); JSON can hold it
     command : str
         recorded in run.json; empty: this process's
     """

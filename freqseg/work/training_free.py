@@ -57,8 +57,16 @@ def _as_rgb(image: Image.Image | np.ndarray) -> Image.Image:
     if array.dtype == np.uint8 and array.ndim in (2, 3): return Image.fromarray(array).convert("RGB")
     raise InputError(f"the picture is {array.dtype} {array.shape}: give uint8 (H, W, 3), or a PIL image.")
 
-def usual_showing(backbone: Backbone) -> Inference:
-    "A picture shown once, whole, its long side twice what the tower was trained on: a grid fine enough to see edges."
+def usual_showing(
+    backbone: Backbone,   # whose training size counts
+) -> Inference:
+    """A picture shown once, whole, its long side twice what the tower was trained on: a grid fine enough to see edges.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        whose training size counts
+    """
     native = backbone.native_size
     return Inference(flip=False, side=2 * (native if isinstance(native, int) else max(native)))
 
@@ -69,18 +77,19 @@ def _compared(method: CamMethod, compare: str | None) -> bool:
         raise InputError(f"the map {method.name!r} is made of no cosines: use compare='maps'.")
     return method.kind == "cosine" and compare != "maps"
 
+# %% ../../nbs/work/53_training_free.ipynb #314b1f29
 @torch.no_grad()
 def segment_with_map(
-    backbone: Backbone,
-    image: Image.Image | np.ndarray,            # RGB, or uint8 (H, W, 3)
-    classes: Sequence[str],                     # any names
-    method: str = "naclip",                     # one of `maps.METHODS`
-    background: Sequence[str] | None = None,    # names that compete with the classes; None = the usual ones, () = none
-    threshold: float | None = None,             # least score of a class; None = 0 where cosines are compared, else 0.4
-    settings: CamSettings = CamSettings(),
-    inference: Inference | None = None,         # how the picture is shown, windows included; None = `usual_showing`
-    scale: float | None = None,                 # on cosines before the softmax; None = CLIP's own
-    compare: str | None = None,                 # "cosines" or "maps"; None = cosines, where the method has them
+    backbone: Backbone,                        # a CLIP
+    image: Image.Image | np.ndarray,           # RGB, or uint8 (H, W, 3)
+    classes: Sequence[str],                    # any names
+    method: str = "naclip",                    # one of `maps.METHODS`
+    background: Sequence[str] | None = None,   # names that compete with the classes; None = the usual ones, () = none
+    threshold: float | None = None,            # least score of a class; None = 0 where cosines are compared, else 0.4
+    settings: CamSettings = CamSettings(),     # of the map
+    inference: Inference | None = None,        # how the picture is shown, windows included; None = `usual_showing`
+    scale: float | None = None,                # on cosines before the softmax; None = CLIP's own
+    compare: str | None = None,                # "cosines" or "maps"; None = cosines, where the method has them
 ) -> MapSegmentation:
     """A mask for any class names, without training, from one kind of map (as in SCLIP, ClearCLIP, NACLIP, CLIP Surgery).
 
@@ -89,6 +98,8 @@ def segment_with_map(
 
     Parameters
     ----------
+    backbone : Backbone
+        a CLIP
     image : Image.Image | np.ndarray
         RGB, or uint8 (H, W, 3)
     classes : Sequence[str]
@@ -99,6 +110,8 @@ def segment_with_map(
         names that compete with the classes; None = the usual ones, () = none
     threshold : float | None
         least score of a class; None = 0 where cosines are compared, else 0.4
+    settings : CamSettings
+        of the map
     inference : Inference | None
         how the picture is shown, windows included; None = `usual_showing`
     scale : float | None

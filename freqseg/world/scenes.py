@@ -959,13 +959,29 @@ def _written(jobs: list, workers: int|None) -> list[tuple[str, tuple[str, ...], 
     try: return list(tqdm(pool.map(_write_scene, jobs, chunksize=16), **bar))
     finally: pool.shutdown(cancel_futures=True)
 
-def write_domain(folder: Path) -> None:
-    "Write what is to be known of the world's scenes, besides their classes, into a folder of them."
+def write_domain(
+    folder: Path,   # of a data set; domain.json is written
+) -> None:
+    """Write what is to be known of the world's scenes, besides their classes, into a folder of them.
+
+    Parameters
+    ----------
+    folder : Path
+        of a data set; domain.json is written
+    """
     record = {name: value for name, value in asdict(WORLD_DOMAIN).items() if value and name != "classes"}
     write_json(folder/"domain.json", record)
 
-def recorded_caveat(record: dict) -> str:
-    "What a report says of its pictures. Those of earlier versions say only whether they are scenes of this world."
+def recorded_caveat(
+    record: dict,   # what a report, run or checkpoint holds of its data, read as JSON
+) -> str:
+    """What a report says of its pictures. Those of earlier versions say only whether they are scenes of this world.
+
+    Parameters
+    ----------
+    record : dict
+        what a report, run or checkpoint holds of its data, read as JSON
+    """
     return record.get("caveat", WORLD_DOMAIN.caveat if record.get("world") else "")
 
 def _write_lists(folder: Path, rows: list[tuple[str, tuple[str, ...], str]]) -> None:
