@@ -22,7 +22,7 @@ FLOORS = {
 }
 FOLDERS = {"explore": "Explore", "train": "Train"}
 ROOMS = {"systems": "3 · Systems", "world": "4 · Embedded models", "work": "5 · Work", "faces": "6 · Faces"}
-GUIDE = ("first_hour", "own_data", "own_classes", "own_system", "cluster", "crf", "systems", "glossary")
+GUIDE = ("first_hour", "own_data", "own_classes", "own_system", "own_map", "cluster", "crf", "systems", "glossary")
 
 # Equations as nbconvert leaves them: between dollars, or between backslash brackets. Code is matched first, to be kept.
 CODE_OR_MATH = re.compile(

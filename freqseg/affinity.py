@@ -54,6 +54,8 @@ class RelationSource:
 
     Attributes
     ----------
+    name : str
+        under which options ask for it
     help : str
         in a few words
     relate : Callable[..., Tensor]
@@ -65,7 +67,7 @@ class RelationSource:
     temperature : float | None
         the usual one, where `relate` takes a `temperature`
     """
-    name: str
+    name: str                          # under which options ask for it
     help: str                       # in a few words
     relate: Callable[..., Tensor]   # (features, block) -> (B, N, N), non-negative; row = query
     needs: tuple[str, ...]          # what the tower records of a block: "tokens", "attention", "qkv"
@@ -88,7 +90,7 @@ class _SourceChoices(Mapping[str | None, str]):
 SOURCE_CHOICES = _SourceChoices()
 
 def register_source(
-    name: str,
+    name: str,                            # under which options ask for it
     help: str,                            # in a few words
     needs: Sequence[str] = ("tokens",),   # what the tower has to record of a block: "tokens", "attention", "qkv"
     heads: bool = False,                  # does the function take `heads`?
@@ -100,6 +102,8 @@ def register_source(
 
     Parameters
     ----------
+    name : str
+        under which options ask for it
     help : str
         in a few words
     needs : Sequence[str]
@@ -117,8 +121,19 @@ def register_source(
     return registered
 
 # %% ../nbs/20_affinity.ipynb #110d60ec
-def last_blocks(depth: int, layers: int|Sequence[int]) -> tuple[int, ...]:
-    "Block indices 0..depth-1: the last `layers` of them (at most all), or the given ones with negatives resolved."
+def last_blocks(
+    depth: int,                  # blocks of the tower
+    layers: int|Sequence[int],   # how many of the last, or their indices
+) -> tuple[int, ...]:
+    """Block indices 0..depth-1: the last `layers` of them (at most all), or the given ones with negatives resolved.
+
+    Parameters
+    ----------
+    depth : int
+        blocks of the tower
+    layers : int|Sequence[int]
+        how many of the last, or their indices
+    """
     if isinstance(layers, int): return tuple(range(max(0, depth - layers), depth))
     return tuple(index % depth if index < 0 else index for index in layers)
 
@@ -147,8 +162,22 @@ def affinity_request(
 
 # %% ../nbs/20_affinity.ipynb #c5d31719
 @register_source("attention", "attention among patches, CLS left out (WeCLIP)", needs=("attention",), heads=True)
-def attention_relation(features: Features, block: int, heads: Sequence[int] | None = None) -> Tensor:
-    "(B, N, N) attention among patches, mean over all or the chosen heads (WeCLIP)."
+def attention_relation(
+    features: Features,                   # encoded with the block's attention
+    block: int,                           # index of a block
+    heads: Sequence[int] | None = None,   # indices of heads; None = the mean of all
+) -> Tensor:
+    """(B, N, N) attention among patches, mean over all or the chosen heads (WeCLIP).
+
+    Parameters
+    ----------
+    features : Features
+        encoded with the block's attention
+    block : int
+        index of a block
+    heads : Sequence[int] | None
+        indices of heads; None = the mean of all
+    """
     attention = features.patch_attention(block)
     if attention.ndim == 3:
         if heads is None: return attention
@@ -170,8 +199,22 @@ for _name in ("queries", "keys", "values"):
 TOKEN_TEMPERATURE = 0.1   # cosines differ by tenths where scaled products of queries differ by whole units
 
 @register_source("tokens", "softmax of the cosines between tokens", temperature=TOKEN_TEMPERATURE)
-def token_relation(features: Features, block: int, temperature: float = TOKEN_TEMPERATURE) -> Tensor:
-    "(B, N, N) softmax of the cosines between a block's tokens."
+def token_relation(
+    features: Features,                       # encoded with the block's tokens
+    block: int,                               # index of a block
+    temperature: float = TOKEN_TEMPERATURE,   # divides the cosines; smaller is sharper
+) -> Tensor:
+    """(B, N, N) softmax of the cosines between a block's tokens.
+
+    Parameters
+    ----------
+    features : Features
+        encoded with the block's tokens
+    block : int
+        index of a block
+    temperature : float
+        divides the cosines; smaller is sharper
+    """
     x = F.normalize(features.of(features.tokens, block, "tokens").flatten(2), dim=1)
     return (x.mT @ x / temperature).softmax(-1)
 
@@ -208,13 +251,26 @@ def relations(
     return torch.stack(list(_relations(features, source, layers, heads, temperature)), 1)
 
 def mean_relation(
-    features: Features,
-    source: str = "attention",
-    layers: int|Sequence[int] = 8,
-    heads: Sequence[int]|None = None,
-    temperature: float|None = None,
-) -> Tensor:                                # (B, N, N), non-negative, fp32 at least
+    features: Features,                 # encoded as `affinity_request` asks
+    source: str = "attention",          # one of `SOURCES`
+    layers: int|Sequence[int] = 8,      # how many of the last blocks, or their indices
+    heads: Sequence[int]|None = None,   # indices of heads; None = the mean of all
+    temperature: float|None = None,     # of the softmax over cosines; None = the source's usual one
+) -> Tensor:                            # (B, N, N), non-negative, fp32 at least
     """The mean of `relations` over their blocks, with its arguments and errors and without holding them all.
+
+    Parameters
+    ----------
+    features : Features
+        encoded as `affinity_request` asks
+    source : str
+        one of `SOURCES`
+    layers : int|Sequence[int]
+        how many of the last blocks, or their indices
+    heads : Sequence[int]|None
+        indices of heads; None = the mean of all
+    temperature : float|None
+        of the softmax over cosines; None = the source's usual one
 
     Returns
     -------

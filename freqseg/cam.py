@@ -24,11 +24,11 @@ from .spectra import band_stack
 
 # %% ../nbs/22_cam.ipynb #2a4fbb7a
 def as_present(
-    present: Any,                           # None = all; bool (B, K) or (K,); class indices or names, of all or each image
-    shape: Sequence[int],                   # (B, K)
-    names: Sequence[str] | None = None,     # of the classes, where they are known
-    device: torch.device | str | None = None,
-) -> Tensor:                                # (B, K) bool
+    present: Any,                        # None = all; bool (B, K) or (K,); class indices or names, of all or each image
+    shape: Sequence[int],                # (B, K)
+    names: Sequence[str] | None = None,   # of the classes, where they are known
+    device: torch.device | str | None = None,   # of the result; None = the CPU, or where `present` is
+) -> Tensor:                             # (B, K) bool
     """Which classes are in which image. Raises `InputError` for what can be neither of these, and for an unknown name.
 
     Parameters
@@ -39,6 +39,8 @@ def as_present(
         (B, K)
     names : Sequence[str] | None
         of the classes, where they are known
+    device : torch.device | str | None
+        of the result; None = the CPU, or where `present` is
 
     Returns
     -------
@@ -161,10 +163,21 @@ def _sum_through_attention(
     return torch.cat([part.flatten(-2) for part in summed], -1) @ block.attn.in_proj_weight
 
 # %% ../nbs/22_cam.ipynb #6b23cb06
-def last_qkv(backbone: Backbone, features: Features) -> tuple[Tensor, Tensor, Tensor]:
+def last_qkv(
+    backbone: Backbone,   # the CLIP that made the features
+    features: Features,   # encoded with the last block's qkv, joint=True or last_input=True
+) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of the last block, (B, heads, N+1, d) each: those that were encoded, else computed.
 
-    Raises `InputError` for features without the last block's input."""
+    Raises `InputError` for features without the last block's input.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        the CLIP that made the features
+    features : Features
+        encoded with the last block's qkv, joint=True or last_input=True
+    """
     last = backbone.depth - 1
     if last not in features.queries: return split_qkv(backbone.blocks[-1], _recorded(features.last_ln1).detach().clone())
     return features.queries[last].detach(), features.keys[last].detach(), features.values[last].detach()
@@ -193,15 +206,15 @@ def _pull_by_autograd(backbone: Backbone, features: Features, pool: str) -> tupl
 
 # %% ../nbs/22_cam.ipynb #e10ef25b
 def grad_cam_weights(
-    backbone: Backbone,
-    features: Features,            # encoded with joint=True or last_input=True
-    text: Tensor,                  # (K, E) unit-norm class embeddings; (E,) is one class
-    present: Any = None,           # (B, K) bool: classes to explain, image by image; None = all, see `as_present`
+    backbone: Backbone,               # the CLIP that made the features
+    features: Features,               # encoded with joint=True or last_input=True
+    text: Tensor,                     # (K, E) unit-norm class embeddings; (E,) is one class
+    present: Any = None,              # (B, K) bool: classes to explain, image by image; None = all, see `as_present`
     background: Tensor|None = None,   # (Kb, E) unit-norm background prompts
-    pool: str = "patches",         # image embedding: mean of "patches" (WeCLIP) or the tower's own "cls"
-    exact: bool = False,           # the gradient as written, not a positive multiple, see `contrast_direction`
-    chunk: int = 8,                # classes per image in one backward pass; fewer need less memory
-) -> Tensor:                       # (B, K, D), 0 for absent classes
+    pool: str = "patches",            # image embedding: mean of "patches" (WeCLIP) or the tower's own "cls"
+    exact: bool = False,              # the gradient as written, not a positive multiple, see `contrast_direction`
+    chunk: int = 8,                   # classes per image in one backward pass; fewer need less memory
+) -> Tensor:                          # (B, K, D), 0 for absent classes
     """Channel weights of GradCAM: mean over patches of d y_c / d ln_1 of the last block, every class at once (WeCLIP).
 
     Unless `exact`, each class's weights are a positive multiple of that, of a size that does not depend on the grid.
@@ -211,6 +224,8 @@ def grad_cam_weights(
 
     Parameters
     ----------
+    backbone : Backbone
+        the CLIP that made the features
     features : Features
         encoded with joint=True or last_input=True
     text : Tensor
@@ -246,18 +261,40 @@ def grad_cam_weights(
                                                                            packed)
 
 # %% ../nbs/22_cam.ipynb #ed13b0b7
-def patch_activations(features: Features) -> Tensor:
-    "What GradCAM weighs: the last block's ln_1 output as maps (B, D, h, w), CLS dropped."
+def patch_activations(
+    features: Features,   # encoded with joint=True or last_input=True
+) -> Tensor:
+    """What GradCAM weighs: the last block's ln_1 output as maps (B, D, h, w), CLS dropped.
+
+    Parameters
+    ----------
+    features : Features
+        encoded with joint=True or last_input=True
+    """
     return _recorded(features.last_ln1)[:, 1:].transpose(1, 2).unflatten(2, features.grid)
 
 def grad_cam_evidence(
-    backbone: Backbone, features: Features, text: Tensor, present: Any = None, background: Tensor|None = None,
-    **options: Any,   # pool, exact, chunk of `grad_cam_weights`
-) -> Tensor:          # (B, K, h, w), signed, 0 for absent classes
+    backbone: Backbone,               # the CLIP that made the features
+    features: Features,               # encoded with joint=True or last_input=True
+    text: Tensor,                     # (K, E) unit-norm class embeddings
+    present: Any = None,              # (B, K) bool; None = all, see `as_present`
+    background: Tensor|None = None,   # (Kb, E) unit-norm background prompts
+    **options: Any,                   # pool, exact, chunk of `grad_cam_weights`
+) -> Tensor:                          # (B, K, h, w), signed, 0 for absent classes
     """GradCAM before ReLU and scaling, sum_k w_k A_k: linear in the activations once the weights are fixed (WeCLIP).
 
     Parameters
     ----------
+    backbone : Backbone
+        the CLIP that made the features
+    features : Features
+        encoded with joint=True or last_input=True
+    text : Tensor
+        (K, E) unit-norm class embeddings
+    present : Any
+        (B, K) bool; None = all, see `as_present`
+    background : Tensor|None
+        (Kb, E) unit-norm background prompts
     **options : Any
         pool, exact, chunk of `grad_cam_weights`
 
@@ -298,20 +335,22 @@ def normalise_cam(
 
 # %% ../nbs/22_cam.ipynb #c36be8cd
 def grad_cam(
-    backbone: Backbone,
-    features: Features,              # encoded with joint=True or last_input=True
-    text: Tensor,                    # (K, E) unit-norm class embeddings; (E,) is one class
-    present: Any = None,             # (B, K) bool; None = all, see `as_present`
-    background: Tensor|None = None,  # (Kb, E) unit-norm background prompts
-    eps: float = 1e-7,               # of the min-max scaling
-    **options: Any,                  # pool, exact, chunk of `grad_cam_weights`
-) -> Tensor:                         # (B, K, h, w) in [0, 1]
+    backbone: Backbone,               # the CLIP that made the features
+    features: Features,               # encoded with joint=True or last_input=True
+    text: Tensor,                     # (K, E) unit-norm class embeddings; (E,) is one class
+    present: Any = None,              # (B, K) bool; None = all, see `as_present`
+    background: Tensor|None = None,   # (Kb, E) unit-norm background prompts
+    eps: float = 1e-7,                # of the min-max scaling
+    **options: Any,                   # pool, exact, chunk of `grad_cam_weights`
+) -> Tensor:                          # (B, K, h, w) in [0, 1]
     """Class activation maps ReLU(sum_k w_k A_k), min-max scaled, 0 for absent classes (WeCLIP, after GradCAM).
 
     Raises `InputError` for features without the last block's input and for shapes that disagree.
 
     Parameters
     ----------
+    backbone : Backbone
+        the CLIP that made the features
     features : Features
         encoded with joint=True or last_input=True
     text : Tensor
@@ -334,17 +373,19 @@ def grad_cam(
 
 # %% ../nbs/22_cam.ipynb #fecbc3b5
 def value_path(
-    backbone: Backbone,
-    features: Features,       # encoded with joint=True or last_input=True
-    residual: bool = False,   # keep the block's residual and feed-forward part around the values
+    backbone: Backbone,                # the CLIP that made the features
+    features: Features,                # encoded with joint=True or last_input=True
+    residual: bool = False,            # keep the block's residual and feed-forward part around the values
     attention: Tensor | None = None,   # (B, heads, N+1, N+1) how the values are mixed; None = each patch keeps its own
-) -> Tensor:                  # (B, E, h, w) joint space, not normalised
+) -> Tensor:                           # (B, E, h, w) joint space, not normalised
     """Patch embeddings when each patch of the last block attends to itself only (MaskCLIP), or as `attention` says.
 
     Raises `InputError` for features without the last block's input.
 
     Parameters
     ----------
+    backbone : Backbone
+        the CLIP that made the features
     features : Features
         encoded with joint=True or last_input=True
     residual : bool
@@ -365,20 +406,31 @@ def value_path(
     return backbone.project(x[:, 1:]).transpose(1, 2).unflatten(2, features.grid)
 
 # %% ../nbs/22_cam.ipynb #bd1a7ff7
-def intra_attention(features: Features, block: int) -> Tensor:
+def intra_attention(
+    features: Features,   # encoded with the block's qkv
+    block: int,           # index of a block
+) -> Tensor:
     """Mean of softmax(QQ^T), softmax(KK^T), softmax(VV^T), scaled by 1/sqrt(d), of a block encoded with qkv: (B,
-    heads, N+1, N+1)."""
+    heads, N+1, N+1).
+
+    Parameters
+    ----------
+    features : Features
+        encoded with the block's qkv
+    block : int
+        index of a block
+    """
     parts = [features.of(getattr(features, name), block, name) for name in ("queries", "keys", "values")]
     query, key, value = (attention_weights(part, part) for part in parts)
     return (query + key + value) / 3
 
 def side_path(
-    backbone: Backbone,
-    features: Features,      # encoded with `similarity_request(backbone, "intra", blocks)`
+    backbone: Backbone,         # the CLIP that made the features
+    features: Features,         # encoded with `similarity_request(backbone, "intra", blocks)`
     attention: Callable[[Features, int], Tensor],   # of the features and a block: (B, heads, N+1, N+1)
-    blocks: int = 5,         # how many of the last blocks
-    residual: bool = True,   # start from the tokens that enter those blocks; False sums the attention branches alone
-) -> Tensor:                 # (B, E, h, w) joint space, not normalised
+    blocks: int = 5,            # how many of the last blocks
+    residual: bool = True,      # start from the tokens that enter those blocks; False sums the attention branches alone
+) -> Tensor:                    # (B, E, h, w) joint space, not normalised
     """Patch embeddings of a path beside the tower: other attention in the last blocks, no feed-forward part (CLIP
     Surgery).
 
@@ -387,6 +439,8 @@ def side_path(
 
     Parameters
     ----------
+    backbone : Backbone
+        the CLIP that made the features
     features : Features
         encoded with `similarity_request(backbone, "intra", blocks)`
     attention : Callable[[Features, int], Tensor]
@@ -433,8 +487,22 @@ def intra_correlation(
     return side_path(backbone, features, intra_attention, blocks, residual)
 
 # %% ../nbs/22_cam.ipynb #745f7c0d
-def similarity_request(backbone: Backbone, source: str = "value", blocks: int = 5) -> dict[str, Any]:
-    "Arguments for `Backbone.encode` that `patch_embeddings` needs. Raises `InputError` for an unknown source."
+def similarity_request(
+    backbone: Backbone,      # the CLIP that will be asked
+    source: str = "value",   # of `patch_embeddings`: "value", "intra" or "final"
+    blocks: int = 5,         # how many of the last blocks "intra" changes
+) -> dict[str, Any]:
+    """Arguments for `Backbone.encode` that `patch_embeddings` needs. Raises `InputError` for an unknown source.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        the CLIP that will be asked
+    source : str
+        of `patch_embeddings`: "value", "intra" or "final"
+    blocks : int
+        how many of the last blocks "intra" changes
+    """
     first = backbone.depth - min(blocks, backbone.depth)
     requests: dict[str, dict[str, Any]] = {
         "final": {"joint": True}, "value": {"joint": False, "last_input": True},
@@ -443,8 +511,8 @@ def similarity_request(backbone: Backbone, source: str = "value", blocks: int = 
     return requests[source]
 
 def patch_embeddings(
-    backbone: Backbone,
-    features: Features,
+    backbone: Backbone,      # the CLIP that made the features
+    features: Features,      # encoded with `similarity_request`
     source: str = "value",   # "value" (MaskCLIP), "intra" (intra-correlation) or "final" (the tower's own)
     **options: Any,          # of `value_path` or `intra_correlation`
 ) -> Tensor:                 # (B, E, h, w) joint space, not normalised
@@ -452,6 +520,10 @@ def patch_embeddings(
 
     Parameters
     ----------
+    backbone : Backbone
+        the CLIP that made the features
+    features : Features
+        encoded with `similarity_request`
     source : str
         "value" (MaskCLIP), "intra" (intra-correlation) or "final" (the tower's own)
     **options : Any
@@ -470,22 +542,37 @@ def patch_embeddings(
     return features.patch_embedding
 
 # %% ../nbs/22_cam.ipynb #51cf9597
-def cosine_map(embeddings: Tensor, text: Tensor) -> Tensor:
-    "Cosine of every patch (B, E, h, w) with every prompt (K, E), unit norm: (B, K, h, w) in [-1, 1]."
+def cosine_map(
+    embeddings: Tensor,   # (B, E, h, w) of patches, of any length
+    text: Tensor,         # (K, E) unit-norm embeddings of prompts
+) -> Tensor:
+    """Cosine of every patch (B, E, h, w) with every prompt (K, E), unit norm: (B, K, h, w) in [-1, 1].
+
+    Parameters
+    ----------
+    embeddings : Tensor
+        (B, E, h, w) of patches, of any length
+    text : Tensor
+        (K, E) unit-norm embeddings of prompts
+    """
     embeddings, text = batched(embeddings, "(B, E, h, w)", "embeddings"), batched(text, "(K, E)", "class embeddings")
     return torch.einsum("behw,ke->bkhw", F.normalize(embeddings, dim=1), text.to(embeddings.dtype))
 
 def prompt_cosines(
-    backbone: Backbone,
-    features: Features,
-    source: str,                  # of `patch_embeddings`
-    text: Tensor,                 # (K, E) unit-norm class embeddings
-    background: Tensor | None,    # (Kb, E) unit-norm background prompts, or None
-) -> Tensor:                      # (B, K + Kb, h, w) fp32
+    backbone: Backbone,          # the CLIP that made the features
+    features: Features,          # encoded with `similarity_request`
+    source: str,                 # of `patch_embeddings`
+    text: Tensor,                # (K, E) unit-norm class embeddings
+    background: Tensor | None,   # (Kb, E) unit-norm background prompts, or None
+) -> Tensor:                     # (B, K + Kb, h, w) fp32
     """Cosines of patches with the classes, then with the background prompts. Errors as in `patch_embeddings`.
 
     Parameters
     ----------
+    backbone : Backbone
+        the CLIP that made the features
+    features : Features
+        encoded with `similarity_request`
     source : str
         of `patch_embeddings`
     text : Tensor
@@ -502,11 +589,11 @@ def prompt_cosines(
                       text if background is None else torch.cat([text, background])).float()
 
 def patch_text_similarity(
-    backbone: Backbone,
-    features: Features,
+    backbone: Backbone,              # the CLIP that made the features
+    features: Features,              # encoded with `similarity_request`
     text: Tensor,                    # (K, E) unit-norm class embeddings
     present: Any = None,             # (B, K) bool; None = all, see `as_present`
-    background: Tensor|None = None,  # (Kb, E) unit-norm prompts that compete in the softmax
+    background: Tensor|None = None,   # (Kb, E) unit-norm prompts that compete in the softmax
     source: str = "value",           # of `patch_embeddings`
     normalise: str = "minmax",       # "minmax" per map, "softmax" over present classes and background, "none" = cosines
     **options: Any,                  # of `patch_embeddings`
@@ -517,6 +604,10 @@ def patch_text_similarity(
 
     Parameters
     ----------
+    backbone : Backbone
+        the CLIP that made the features
+    features : Features
+        encoded with `similarity_request`
     text : Tensor
         (K, E) unit-norm class embeddings
     present : Any
@@ -573,8 +664,16 @@ def background_score(
     cam = batched(cam, "(B, K, h, w)", "maps")
     return (1 - cam.amax(1, keepdim=True)).clamp(0, 1) ** background_power
 
-def with_background(cam: Tensor) -> Tensor:
-    "Maps (B, K, h, w) in [0, 1] with the score of the background behind them: (B, K + 1, h, w)."
+def with_background(
+    cam: Tensor,   # (B, K, h, w) maps in [0, 1]
+) -> Tensor:
+    """Maps (B, K, h, w) in [0, 1] with the score of the background behind them: (B, K + 1, h, w).
+
+    Parameters
+    ----------
+    cam : Tensor
+        (B, K, h, w) maps in [0, 1]
+    """
     return torch.cat([batched(cam, "(B, K, h, w)", "maps"), background_score(cam)], 1)
 
 # %% ../nbs/22_cam.ipynb #97503f46
@@ -727,8 +826,19 @@ def band_cams(
     return bands if length is None else bands / length
 
 # %% ../nbs/22_cam.ipynb #8f07bc5c
-def similarity_evidence(embeddings: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+def similarity_evidence(
+    embeddings: Tensor,   # (B, E, h, w) of patches, of any length
+    text: Tensor,         # (K, E) unit-norm embeddings of prompts
+) -> tuple[Tensor, Tensor]:
     """Numerator (B, K, h, w) and patch norms (B, 1, h, w) of cosines of patches (B, E, h, w) with prompts, for
-    `band_cams`."""
+    `band_cams`.
+
+    Parameters
+    ----------
+    embeddings : Tensor
+        (B, E, h, w) of patches, of any length
+    text : Tensor
+        (K, E) unit-norm embeddings of prompts
+    """
     numerator = torch.einsum("behw,ke->bkhw", embeddings, text.to(embeddings.dtype))
     return numerator, embeddings.norm(dim=1, keepdim=True).clamp_min(1e-12)

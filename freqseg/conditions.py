@@ -20,10 +20,20 @@ import freqseg
 # %% ../nbs/05_conditions.ipynb #56a1645b
 @dataclass
 class Stopwatch:
-    "Seconds by name, summed; waits for the device before it looks at the clock."
-    device: torch.device
-    seconds: dict[str, float] = field(default_factory=dict)
-    pictures: int = 0
+    """Seconds by name, summed; waits for the device before it looks at the clock.
+
+    Attributes
+    ----------
+    device : torch.device
+        that is waited for
+    seconds : dict[str, float]
+        name -> s so far
+    pictures : int
+        how many were timed
+    """
+    device: torch.device               # that is waited for
+    seconds: dict[str, float] = field(default_factory=dict)   # name -> s so far
+    pictures: int = 0                  # how many were timed
 
     def now(self) -> float:
         if self.device.type == "cuda": torch.cuda.synchronize(self.device)
@@ -41,8 +51,16 @@ class Stopwatch:
         return sum(self.seconds.get(name, 0.0) for name in names) / max(1, self.pictures)
 
 # %% ../nbs/05_conditions.ipynb #da3e529e
-def device_name(device: torch.device) -> str:
-    "The device for a caption."
+def device_name(
+    device: torch.device,   # that runs the tower
+) -> str:
+    """The device for a caption.
+
+    Parameters
+    ----------
+    device : torch.device
+        that runs the tower
+    """
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
 
 # %% ../nbs/05_conditions.ipynb #979aaa75
@@ -52,8 +70,16 @@ def _installed(name: str) -> str | None:
     try: return version(name)
     except PackageNotFoundError: return None
 
-def git_revision(folder: str | Path | None = None) -> str | None:
-    "Revision of the repository that a folder (default: this package) lies in, with a + when files differ from it; None outside of one."
+def git_revision(
+    folder: str | Path | None = None,   # inside a repository; None = this package's
+) -> str | None:
+    """Revision of the repository that a folder (default: this package) lies in, with a + when files differ from it; None outside of one.
+
+    Parameters
+    ----------
+    folder : str | Path | None
+        inside a repository; None = this package's
+    """
     git = ["git", "-C", str(folder or Path(freqseg.__file__).parent)]
     try:
         revision = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=10, check=True).stdout.strip()

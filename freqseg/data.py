@@ -33,13 +33,21 @@ class Listing:
 
     Attributes
     ----------
+    root : Path
+        folder of the dataset
     dataset : str
         "voc", "coco", "cocostuff" or "folder"
+    split : str
+        name of the list
     classes : tuple[str, ...]
         K names, without background
     background : bool
         is mask value 0 background, and class i value i + 1?
+    ids : tuple[str, ...]
+        names of the pictures
     images : tuple[str | None, ...]
+        None: no such file
+    masks : tuple[str | None, ...]
         None: no such file
     labels : np.ndarray | None
         (n, K) bool; None: no table knows any of the ids
@@ -52,14 +60,14 @@ class Listing:
     domain : Domain
         what the folder tells of its pictures
     """
-    root: Path
+    root: Path                         # folder of the dataset
     dataset: str                        # "voc", "coco", "cocostuff" or "folder"
-    split: str
+    split: str                         # name of the list
     classes: tuple[str, ...]            # K names, without background
     background: bool                    # is mask value 0 background, and class i value i + 1?
-    ids: tuple[str, ...]
+    ids: tuple[str, ...]               # names of the pictures
     images: tuple[str | None, ...]      # None: no such file
-    masks: tuple[str | None, ...]
+    masks: tuple[str | None, ...]      # None: no such file
     labels: np.ndarray | None           # (n, K) bool; None: no table knows any of the ids
     labelled: np.ndarray | None         # (n,) bool: which ids the table knows
     mapping: dict[int, int] | None = None  # file value -> class value of the masks
@@ -172,14 +180,18 @@ def _listing(
                    tuple(map(painted.get, keys)), present, known)
 
 def list_folder(
-    root: str | Path,
-    split: str = "train",
+    root: str | Path,                   # folder with classes.txt
+    split: str = "train",               # name of a list of ids, such as train or val
     ids: Sequence[str] | None = None,   # instead of a list file
 ) -> Listing:
     """The files of a custom folder in VOC layout with classes.txt. Raises `InputError` when a part of the layout is missing.
 
     Parameters
     ----------
+    root : str | Path
+        folder with classes.txt
+    split : str
+        name of a list of ids, such as train or val
     ids : Sequence[str] | None
         instead of a list file
     """
@@ -202,12 +214,26 @@ def _folder_domain(root: Path, classes: tuple[str, ...]) -> Domain:
 _MASKS = ("SegmentationClassAug", "SegmentationClass")
 
 # %% ../nbs/12_data.ipynb #448d5815
-def list_voc(root: str | Path, split: str = "train", ids: Sequence[str] | None = None) -> Listing:
+def list_voc(
+    root: str | Path,                   # VOC2012, or the VOCdevkit above it
+    split: str = "train",               # train, train_aug, val, trainval or a list of the folder
+    ids: Sequence[str] | None = None,   # these pictures instead of those of a list; None = the split's
+) -> Listing:
     """The files of a split of PASCAL VOC 2012 (Everingham et al., 2010), with the extra masks of SBD (Hariharan et al., 2011).
 
     `root` is VOC2012, or the VOCdevkit above it. `split` is train, train_aug, val, trainval or any list of the folder, whose
     own lists and labels.txt take precedence over the shipped ones; ids of test are read from the folder only.
-    SegmentationClassAug comes before SegmentationClass. Raises `InputError` when a part of the layout is missing."""
+    SegmentationClassAug comes before SegmentationClass. Raises `InputError` when a part of the layout is missing.
+
+    Parameters
+    ----------
+    root : str | Path
+        VOC2012, or the VOCdevkit above it
+    split : str
+        train, train_aug, val, trainval or a list of the folder
+    ids : Sequence[str] | None
+        these pictures instead of those of a list; None = the split's
+    """
     root = _voc_root(root)
     images = _folders(root, ("JPEGImages",), "pictures")
     ids = _ids(root, split, ids, lambda: shipped_splits("voc"))
@@ -219,11 +245,25 @@ def _voc_root(root: str | Path) -> Path:
     root = Path(root); _require_folder(root)
     return next((inner for inner in (root/"VOC2012", root/"VOCdevkit"/"VOC2012") if inner.is_dir()), root)
 
-def list_coco(root: str | Path, split: str = "train", ids: Sequence[str] | None = None) -> Listing:
+def list_coco(
+    root: str | Path,                   # the dataset's folder
+    split: str = "train",               # train or val, or a list of the folder
+    ids: Sequence[str] | None = None,   # these pictures instead of those of a list; None = the split's
+) -> Listing:
     """The files of a split (train, val) of COCO 2014 (Lin et al., 2014) in VOC style: 80 classes and background.
 
     Pictures in JPEGImages/{split} or {split}2014, masks in SegmentationClass/{split}; a file is named by the full id or its
-    last 12 digits. The folder's own lists and labels.txt take precedence. Raises `InputError` when a part is missing."""
+    last 12 digits. The folder's own lists and labels.txt take precedence. Raises `InputError` when a part is missing.
+
+    Parameters
+    ----------
+    root : str | Path
+        the dataset's folder
+    split : str
+        train or val, or a list of the folder
+    ids : Sequence[str] | None
+        these pictures instead of those of a list; None = the split's
+    """
     root = Path(root); _require_folder(root)
     names = (f"JPEGImages/{split}", f"JPEGImages/{split}2014", f"{split}2014", f"images/{split}2014", "JPEGImages")
     masks = (f"SegmentationClass/{split}", f"SegmentationClass/{split}2014", "SegmentationClass")
@@ -238,12 +278,26 @@ _DROPPED = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)   # published values wit
 COCOSTUFF_PUBLISHED: dict[int, int] = {  # value in a published mask -> class 0..170
     value: index for index, value in enumerate(value for value in range(182) if value not in _DROPPED)}
 
-def list_cocostuff(root: str | Path, split: str = "train", ids: Sequence[str] | None = None) -> Listing:
+def list_cocostuff(
+    root: str | Path,                   # the dataset's folder
+    split: str = "train",               # train or val, or a list of the folder
+    ids: Sequence[str] | None = None,   # these pictures instead of those of a list; None = the split's
+) -> Listing:
     """The files of a split (train, val) of COCO-Stuff 164K (Caesar et al., 2018): 171 classes, no background, 255 = ignore.
 
     Pictures in images/{split}2017 or {split}2017; masks in annotations/{split}2017 or stuffthingmaps/{split}2017, as
     <id>_labelTrainIds.png (0..170) or as published (0..181). The training list is the folder itself; val ships. There is no
-    shipped table of image labels. Raises `InputError` when a part of the layout is missing."""
+    shipped table of image labels. Raises `InputError` when a part of the layout is missing.
+
+    Parameters
+    ----------
+    root : str | Path
+        the dataset's folder
+    split : str
+        train or val, or a list of the folder
+    ids : Sequence[str] | None
+        these pictures instead of those of a list; None = the split's
+    """
     root = Path(root); _require_folder(root)
     images = _folders(root, (f"images/{split}2017", f"{split}2017"), "pictures")
     masks = (f"annotations/{split}2017", f"stuffthingmaps/{split}2017")
@@ -263,10 +317,18 @@ def _prefer_converted(listing: Listing, folders: Sequence[Path]) -> Listing:
 # %% ../nbs/12_data.ipynb #a33ca5f5
 _LISTERS = {"voc": list_voc, "coco": list_coco, "cocostuff": list_cocostuff, "folder": list_folder}
 
-def detect_dataset(root: str | Path) -> str:
+def detect_dataset(
+    root: str | Path,   # the dataset's folder
+) -> str:
     """"folder" if there is a classes.txt, else "cocostuff", "coco" or "voc" by the folders that are there.
 
-    Raises `InputError` with what was looked for and what was found."""
+    Raises `InputError` with what was looked for and what was found.
+
+    Parameters
+    ----------
+    root : str | Path
+        the dataset's folder
+    """
     root = Path(root); _require_folder(root)
     signs = {"folder": ("classes.txt",),
              "cocostuff": ("images/train2017", "images/val2017", "stuffthingmaps", "train2017", "val2017"),
@@ -279,24 +341,41 @@ def detect_dataset(root: str | Path) -> str:
                      f"train/ or train2014/ (COCO), images/train2017/ (COCO-Stuff); found {_contents(root)}.")
 
 def list_dataset(
-    root: str | Path,
-    split: str = "train",
+    root: str | Path,                   # the dataset's folder
+    split: str = "train",               # name of a list of ids, such as train or val
     dataset: str = "auto",              # "voc", "coco", "cocostuff", "folder", or "auto": `detect_dataset`
-    ids: Sequence[str] | None = None,
+    ids: Sequence[str] | None = None,   # these pictures instead of those of a list; None = the split's
 ) -> Listing:
     """The files of a split of any dataset. Raises `InputError` for an unknown dataset or a folder without its layout.
 
     Parameters
     ----------
+    root : str | Path
+        the dataset's folder
+    split : str
+        name of a list of ids, such as train or val
     dataset : str
         "voc", "coco", "cocostuff", "folder", or "auto": `detect_dataset`
+    ids : Sequence[str] | None
+        these pictures instead of those of a list; None = the split's
     """
     dataset = detect_dataset(root) if dataset == "auto" else dataset
     if dataset not in _LISTERS: raise unknown_name(dataset, _LISTERS, "dataset")
     return _LISTERS[dataset](root, split, ids)
 
-def dataset_splits(root: str | Path, dataset: str = "auto") -> list[str]:
-    "The splits that `root` can be opened with: its own lists, else the shipped ones whose pictures are there."
+def dataset_splits(
+    root: str | Path,        # the dataset's folder
+    dataset: str = "auto",   # "voc", "coco", "cocostuff", "folder", or "auto": `detect_dataset`
+) -> list[str]:
+    """The splits that `root` can be opened with: its own lists, else the shipped ones whose pictures are there.
+
+    Parameters
+    ----------
+    root : str | Path
+        the dataset's folder
+    dataset : str
+        "voc", "coco", "cocostuff", "folder", or "auto": `detect_dataset`
+    """
     dataset = detect_dataset(root) if dataset == "auto" else dataset
     if dataset == "voc": return _voc_splits(_voc_root(root))
     if own := folder_splits(root): return own
@@ -318,6 +397,8 @@ class Sample:
 
     Attributes
     ----------
+    id : str
+        name of the picture in its list
     image : Image.Image | Tensor
         RGB picture; after a transform (3, H, W) float32 in [0, 1]
     mask : np.ndarray | Tensor | None
@@ -327,7 +408,7 @@ class Sample:
     valid : Tensor | None
         (H, W) bool after a crop: False where it lies outside the picture; None: all inside
     """
-    id: str
+    id: str                            # name of the picture in its list
     image: Image.Image | Tensor           # RGB picture; after a transform (3, H, W) float32 in [0, 1]
     mask: np.ndarray | Tensor | None      # (H, W) uint8, 255 = ignore; after a transform int64; None: not there or not wanted
     labels: Tensor | None                 # (K,) bool over the foreground classes, of the whole picture; None: no table
@@ -350,13 +431,18 @@ class SegmentationFolder(Dataset):
 
     Parameters
     ----------
+    listing : Listing
+        of `list_dataset` or one of its kind
+    transform : Callable[[Sample], Sample] | None
+        of samples, such as `TrainTransform`; None = no change
     masks : bool | None
-        True: every picture must have one; False: never opened; None: read where there are any
+        True: all must have one; False: none is opened; None: where there are any
     """
-    def __init__(self,
-        listing: Listing,
-        transform: Callable[[Sample], Sample] | None = None,
-        masks: bool | None = None,      # True: every picture must have one; False: never opened; None: read where there are any
+    def __init__(
+        self,
+        listing: Listing,                    # of `list_dataset` or one of its kind
+        transform: Callable[[Sample], Sample] | None = None,   # of samples, such as `TrainTransform`; None = no change
+        masks: bool | None = None,           # True: all must have one; False: none is opened; None: where there are any
     ):
         self.listing, self.transform = listing, transform
         self.classes, self.ids, self.num_classes = listing.classes, listing.ids, listing.num_classes
@@ -399,8 +485,8 @@ class SegmentationFolder(Dataset):
 
 # %% ../nbs/12_data.ipynb #b17490b2
 def zero_shot_view(
-    listing: Listing,
-    split: ZeroShotSplit,
+    listing: Listing,            # of the dataset with its own classes
+    split: ZeroShotSplit,        # seen and unseen classes
     unseen: int | None = None,   # mask value of pixels of unseen classes, such as `UNLABELLED`; None: their class
 ) -> Listing:
     """The files of a listing without background: mask value i is class i. Image labels go when classes are hidden, pictures never.
@@ -409,6 +495,10 @@ def zero_shot_view(
 
     Parameters
     ----------
+    listing : Listing
+        of the dataset with its own classes
+    split : ZeroShotSplit
+        seen and unseen classes
     unseen : int | None
         mask value of pixels of unseen classes, such as `UNLABELLED`; None: their class
     """
@@ -427,14 +517,16 @@ def _unlike_split(listing: Listing, split: ZeroShotSplit) -> str:
 
 # %% ../nbs/12_data.ipynb #91fc4a5a
 def thinned(
-    listing: Listing,
-    share: float,    # of the pictures, above 0 and at most 1
-    seed: int = 0,   # which ones
+    listing: Listing,   # of the whole split
+    share: float,       # of the pictures, above 0 and at most 1
+    seed: int = 0,      # which ones
 ) -> Listing:
     """Part of a split, in its order, at least one picture. Raises `InputError` for another share.
 
     Parameters
     ----------
+    listing : Listing
+        of the whole split
     share : float
         of the pictures, above 0 and at most 1
     seed : int
@@ -448,29 +540,127 @@ def thinned(
     return replace(listing, **rows)
 
 # %% ../nbs/12_data.ipynb #d3bb89d0
-def open_voc(root: str | Path, split: str = "train", transform: Callable[[Sample], Sample] | None = None,
-             masks: bool | None = None, ids: Sequence[str] | None = None) -> SegmentationFolder:
-    "PASCAL VOC 2012: see `list_voc` for the layout and `SegmentationFolder` for `masks`."
+def open_voc(
+    root: str | Path,              # the dataset's folder
+    split: str = "train",          # name of a list of ids, such as train or val
+    transform: Callable[[Sample], Sample] | None = None,   # of samples, such as `TrainTransform`; None = no change
+    masks: bool | None = None,     # True: every picture must have one; False: none is opened; None: where there are any
+    ids: Sequence[str] | None = None,   # these pictures instead of those of a list; None = the split's
+) -> SegmentationFolder:
+    """PASCAL VOC 2012: see `list_voc` for the layout and `SegmentationFolder` for `masks`.
+
+    Parameters
+    ----------
+    root : str | Path
+        the dataset's folder
+    split : str
+        name of a list of ids, such as train or val
+    transform : Callable[[Sample], Sample] | None
+        of samples, such as `TrainTransform`; None = no change
+    masks : bool | None
+        True: every picture must have one; False: none is opened; None: where there are any
+    ids : Sequence[str] | None
+        these pictures instead of those of a list; None = the split's
+    """
     return SegmentationFolder(list_voc(root, split, ids), transform, masks)
 
-def open_coco(root: str | Path, split: str = "train", transform: Callable[[Sample], Sample] | None = None,
-              masks: bool | None = None, ids: Sequence[str] | None = None) -> SegmentationFolder:
-    "COCO 2014 in VOC style: see `list_coco` for the layout and `SegmentationFolder` for `masks`."
+def open_coco(
+    root: str | Path,              # the dataset's folder
+    split: str = "train",          # name of a list of ids, such as train or val
+    transform: Callable[[Sample], Sample] | None = None,   # of samples, such as `TrainTransform`; None = no change
+    masks: bool | None = None,     # True: every picture must have one; False: none is opened; None: where there are any
+    ids: Sequence[str] | None = None,   # these pictures instead of those of a list; None = the split's
+) -> SegmentationFolder:
+    """COCO 2014 in VOC style: see `list_coco` for the layout and `SegmentationFolder` for `masks`.
+
+    Parameters
+    ----------
+    root : str | Path
+        the dataset's folder
+    split : str
+        name of a list of ids, such as train or val
+    transform : Callable[[Sample], Sample] | None
+        of samples, such as `TrainTransform`; None = no change
+    masks : bool | None
+        True: every picture must have one; False: none is opened; None: where there are any
+    ids : Sequence[str] | None
+        these pictures instead of those of a list; None = the split's
+    """
     return SegmentationFolder(list_coco(root, split, ids), transform, masks)
 
-def open_cocostuff(root: str | Path, split: str = "train", transform: Callable[[Sample], Sample] | None = None,
-                   masks: bool | None = None, ids: Sequence[str] | None = None) -> SegmentationFolder:
-    "COCO-Stuff 164K: see `list_cocostuff` for the layout and `SegmentationFolder` for `masks`."
+def open_cocostuff(
+    root: str | Path,              # the dataset's folder
+    split: str = "train",          # name of a list of ids, such as train or val
+    transform: Callable[[Sample], Sample] | None = None,   # of samples, such as `TrainTransform`; None = no change
+    masks: bool | None = None,     # True: every picture must have one; False: none is opened; None: where there are any
+    ids: Sequence[str] | None = None,   # these pictures instead of those of a list; None = the split's
+) -> SegmentationFolder:
+    """COCO-Stuff 164K: see `list_cocostuff` for the layout and `SegmentationFolder` for `masks`.
+
+    Parameters
+    ----------
+    root : str | Path
+        the dataset's folder
+    split : str
+        name of a list of ids, such as train or val
+    transform : Callable[[Sample], Sample] | None
+        of samples, such as `TrainTransform`; None = no change
+    masks : bool | None
+        True: every picture must have one; False: none is opened; None: where there are any
+    ids : Sequence[str] | None
+        these pictures instead of those of a list; None = the split's
+    """
     return SegmentationFolder(list_cocostuff(root, split, ids), transform, masks)
 
-def open_folder(root: str | Path, split: str = "train", transform: Callable[[Sample], Sample] | None = None,
-                masks: bool | None = None, ids: Sequence[str] | None = None) -> SegmentationFolder:
-    "Your own folder in VOC layout with classes.txt: see `list_folder` and `SegmentationFolder` for `masks`."
+def open_folder(
+    root: str | Path,              # the dataset's folder
+    split: str = "train",          # name of a list of ids, such as train or val
+    transform: Callable[[Sample], Sample] | None = None,   # of samples, such as `TrainTransform`; None = no change
+    masks: bool | None = None,     # True: every picture must have one; False: none is opened; None: where there are any
+    ids: Sequence[str] | None = None,   # these pictures instead of those of a list; None = the split's
+) -> SegmentationFolder:
+    """Your own folder in VOC layout with classes.txt: see `list_folder` and `SegmentationFolder` for `masks`.
+
+    Parameters
+    ----------
+    root : str | Path
+        the dataset's folder
+    split : str
+        name of a list of ids, such as train or val
+    transform : Callable[[Sample], Sample] | None
+        of samples, such as `TrainTransform`; None = no change
+    masks : bool | None
+        True: every picture must have one; False: none is opened; None: where there are any
+    ids : Sequence[str] | None
+        these pictures instead of those of a list; None = the split's
+    """
     return SegmentationFolder(list_folder(root, split, ids), transform, masks)
 
-def open_dataset(root: str | Path, split: str = "train", transform: Callable[[Sample], Sample] | None = None,
-                 masks: bool | None = None, dataset: str = "auto", ids: Sequence[str] | None = None) -> SegmentationFolder:
-    "Any of the four, told apart by `detect_dataset` unless `dataset` says which."
+def open_dataset(
+    root: str | Path,              # the dataset's folder
+    split: str = "train",          # name of a list of ids, such as train or val
+    transform: Callable[[Sample], Sample] | None = None,   # of samples, such as `TrainTransform`; None = no change
+    masks: bool | None = None,     # True: every picture must have one; False: none is opened; None: where there are any
+    dataset: str = "auto",         # "voc", "coco", "cocostuff", "folder", or "auto": `detect_dataset`
+    ids: Sequence[str] | None = None,   # these pictures instead of those of a list; None = the split's
+) -> SegmentationFolder:
+    """Any of the four, told apart by `detect_dataset` unless `dataset` says which.
+
+    Parameters
+    ----------
+    root : str | Path
+        the dataset's folder
+    split : str
+        name of a list of ids, such as train or val
+    transform : Callable[[Sample], Sample] | None
+        of samples, such as `TrainTransform`; None = no change
+    masks : bool | None
+        True: every picture must have one; False: none is opened; None: where there are any
+    dataset : str
+        "voc", "coco", "cocostuff", "folder", or "auto": `detect_dataset`
+    ids : Sequence[str] | None
+        these pictures instead of those of a list; None = the split's
+    """
     return SegmentationFolder(list_dataset(root, split, dataset, ids), transform, masks)
 
 # %% ../nbs/12_data.ipynb #d3113126
@@ -510,8 +700,8 @@ def labels_from_masks(
     return path
 
 def classes_in_mask(
-    mask: np.ndarray,      # (H, W) uint8
-    listing: Listing,
+    mask: np.ndarray,   # (H, W) uint8
+    listing: Listing,   # whose classes the mask holds
 ) -> np.ndarray:
     """Which foreground classes occur in a mask, (K,) bool.
 
@@ -519,6 +709,8 @@ def classes_in_mask(
     ----------
     mask : np.ndarray
         (H, W) uint8
+    listing : Listing
+        whose classes the mask holds
     """
     counts = np.array(Image.fromarray(mask).histogram())
     return counts[int(listing.background):listing.num_classes] > 0
@@ -530,6 +722,8 @@ class Batch:
 
     Attributes
     ----------
+    ids : tuple[str, ...]
+        names of the B pictures
     images : Tensor
         (B, 3, H, W) float32 in [0, 1]
     masks : Tensor | None
@@ -539,7 +733,7 @@ class Batch:
     valid : Tensor | None
         (B, H, W) bool: False where a crop lies outside its picture; None: nothing is outside
     """
-    ids: tuple[str, ...]
+    ids: tuple[str, ...]               # names of the B pictures
     images: Tensor            # (B, 3, H, W) float32 in [0, 1]
     masks: Tensor | None      # (B, H, W) int64, 255 = ignore; None: at least one sample has none
     labels: Tensor | None     # (B, K) bool; None: no label table
@@ -571,7 +765,8 @@ def collate(
     sizes = {tuple(cast(Tensor, sample.image).shape[-2:]) for sample in samples}
     if len(sizes) > 1:
         raise InputError(f"pictures of sizes {sorted(sizes)} do not stack. Crop them (`TrainTransform`) or use batch size 1.")
-    parts: list[Any] = [_stack([getattr(sample, part) for sample in samples]) for part in ("image", "mask", "labels", "valid")]
+    names = "image", "mask", "labels", "valid"
+    parts: list[Any] = [_stack([getattr(sample, name) for sample in samples]) for name in names]
     return Batch(tuple(sample.id for sample in samples), *parts)
 
 def _stack(values: Sequence[Tensor | None]) -> Tensor | None:

@@ -422,8 +422,16 @@ class DualHead(nn.Module):
         return Decoded(shared, self.classifier(shared), self.high_classifier(shared_high))
 
 # %% ../nbs/30_decoders.ipynb #6d528c33
-def truncated_normal_start(module: nn.Module) -> None:
-    "Start linear layers as ZegCLIP's head does: weights from a truncated normal of deviation 0.02, biases 0."
+def truncated_normal_start(
+    module: nn.Module,   # changed in place
+) -> None:
+    """Start linear layers as ZegCLIP's head does: weights from a truncated normal of deviation 0.02, biases 0.
+
+    Parameters
+    ----------
+    module : nn.Module
+        changed in place
+    """
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.trunc_normal_(layer.weight, std=0.02)

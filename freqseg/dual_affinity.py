@@ -7,12 +7,12 @@ __all__ = ['ENCODINGS', 'INITS', 'NORMALISATIONS', 'BORDERS', 'SCALES', 'INVERSI
            'encode_entries', 'inverse_softplus', 'prior_score', 'PathOutput', 'entry_network', 'AffinityPath',
            'FrequencyRelations', 'frequency_relations', 'QualityThreshold', 'selective_mask', 'alignment_loss',
            'RelationMasks', 'window_count', 'rectification_masks', 'scaled_relation', 'relation_loss',
-           'DualAffinitySettings', 'DualAffinityOutput', 'DualAffinity']
+           'DualAffinitySettings', 'DualAffinityOutput', 'DualPaths', 'DualAffinity']
 
 # %% ../nbs/21_dual_affinity.ipynb #fb1e7c4f
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -107,8 +107,16 @@ def encode_entries(
 # %% ../nbs/21_dual_affinity.ipynb #7ab84453
 INITS = ("magnitude", "signed", "random")
 
-def inverse_softplus(x: Tensor) -> Tensor:
-    "The number whose softplus is x > 0, safe for small and large x; values below 1e-6 count as 1e-6."
+def inverse_softplus(
+    x: Tensor,   # any shape, above 0
+) -> Tensor:
+    """The number whose softplus is x > 0, safe for small and large x; values below 1e-6 count as 1e-6.
+
+    Parameters
+    ----------
+    x : Tensor
+        any shape, above 0
+    """
     x = x.clamp(min=1e-6)
     return x + (-torch.expm1(-x)).log()
 
@@ -160,8 +168,22 @@ class PathOutput(NamedTuple):
     positive: Tensor   # (B, N, N) softplus(score) + 1e-6
     affinity: Tensor   # (B, N, N) symmetric; rows and columns sum to 1 with the default normalisation
 
-def entry_network(entries: int, hidden: int, silent: bool) -> nn.Sequential:
-    "One hidden layer, applied to every pair of patches alike: (B, entries, n, N) -> (B, 1, n, N); 0 at first if `silent`."
+def entry_network(
+    entries: int,   # maps in a stack
+    hidden: int,    # channels of the hidden layer
+    silent: bool,   # start with 0 as its answer
+) -> nn.Sequential:
+    """One hidden layer, applied to every pair of patches alike: (B, entries, n, N) -> (B, 1, n, N); 0 at first if `silent`.
+
+    Parameters
+    ----------
+    entries : int
+        maps in a stack
+    hidden : int
+        channels of the hidden layer
+    silent : bool
+        start with 0 as its answer
+    """
     network = nn.Sequential(nn.Conv2d(entries, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, 1, 1))
     for value in network[2].parameters() if silent else (): nn.init.zeros_(value)
     return network
@@ -714,13 +736,17 @@ class DualAffinityOutput:
         "alignment" L_a and "rectification" L_r as far as they apply, unweighted
     statistics : dict[str, Tensor]
         () no gradient: "alpha", and the shares of pairs "selected", "positive" and "negative"
+    smoothed_path : PathOutput
+        scores behind `smoothed`
+    inverse_path : PathOutput | None
+        scores behind `inverse`; None without an inverse path
     """
     smoothed: Tensor                 # A_la, or A_s when it is not learned: (B, N, N) fp32
     inverse: Tensor | None           # A_ha, or A_inv when it is not learned; None without an inverse path
     losses: dict[str, Tensor]        # "alignment" L_a and "rectification" L_r as far as they apply, unweighted
     statistics: dict[str, Tensor]    # () no gradient: "alpha", and the shares of pairs "selected", "positive" and "negative"
-    smoothed_path: PathOutput
-    inverse_path: PathOutput | None
+    smoothed_path: PathOutput          # scores behind `smoothed`
+    inverse_path: PathOutput | None    # scores behind `inverse`; None without an inverse path
 
 # %% ../nbs/21_dual_affinity.ipynb #cc6cb969
 CUTOFF = .1   # of the inversions that keep less, cycles per token
@@ -739,20 +765,22 @@ def _compared(path: PathOutput, scale: str) -> Tensor:
     return path.score if scale == "score" else path.affinity
 
 # %% ../nbs/21_dual_affinity.ipynb #75d6eac6
-class DualAffinity(nn.Module):
-    """Both affinities of DFA with what trains them: smoothed path and L_a, inverse path and L_r.
+_Paths = TypeVar("_Paths", bound="DualPaths")
 
-    Gradients reach only the two paths: the tower is frozen, decoder features and pseudo-labels teach and are not taught.
-    Raises `InputError` for options that do not exist.
+class DualPaths(nn.Module):
+    """The smoothed and the inverse affinity of a tower, each by a path of its own (DFA); `DualAffinity` teaches them.
 
     Parameters
     ----------
     entries : int
         maps per stack: layers, or layers x heads
+    settings : DualAffinitySettings
+        see `DualAffinitySettings`
     """
-    def __init__(self,
-        entries: int,                                                # maps per stack: layers, or layers x heads
-        settings: DualAffinitySettings = DualAffinitySettings(),
+    def __init__(
+        self,
+        entries: int,                                              # maps per stack: layers, or layers x heads
+        settings: DualAffinitySettings = DualAffinitySettings(),   # see `DualAffinitySettings`
     ):
         super().__init__()
         self.settings = settings
@@ -762,7 +790,8 @@ class DualAffinity(nn.Module):
         self.threshold = QualityThreshold() if settings.align else None
 
     @classmethod
-    def for_backbone(cls, backbone: Backbone, settings: DualAffinitySettings = DualAffinitySettings()) -> "DualAffinity":
+    def for_backbone(cls: type[_Paths], backbone: Backbone,
+                     settings: DualAffinitySettings = DualAffinitySettings()) -> _Paths:
         "Sized for a tower; `source=None` becomes what its weights propose, else attention (DFA)."
         source = settings.source or backbone.metadata.get("default_attention_source", "attention")
         settings = replace(settings, source=source)
@@ -781,6 +810,17 @@ class DualAffinity(nn.Module):
         inverse = None if self.high is None else self.high(invert_relation(stack, features.grid, _high_pass(s)))
         return self.low(stack), inverse
 
+    def output(self, paths: tuple[PathOutput, PathOutput|None]) -> DualAffinityOutput:
+        "The affinities of `paths`, without losses."
+        smoothed, inverse = paths
+        return DualAffinityOutput(smoothed.affinity, None if inverse is None else inverse.affinity, {}, {}, smoothed, inverse)
+
+# %% ../nbs/21_dual_affinity.ipynb #1d987be1
+class DualAffinity(DualPaths):
+    """Both affinities of DFA with what trains them: smoothed path and L_a, inverse path and L_r.
+
+    Gradients reach only the two paths: the tower is frozen, decoder features and pseudo-labels teach and are not taught.
+    Raises `InputError` for options that do not exist."""
     def forward(self,
         features: Features,             # encoded with `request`
         decoded: Tensor|None = None,    # F_d (B, D, h, w); None = no losses
@@ -801,11 +841,6 @@ class DualAffinity(nn.Module):
         """
         paths = self.paths(features)
         return self.output(paths) if decoded is None else self.losses(paths, features.grid, decoded, labels)
-
-    def output(self, paths: tuple[PathOutput, PathOutput|None]) -> DualAffinityOutput:
-        "The affinities of `paths`, without losses."
-        smoothed, inverse = paths
-        return DualAffinityOutput(smoothed.affinity, None if inverse is None else inverse.affinity, {}, {}, smoothed, inverse)
 
     def losses(self,
         paths: tuple[PathOutput, PathOutput|None],   # of `paths`: pseudo-labels are made from them before they are taught

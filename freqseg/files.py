@@ -115,30 +115,76 @@ class Spool:
         for _ in range(self.count): yield pickle.load(self.file)
 
 # %% ../nbs/08_files.ipynb #4bcec707
-def finite(value: Any) -> Any:
-    "JSON has no NaN: None instead, at any depth; named tuples become objects."
+def finite(
+    value: Any,   # numbers, texts, lists, dictionaries, named tuples
+) -> Any:
+    """JSON has no NaN: None instead, at any depth; named tuples become objects.
+
+    Parameters
+    ----------
+    value : Any
+        numbers, texts, lists, dictionaries, named tuples
+    """
     if hasattr(value, "_asdict"): value = value._asdict()
     if isinstance(value, dict): return {name: finite(part) for name, part in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 # %% ../nbs/08_files.ipynb #141a573e
-def read_json(path: str | Path) -> Any:
-    "What a file holds; None where it is missing or torn."
+def read_json(
+    path: str | Path,   # of a JSON file
+) -> Any:
+    """What a file holds; None where it is missing or torn.
+
+    Parameters
+    ----------
+    path : str | Path
+        of a JSON file
+    """
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError): return None
 
-def write_json(path: str | Path, value: Any) -> None:
-    "Write plain values whole or not at all. Raises `InputError` where that is not possible, `ValueError` for NaN."
+def write_json(
+    path: str | Path,   # of the file; its folder is made
+    value: Any,         # what JSON can hold
+) -> None:
+    """Write plain values whole or not at all. Raises `InputError` where that is not possible, `ValueError` for NaN.
+
+    Parameters
+    ----------
+    path : str | Path
+        of the file; its folder is made
+    value : Any
+        what JSON can hold
+    """
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     with atomic_write(path) as partial: partial.write_text(text, encoding="utf-8")
 
 # %% ../nbs/08_files.ipynb #3275a7c6
-def cannot_write_into(folder: str | Path, error: OSError) -> InputError:
-    "The error for a folder that cannot be written into. To be raised by the caller."
+def cannot_write_into(
+    folder: str | Path,   # that was to be written into
+    error: OSError,       # what the system said
+) -> InputError:
+    """The error for a folder that cannot be written into. To be raised by the caller.
+
+    Parameters
+    ----------
+    folder : str | Path
+        that was to be written into
+    error : OSError
+        what the system said
+    """
     return InputError(f"cannot write into {folder}: {error.strerror or error}. Free some space, get write access, or choose another folder.")
 
-def require_writable(folder: str | Path) -> None:
-    "Raise `InputError` for a folder that cannot be made or written, or is a file, before hours are spent."
+def require_writable(
+    folder: str | Path,   # made if it is missing
+) -> None:
+    """Raise `InputError` for a folder that cannot be made or written, or is a file, before hours are spent.
+
+    Parameters
+    ----------
+    folder : str | Path
+        made if it is missing
+    """
     if Path(folder).is_file(): raise InputError(f"cannot write into {folder}: it is a file. Name a folder.")
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)

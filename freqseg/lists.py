@@ -109,12 +109,16 @@ class Domain:
         such as "the embedded world"
     caveat : str
         after "the pictures are": what figures on them do not say
+    classes : tuple[str, ...]
+        names of the pictures' classes
     unseen : tuple[str, ...]
         of these; without masks in zero-shot training
     background : tuple[str, ...]
         names that the classes compete with
     templates : tuple[str, ...]
         that a class name is put into, each with one {}
+    background_templates : tuple[str, ...]
+        the same for names of the background
     fillers : tuple[str, ...]
         words of a closed vocabulary that name nothing
     side : int | None
@@ -124,11 +128,11 @@ class Domain:
     """
     title: str = ""                                # such as "the embedded world"
     caveat: str = ""                               # after "the pictures are": what figures on them do not say
-    classes: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()      # names of the pictures' classes
     unseen: tuple[str, ...] = ()                   # of these; without masks in zero-shot training
     background: tuple[str, ...] = ()               # names that the classes compete with
     templates: tuple[str, ...] = ()                # that a class name is put into, each with one {}
-    background_templates: tuple[str, ...] = ()
+    background_templates: tuple[str, ...] = ()   # the same for names of the background
     fillers: tuple[str, ...] = ()                  # words of a closed vocabulary that name nothing
     side: int | None = None                        # usual long side, pixels
     mu: float | None = None                        # usual cut-off between the bands, cycles per token
@@ -154,11 +158,11 @@ class Domain:
             if name not in usual: raise InputError(f"{where}: {unknown_name(name, usual, 'fact about pictures')}")
             kind = read_as.get(type(usual[name]), (int, float))
             if not isinstance(value, kind): raise InputError(f"{where}: {name}={value!r} is {type(value).__name__}; see freqseg.lists.Domain for what it should be.")
-        made: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        made: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in values.items()}
         return cls(**made)
 
 def seen_and_unseen(
-    classes: Sequence[str],
+    classes: Sequence[str],                      # every class of the dataset, in order
     unseen: str | Sequence[str] | None = None,   # None: as published, or as the domain has it
     seen: str | Sequence[str] | None = None,     # None: all others
     domain: Domain = Domain(),                   # of the pictures
@@ -167,6 +171,8 @@ def seen_and_unseen(
 
     Parameters
     ----------
+    classes : Sequence[str]
+        every class of the dataset, in order
     unseen : str | Sequence[str] | None
         None: as published, or as the domain has it
     seen : str | Sequence[str] | None
@@ -305,11 +311,17 @@ def read_classes(
     return tuple(names)
 
 def read_ids(
-    path: str | Path,
+    path: str | Path,   # one picture a line
 ) -> tuple[str, ...]:
     """Ids of a list file. The first word of each line counts; of a path such as /JPEGImages/2007_000032.jpg, its stem.
 
-    Raises `InputError` when the list is empty."""
+    Raises `InputError` when the list is empty.
+
+    Parameters
+    ----------
+    path : str | Path
+        one picture a line
+    """
     words = [line.split()[0] for line in _lines(Path(path))]
     if not words: raise InputError(f"{path} lists no ids. Write one id per line.")
     return tuple(map(_plain_id, words))
@@ -357,10 +369,10 @@ def read_labels(
     return LabelTable(rows, present)
 
 def write_labels(
-    path: str | Path,            # labels.txt
-    ids: Sequence[str],
-    present: np.ndarray,         # (len(ids), K) bool
-    classes: Sequence[str],      # K names
+    path: str | Path,         # labels.txt
+    ids: Sequence[str],       # n names of pictures
+    present: np.ndarray,      # (len(ids), K) bool
+    classes: Sequence[str],   # K names
 ) -> None:
     """Write a label table that `read_labels` reads back, whole or not at all.
 
@@ -368,10 +380,13 @@ def write_labels(
     ----------
     path : str | Path
         labels.txt
+    ids : Sequence[str]
+        n names of pictures
     present : np.ndarray
         (len(ids), K) bool
     classes : Sequence[str]
         K names
     """
-    lines = [f"{name} {','.join(classes[k] for k in np.flatnonzero(row).tolist())}".rstrip() for name, row in zip(ids, present)]
+    shown = [np.flatnonzero(row).tolist() for row in present]
+    lines = [f"{name} {','.join(classes[k] for k in columns)}".rstrip() for name, columns in zip(ids, shown)]
     with atomic_write(path) as partial: partial.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -56,10 +56,10 @@ def option(
     return field(default=default, metadata={name: value for name, value in about.items() if value is not None})
 
 def same_option(
-    kind: type,                       # the dataclass that declares it
-    name: str,
-    default: Any = ...,               # another default; left out, the same one
-    **about: Any,                     # what else is different, as `option` takes it
+    kind: type,           # the dataclass that declares it
+    name: str,            # of the option there and here
+    default: Any = ...,   # another default; left out, the same one
+    **about: Any,         # what else is different, as `option` takes it
 ) -> Any:
     """A field that is declared as in another class, so that one meaning is written down once.
 
@@ -67,6 +67,8 @@ def same_option(
     ----------
     kind : type
         the dataclass that declares it
+    name : str
+        of the option there and here
     default : Any
         another default; left out, the same one
     **about : Any
@@ -186,6 +188,7 @@ def _fitting(value: Any, alternatives: Sequence[Any], about: Mapping[str, Any]) 
         if isinstance(plain, type) and plain not in (bool, str, Path) and isinstance(value, plain): return value
     raise _Misfit
 
+# %% ../nbs/06_options.ipynb #633a3116
 def checked(
     name: str,                    # of the option, for the message
     value: Any,                   # what was given
@@ -226,12 +229,20 @@ def _meaning(about: Mapping[str, Any]) -> str:
     "What the option means, as the end of a message."
     return f" ({about['help']})" if about.get("help") else ""
 
-# %% ../nbs/06_options.ipynb #5fd7a42e
+# %% ../nbs/06_options.ipynb #bd3f7f9f
 @cache
 def _hints(kind: type) -> dict[str, Any]:
     "The annotations of a dataclass, resolved."
     return get_type_hints(kind)
 
+def _require_retired(name: str, value: Any, only: Any) -> None:
+    "Raise `InputError` unless an option that is gone has the value that is left."
+    if value != only:
+        raise InputError(f"{name}={_shortened(value)}: this option is gone, it is always {only!r} now. Leave it out.")
+
+_Kind = TypeVar("_Kind", bound="Options")
+
+# %% ../nbs/06_options.ipynb #5fd7a42e
 class Options:
     """A frozen dataclass whose fields are declared with `option`: checked when it is made, read with `read`, explained by `explain`.
 
@@ -251,9 +262,9 @@ class Options:
 
     @classmethod
     def read(
-        cls: type["_Kind"],
+        cls: type[_Kind],
         given: Mapping[str, Any],   # name -> value
-    ) -> "_Kind":
+    ) -> _Kind:
         """The options under today's names or older ones. Raises `InputError` as `current` does, and for wrong values.
 
         Parameters
@@ -281,19 +292,12 @@ class Options:
         known, current = [one.name for one in fields(cls)], {}   # type: ignore[arg-type]
         for name, value in given.items():
             today = name if name in known else cls.renamed.get(name, name)
-            if today not in known and name in cls.retired: cls._require_retired(name, value)
+            if today not in known and name in cls.retired: _require_retired(name, value, cls.retired[name])
             elif today not in known: raise unknown_name(name, known, "option")
             elif today in current:
                 raise InputError(f"{today} is given twice, once under its older name: leave one of them out.")
             else: current[today] = value
         return current
-
-    @classmethod
-    def _require_retired(cls, name: str, value: Any) -> None:
-        "Raise `InputError` unless an option that is gone has the value that is left."
-        if value != cls.retired[name]:
-            raise InputError(f"{name}={_shortened(value)}: this option is gone, it is always {cls.retired[name]!r} "
-                             "now. Leave it out.")
 
     @classmethod
     def explain(cls) -> dict[str, str]:
@@ -303,8 +307,6 @@ class Options:
     def named(self) -> dict[str, Any]:
         "The options as a dictionary that JSON can hold."
         return asdict(self)   # type: ignore[call-overload]
-
-_Kind = TypeVar("_Kind", bound=Options)
 
 # %% ../nbs/06_options.ipynb #893a69d5
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}

@@ -36,9 +36,17 @@ def neighbourhood_mean(
     return affinity @ values / affinity.sum(-1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
 
 # %% ../nbs/24_ot_cam.ipynb #bd42bbf0
-def map_similarity(cam: Tensor) -> Tensor:
+def map_similarity(
+    cam: Tensor,   # (B, K, h, w) finished maps in [0, 1]
+) -> Tensor:
     """S (B, N, K + 1) from finished maps (B, K, h, w) in [0, 1]: their values and, last, what they leave to the
-    background."""
+    background.
+
+    Parameters
+    ----------
+    cam : Tensor
+        (B, K, h, w) finished maps in [0, 1]
+    """
     return with_background(cam).flatten(2).mT
 
 def similarity_matrix(
@@ -172,20 +180,20 @@ def class_marginal(
 
 # %% ../nbs/24_ot_cam.ipynb #7cb3dd35
 def transport_plan(
-    similarity: Tensor,  # S (B, N, K); (N, K) is a batch of one
-    smoothed: Tensor | None = None,  # A_s or A_la (B, N, N); None = every patch keeps its own score
-    inverse: Tensor | None = None,  # A_inv or A_ha (B, N, N), or None
-    present: Any = None,  # (B, K) bool, the background counts as present; None = all, see `as_present`
-    lambda_l: float = 1.0,
-    lambda_h: float = 0.1,
-    score: str = "class",  # "class" or "literal", see `score_matrix`
-    epsilon: float = 0.1,  # entropic regularisation in units of the score: smaller is sharper
-    temperature: float | None = None,  # of the class shares, see `class_marginal`
-    floor: float = 1e-6,  # least class share
-    share: Tensor | None = None,  # (B, K) class shares to use instead of the estimated ones
-    iterations: int = 100,  # most Sinkhorn rounds
-    tolerance: float = 1e-4,  # stop when every share is met within this part of itself
-    gradient: str = "unroll",  # "unroll" or "implicit"
+    similarity: Tensor,                 # S (B, N, K); (N, K) is a batch of one
+    smoothed: Tensor | None = None,     # A_s or A_la (B, N, N); None = every patch keeps its own score
+    inverse: Tensor | None = None,      # A_inv or A_ha (B, N, N), or None
+    present: Any = None,                # (B, K) bool, the background counts as present; None = all, see `as_present`
+    lambda_l: float = 1.0,              # weight of the smoothed affinity in the score
+    lambda_h: float = 0.1,              # weight of the inverse affinity in the score
+    score: str = "class",               # "class" or "literal", see `score_matrix`
+    epsilon: float = 0.1,               # entropic regularisation in units of the score: smaller is sharper
+    temperature: float | None = None,   # of the class shares, see `class_marginal`
+    floor: float = 1e-6,                # least class share
+    share: Tensor | None = None,        # (B, K) class shares to use instead of the estimated ones
+    iterations: int = 100,              # most Sinkhorn rounds
+    tolerance: float = 1e-4,            # stop when every share is met within this part of itself
+    gradient: str = "unroll",           # "unroll" or "implicit"
 ) -> Tensor:
     """Transport of patches to classes, T (B, N, K): rows sum to 1/N, columns to the class shares (DFA).
 
@@ -202,6 +210,10 @@ def transport_plan(
         A_inv or A_ha (B, N, N), or None
     present : Any
         (B, K) bool, the background counts as present; None = all, see `as_present`
+    lambda_l : float
+        weight of the smoothed affinity in the score
+    lambda_h : float
+        weight of the inverse affinity in the score
     score : str
         "class" or "literal", see `score_matrix`
     epsilon : float
@@ -265,13 +277,13 @@ def transport_cam(
     return cam.unflatten(-1, (h, w)).to(similarity.dtype)
 
 def transport_maps(
-    similarity: Tensor,  # S (B, N, K + 1), the background last: of `similarity_matrix` or `map_similarity`
-    smoothed: Tensor | None,  # as in `transport_cam`
-    inverse: Tensor | None,
-    grid: tuple[int, int],  # (h, w) with h * w = N
-    present: Any = None,  # (B, K) bool: classes of each picture; the background is everywhere
-    **options: Any,  # of `transport_plan`
-) -> Tensor:  # (B, K + 1, h, w) in [0, 1]
+    similarity: Tensor,        # S (B, N, K + 1), the background last: of `similarity_matrix` or `map_similarity`
+    smoothed: Tensor | None,   # as in `transport_cam`
+    inverse: Tensor | None,    # as in `transport_cam`
+    grid: tuple[int, int],     # (h, w) with h * w = N
+    present: Any = None,       # (B, K) bool: classes of each picture; the background is everywhere
+    **options: Any,            # of `transport_plan`
+) -> Tensor:                   # (B, K + 1, h, w) in [0, 1]
     """Maps of the classes and, last, of the background, which competes for every patch (DFA). Errors as in
     `transport_cam`.
 
@@ -280,6 +292,8 @@ def transport_maps(
     similarity : Tensor
         S (B, N, K + 1), the background last: of `similarity_matrix` or `map_similarity`
     smoothed : Tensor | None
+        as in `transport_cam`
+    inverse : Tensor | None
         as in `transport_cam`
     grid : tuple[int, int]
         (h, w) with h * w = N

@@ -96,8 +96,8 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 def read_image(
-    path: str | Path,
-    listed: bool = True,      # does a data set list it? An error then says how to do without it
+    path: str | Path,      # of the picture
+    listed: bool = True,   # does a data set list it? An error then says how to do without it
 ) -> Image.Image:
     """The picture as RGB, turned as its EXIF orientation asks: the way a viewer displays it.
 
@@ -105,6 +105,8 @@ def read_image(
 
     Parameters
     ----------
+    path : str | Path
+        of the picture
     listed : bool
         does a data set list it? An error then says how to do without it
     """
@@ -153,9 +155,9 @@ def _require_range(path: str | Path, values: np.ndarray, classes: int, mapping: 
                      f"{classes - 1} and 255 (ignore). Is it the right dataset, and does classes.txt name every class?")
 
 def read_mask(
-    path: str | Path,
-    classes: int | None = None,               # how many values are allowed, background included; None: no check
-    mapping: dict[int, int] | None = None,    # file value -> class value, for files numbered otherwise; 255 stays 255
+    path: str | Path,                        # of the mask, a picture of class numbers
+    classes: int | None = None,              # how many values are allowed, background included; None: no check
+    mapping: dict[int, int] | None = None,   # file value -> class value, for files numbered otherwise; 255 stays 255
 ) -> np.ndarray:
     """The mask as (H, W) uint8: 0..classes-1, 255 = ignore. Grey, palette (the index counts) and RGB in VOC colours.
 
@@ -163,6 +165,8 @@ def read_mask(
 
     Parameters
     ----------
+    path : str | Path
+        of the mask, a picture of class numbers
     classes : int | None
         how many values are allowed, background included; None: no check
     mapping : dict[int, int] | None

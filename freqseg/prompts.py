@@ -42,21 +42,27 @@ class Wording:
 
     Attributes
     ----------
+    classes : tuple[str, ...]
+        K foreground names
+    background : tuple[str, ...]
+        names that compete with them
     templates : tuple[str, ...]
         of a class; several are averaged
+    background_templates : tuple[str, ...]
+        of a name of the background
     aliases : Mapping[str, str]
         what is said instead of a class name
     """
-    classes: tuple[str, ...]
-    background: tuple[str, ...] = ()
+    classes: tuple[str, ...]           # K foreground names
+    background: tuple[str, ...] = ()   # names that compete with them
     templates: tuple[str, ...] = (WECLIP_TEMPLATE,)             # of a class; several are averaged
-    background_templates: tuple[str, ...] = (WECLIP_TEMPLATE,)
+    background_templates: tuple[str, ...] = (WECLIP_TEMPLATE,)   # of a name of the background
     aliases: Mapping[str, str] = field(default_factory=dict)    # what is said instead of a class name
 
 # %% ../nbs/18_prompts.ipynb #d06084a3
 def rivals(
     names: Sequence[str],     # that may be background
-    classes: Sequence[str],
+    classes: Sequence[str],   # K foreground names
 ) -> tuple[str, ...]:
     """The names that share no word with any class.
 
@@ -64,14 +70,27 @@ def rivals(
     ----------
     names : Sequence[str]
         that may be background
+    classes : Sequence[str]
+        K foreground names
     """
     words = {word for name in classes for word in [name, *name.replace("-", " ").split()]}
     return tuple(name for name in names if name not in words)
 
 # %% ../nbs/18_prompts.ipynb #d1c8b78f
-def require_words(backbone: Backbone, names: Sequence[str]) -> None:
+def require_words(
+    backbone: Backbone,     # the CLIP that will read them
+    names: Sequence[str],   # of classes and backgrounds
+) -> None:
     """Raise `InputError` for a name that a closed vocabulary cannot spell, naming the nearest; for one of nothing but fillers, such as "the"; and for
-    punctuation, which it does not read: "tree;key" would be one name. CLIP's own vocabulary is open."""
+    punctuation, which it does not read: "tree;key" would be one name. CLIP's own vocabulary is open.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        the CLIP that will read them
+    names : Sequence[str]
+        of classes and backgrounds
+    """
     tokenizer, domain = backbone.tokenizer, backbone.domain
     if not isinstance(tokenizer, ClosedVocabulary): return
     things = domain.classes or tokenizer.vocabulary
@@ -85,14 +104,22 @@ def require_words(backbone: Backbone, names: Sequence[str]) -> None:
         raise InputError(f"{unknown_name(name, things)} This model, {domain.title and f'a CLIP of {domain.title}, '}knows nothing but {', '.join(things)}"
                          f"{domain.background and ', and as backgrounds ' + ', '.join(domain.background) or ''}. For anything else take another model, such as ViT-B-16.")
 
-def usual_background(backbone: Backbone) -> tuple[str, ...]:
-    "WeCLIP's 25 background prompts; for a CLIP with a closed vocabulary the backgrounds of its domain."
+def usual_background(
+    backbone: Backbone,   # the CLIP that will read them
+) -> tuple[str, ...]:
+    """WeCLIP's 25 background prompts; for a CLIP with a closed vocabulary the backgrounds of its domain.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        the CLIP that will read them
+    """
     return backbone.domain.background if isinstance(backbone.tokenizer, ClosedVocabulary) else BACKGROUND_PROMPTS
 
 # %% ../nbs/18_prompts.ipynb #b2dfb787
 def usual_wording(
-    backbone: Backbone,
-    classes: Sequence[str],
+    backbone: Backbone,                      # the CLIP that will read them
+    classes: Sequence[str],                  # K foreground names
     background: Sequence[str]|None = None,   # competing names; None = the usual ones, () = none
 ) -> Wording:
     """How a backbone is asked for these classes: WeCLIP's wording for a CLIP, its domain's where the vocabulary is closed. A class is never its own rival.
@@ -101,6 +128,10 @@ def usual_wording(
 
     Parameters
     ----------
+    backbone : Backbone
+        the CLIP that will read them
+    classes : Sequence[str]
+        K foreground names
     background : Sequence[str]|None
         competing names; None = the usual ones, () = none
     """
@@ -119,14 +150,22 @@ SCENE_TEMPLATES = (*(f"{opening} a {size}{{}}." for opening in ("a photo of", "T
                    *(f"{opening} {{}} in the scene." for opening in ("a", "a photo of a", "There is a", "There is the", "This is a", "This is the", "This is one")))
 TEMPLATES = {"single": ("a photo of a {}",), "scene": SCENE_TEMPLATES}
 
-def folded(name: str) -> str:
-    "A name as text encoders read it: in small letters, single spaces."
+def folded(
+    name: str,   # of a class
+) -> str:
+    """A name as text encoders read it: in small letters, single spaces.
+
+    Parameters
+    ----------
+    name : str
+        of a class
+    """
     return " ".join(name.casefold().split())
 
 def plain_wording(
-    backbone: Backbone,
-    classes: Sequence[str],
-    templates: str = "single",   # "single", one sentence (ZegCLIP on VOC); "scene", fifteen (on COCO-Stuff). A closed vocabulary has its domain's
+    backbone: Backbone,          # the CLIP that will read them; a closed vocabulary has its domain's templates
+    classes: Sequence[str],      # K foreground names
+    templates: str = "single",   # "single", one sentence (ZegCLIP on VOC); "scene", fifteen (on COCO-Stuff)
 ) -> Wording:
     """How any class names are put to a backbone, with nothing else beside them.
 
@@ -134,9 +173,12 @@ def plain_wording(
 
     Parameters
     ----------
+    backbone : Backbone
+        the CLIP that will read them; a closed vocabulary has its domain's templates
+    classes : Sequence[str]
+        K foreground names
     templates : str
-        "single", one sentence (ZegCLIP on VOC); "scene", fifteen (on COCO-Stuff). A closed vocabulary has its
-        domain's
+        "single", one sentence (ZegCLIP on VOC); "scene", fifteen (on COCO-Stuff)
     """
     if templates not in TEMPLATES: raise unknown_name(templates, TEMPLATES, "set of templates")
     if isinstance(classes, str): raise InputError(f"classes={classes!r}: give a list of names.")
@@ -161,7 +203,18 @@ class Prompts(NamedTuple):
     text: Tensor             # (K, E), one row per class
     background: Tensor|None  # (Kb, E); None without background names
 
-def embed_wording(backbone: Backbone, wording: Wording) -> Prompts:
-    "The prompts of a wording in the joint space. Raises `InputError` for no classes, or a word that a closed vocabulary lacks."
+def embed_wording(
+    backbone: Backbone,   # the CLIP whose text encoder reads
+    wording: Wording,     # of `usual_wording` or `plain_wording`, or one of your own
+) -> Prompts:
+    """The prompts of a wording in the joint space. Raises `InputError` for no classes, or a word that a closed vocabulary lacks.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        the CLIP whose text encoder reads
+    wording : Wording
+        of `usual_wording` or `plain_wording`, or one of your own
+    """
     text = backbone.encode_text(wording.classes, wording.templates, wording.aliases)
     return Prompts(text, backbone.encode_text(wording.background, wording.background_templates) if wording.background else None)

@@ -24,8 +24,21 @@ from .lists import IGNORE, UNLABELLED
 class RandomScale(v2.Transform):
     """Resize picture and mask by one factor drawn from U(low, high): antialiased bilinear, nearest-exact. At least 1 pixel.
 
-    With `short`, a factor of 1 is a short side of so many pixels instead of the file's. Raises `InputError` for an empty range."""
-    def __init__(self, low: float = 0.5, high: float = 2.0, short: int | None = None):
+    With `short`, a factor of 1 is a short side of so many pixels instead of the file's. Raises `InputError` for an empty range.
+
+    Parameters
+    ----------
+    low : float
+        smallest factor
+    high : float
+        largest factor
+    """
+    def __init__(
+        self,
+        low: float = 0.5,           # smallest factor
+        high: float = 2.0,          # largest factor
+        short: int | None = None,
+    ):
         super().__init__()
         if not 0 < low <= high: raise InputError(f"scales need 0 < low <= high, got {low} and {high}")
         if short is not None and short < 1: raise InputError(f"short={short}: give the short side in pixels, or None for the file's.")
@@ -44,15 +57,36 @@ class RandomScale(v2.Transform):
         return tv_tensors.wrap(joint_ops.resize_image(plain, params["size"], InterpolationMode.NEAREST_EXACT)[0], like=inpt)
 
 # %% ../nbs/13_transforms.ipynb #19c9b4cc
-def to_tensors(sample: Sample) -> Sample:
-    "The picture as (3, H, W) float32 in [0, 1] and the mask as (H, W) int64, sizes unchanged. Normalising is the model's affair."
+def to_tensors(
+    sample: Sample,   # as its dataset gives it
+) -> Sample:
+    """The picture as (3, H, W) float32 in [0, 1] and the mask as (H, W) int64, sizes unchanged. Normalising is the model's affair.
+
+    Parameters
+    ----------
+    sample : Sample
+        as its dataset gives it
+    """
     image = joint_ops.to_dtype(joint_ops.to_image(sample.image), torch.float32, scale=True).as_subclass(Tensor)
     mask = None if sample.mask is None else torch.as_tensor(sample.mask).as_subclass(Tensor).long()
     return replace(sample, image=image, mask=mask)
 
 class VariedCrop(v2.RandomCrop):
-    "A random crop, drawn again up to ten times while one class fills `largest` of its labelled pixels or more (mmsegmentation's cat_max_ratio)."
-    def __init__(self, size: int | tuple[int, int], largest: float = 1., **options: Any):
+    """A random crop, drawn again up to ten times while one class fills `largest` of its labelled pixels or more (mmsegmentation's cat_max_ratio).
+
+    Parameters
+    ----------
+    size : int | tuple[int, int]
+        pixels: side or (height, width)
+    **options : Any
+        of torchvision's RandomCrop
+    """
+    def __init__(
+        self,
+        size: int | tuple[int, int],   # pixels: side or (height, width)
+        largest: float = 1.,
+        **options: Any,                # of torchvision's RandomCrop
+    ):
         super().__init__(size, **options)
         self.largest = largest
 
@@ -72,6 +106,7 @@ class VariedCrop(v2.RandomCrop):
         counts = inside.flatten().long().bincount(minlength=UNLABELLED + 1)[:UNLABELLED]
         return 1. if (counts > 0).sum() < 2 else (counts.max()/counts.sum()).item()
 
+# %% ../nbs/13_transforms.ipynb #8c03693c
 class TrainTransform:
     """Random scale, flip and crop of picture and mask together, then `to_tensors`; the defaults are WeCLIP's.
 

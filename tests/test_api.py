@@ -163,4 +163,4 @@ def test_train_is_one_call(tmp_path: Path) -> None:
 
 def test_explore_opens_a_picture_of_mine() -> None:
     explorer = freqseg.explore(scene(48).image, "star")
-    assert explorer.names.value == "star" and explorer.look.subject.image.shape == (224, 224, 3)
+    assert explorer.names.value == "star" and explorer.analysis.subject.image.shape == (224, 224, 3)

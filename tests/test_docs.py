@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted([ROOT / "nbs" / "index.md", *(ROOT / "nbs" / "guide").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "nbs" / "index.md", *(ROOT / "nbs" / "guide").glob("*.md")])
 
 
 # ---- the guide ------------------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def test_every_link_and_picture_of_the_site_is_there(site: Path) -> None:
 def test_the_navigation_begins_with_home_and_the_guide(site: Path) -> None:
     found = [target for target in links(site / "index.html").targets if target.endswith(".html") and "://" not in target]
     inside = list(dict.fromkeys(found))
-    names = ("first_hour", "own_data", "own_classes", "own_system", "cluster", "crf", "systems", "glossary")
+    names = ("first_hour", "own_data", "own_classes", "own_system", "own_map", "cluster", "crf", "systems", "glossary")
     guide = [f"guide/{name}.html" for name in names]
     assert [page for page in inside if page.startswith("guide/")] == guide
     assert inside.index(guide[-1]) < next(place for place, page in enumerate(inside) if page.startswith("explore/"))

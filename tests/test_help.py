@@ -20,12 +20,6 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(info.name for info in pkgutil.walk_packages(freqseg.__path__, "freqseg.")
                  if not info.ispkg and not info.name.rpartition(".")[2].startswith("_"))
 
-# Modules in which some arguments are still without a word. The list can only shrink.
-STILL_TO_DO = {f"freqseg.{name}" for name in """
-    affinity cam data dual_affinity maps ot_cam prompts
-    systems.dfa systems.ffr systems.segmenter systems.wtclip systems.zegclip
-    """.split()}
-
 EXAMPLE = '''def soften(
     x: Tensor,              # (B, D, h, w) maps
     mu: float = .2,         # cut-off, cycles per token
@@ -157,5 +151,4 @@ def unexplained(module: str) -> dict[str, list[str]]:
 @pytest.mark.parametrize("module", MODULES)
 def test_help_explains_every_argument(module: str) -> None:
     missing = unexplained(module)
-    if module in STILL_TO_DO: assert missing, f"{module} is done: take it off STILL_TO_DO"
-    else: assert not missing, f"give these a trailing note in their notebook, then run nbdev-export: {missing}"
+    assert not missing, f"give these a trailing note in their notebook, then run nbdev-export: {missing}"

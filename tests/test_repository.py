@@ -208,22 +208,11 @@ def test_papermill_finds_the_parameters_of_the_training_notebooks() -> None:
 
 EXCEPTIONS = {
     "long_cells": """
-        06_options=2 21_dual_affinity=1 36_maps=1 faces/76_explorer=1 systems/40_segmenter=1 systems/43_dfa=1
-        systems/44_ffr=1 systems/45_zegclip=2
     """,
     "lessons_lacking": """
-        faces/75_sweep_plots=1 faces/76_explorer=3
     """,
+    "lessons_lacking": "",
     "wide_lines": """
-        05_conditions=4 06_options=6 09_plugins=8 10_lists=26 11_pictures=9 12_data=41 13_transforms=10 14_clip=47
-        18_prompts=20 21_dual_affinity=54 22_cam=2 24_ot_cam=2 explore/frequency_cam=1
-        faces/72_plots=45 faces/74_report=50 faces/75_sweep_plots=9 faces/76_explorer=113
-        systems/40_segmenter=26 systems/41_weclip=7 systems/42_wtclip=4
-        systems/43_dfa=11 systems/44_ffr=12 systems/45_zegclip=27 systems/46_sptseg=9 train/dfa=24 train/ffr=16
-        train/sptseg=22 train/system=5 train/weclip=11 train/world_clip=1 train/wtclip=12 train/zegclip=22
-        work/52_inference=66 work/53_thresholds=10 work/53_training_free=2 work/54_evaluation=69 work/55_seeds=41
-        work/56_train=75 work/57_checkpoints=21 work/60_experiments=46 work/62_sweep_design=29
-        work/63_sweep_processes=10 work/64_sweep_statistics=26 work/65_sweeps=12 work/66_robustness=38 work/68_cost=48
     """,
 }
 

@@ -709,7 +709,7 @@ def score_seeds(
                           batch=args.batch, limit=args.limit, threshold_split=tune, progress=sys.stderr.isatty(),
                           command=command, pretrained=None if args.pretrained == "none" else args.pretrained)
 
-# %% ../../nbs/faces/84_cli.ipynb #7ef520f7
+# %% ../../nbs/faces/84_cli.ipynb #37d7af7f
 def seeds_command(
     args: argparse.Namespace,   # the command's options, parsed
 ) -> int:
@@ -791,6 +791,7 @@ def costs_of(
         )
     return [measure_cost(with_names(open_system(args.model, args.device), classes), **options)]
 
+# %% ../../nbs/faces/84_cli.ipynb #c057a012
 def cost_command(
     args: argparse.Namespace,   # the command's options, parsed
 ) -> int:
@@ -943,6 +944,7 @@ def _demo_steps(out: Path, scenes: int) -> dict[str, Callable[[], list[str]]]:
         "running the notebook that follows one picture through the tower": lambda: _demo_notebook(out),
         f"training {DEMO_SYSTEM}, {steps} steps on {drawn} scenes with image labels alone": train}
 
+# %% ../../nbs/faces/84_cli.ipynb #ae2cdf05
 def demo_command(
     args: argparse.Namespace,   # the command's options, parsed
 ) -> int:

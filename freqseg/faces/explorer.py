@@ -29,6 +29,7 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from PIL import Image
 from torch import Tensor
 
@@ -405,41 +406,46 @@ class Analysis:
         "Patch tokens of every block, (D, h, w)."
         return {block: found[0] for block, found in self.backbone.encode(self.images, tokens=range(self.depth), joint=False).tokens.items()}
 
-    def blocks(self, view: View) -> int|tuple[int, ...]:
-        "The blocks that the view's affinities are made of: the last so many, or their indices where some at the end are left out."
-        end = self.depth - min(view.skip, self.depth - 1)
-        count = min(view.layers, end)
-        return count if end == self.depth else tuple(range(end - count, end))
+# %% ../../nbs/faces/76_explorer.ipynb #0c465e4d
+@patch
+def blocks(self: Analysis, view: View) -> int|tuple[int, ...]:
+    "The blocks that the view's affinities are made of: the last so many, or their indices where some at the end are left out."
+    end = self.depth - min(view.skip, self.depth - 1)
+    count = min(view.layers, end)
+    return count if end == self.depth else tuple(range(end - count, end))
 
-    def settings(self, view: View) -> CamSettings:
-        "The view's options as activation maps know them."
-        return CamSettings(mu=view.mu, shape=view.shape, source=self.parts.settings.source, layers=self.blocks(view), box=.4 if view.boxes else None,
-                           epsilon=view.epsilon, lambda_l=view.lambda_l, lambda_h=view.lambda_h)
+@patch
+def settings(self: Analysis, view: View) -> CamSettings:
+    "The view's options as activation maps know them."
+    return CamSettings(mu=view.mu, shape=view.shape, source=self.parts.settings.source, layers=self.blocks(view), box=.4 if view.boxes else None,
+                       epsilon=view.epsilon, lambda_l=view.lambda_l, lambda_h=view.lambda_h)
 
-    def _parts(self, settings: CamSettings) -> CamParts:
-        "The parts for these settings; affinities of the blocks shown before are kept, for sliders come back."
-        self.related[self.parts.settings.layers] = {name: vars(self.parts)[name] for name in ("relation", "smooth", "invert") if name in vars(self.parts)}
-        while sum(made.nbytes for kept in self.related.values() for made in kept.values()) > KEPT: del self.related[next(iter(self.related))]
-        parts = self.parts.with_settings(settings)
-        for name, made in self.related.get(settings.layers, {}).items(): vars(parts).setdefault(name, made)
-        return parts
+@patch
+def _parts(self: Analysis, settings: CamSettings) -> CamParts:
+    "The parts for these settings; affinities of the blocks shown before are kept, for sliders come back."
+    self.related[self.parts.settings.layers] = {name: vars(self.parts)[name] for name in ("relation", "smooth", "invert") if name in vars(self.parts)}
+    while sum(made.nbytes for kept in self.related.values() for made in kept.values()) > KEPT: del self.related[next(iter(self.related))]
+    parts = self.parts.with_settings(settings)
+    for name, made in self.related.get(settings.layers, {}).items(): vars(parts).setdefault(name, made)
+    return parts
 
-    @torch.no_grad()
-    def shown(self, view: View = View()) -> Shown:
-        "The analysis in a view. Raises `InputError` for maps of a trained system where there is none."
-        self.parts = parts = self._parts(self.settings(view))
-        base = _base(self, parts, view)
-        bands = _bands(base, view)
-        going = {"low": next(iter(bands.values())), "high": next(reversed(bands.values()))}.get(view.band, base)
-        ready = _finished(view) and going is base   # in [0, 1]; its minimum means something
-        refined = _travelled(parts, going if ready else normalise_cam(going), view)
-        columns = {_title(view): base, **bands}
-        if view.affinity != "none" and view.maps != "transport": columns["over " + {"both": "both affinities"}.get(view.affinity, f"the {view.affinity} affinity")] = refined
-        labels = pseudo_labels(refined, size=self.subject.image.shape[:2], threshold=view.threshold)[0].byte().cpu().numpy()
-        prediction = None if self.predicted is None else _predicted_labels(self)
-        frequencies, energies = _spectra(going if ready else normalise_cam(going), refined if view.affinity != "none" and view.maps != "transport" else None)
-        return Shown({title: maps[0].cpu() for title, maps in _scaled(columns, base, view).items()}, refined[0].cpu(), labels, prediction,
-                     _scores(self, {"pseudo-label": labels, "prediction": prediction}), energies, frequencies)
+@patch
+@torch.no_grad()
+def shown(self: Analysis, view: View = View()) -> Shown:
+    "The analysis in a view. Raises `InputError` for maps of a trained system where there is none."
+    self.parts = parts = self._parts(self.settings(view))
+    base = _base(self, parts, view)
+    bands = _bands(base, view)
+    going = {"low": next(iter(bands.values())), "high": next(reversed(bands.values()))}.get(view.band, base)
+    ready = _finished(view) and going is base   # in [0, 1]; its minimum means something
+    refined = _travelled(parts, going if ready else normalise_cam(going), view)
+    columns = {_title(view): base, **bands}
+    if view.affinity != "none" and view.maps != "transport": columns["over " + {"both": "both affinities"}.get(view.affinity, f"the {view.affinity} affinity")] = refined
+    labels = pseudo_labels(refined, size=self.subject.image.shape[:2], threshold=view.threshold)[0].byte().cpu().numpy()
+    prediction = None if self.predicted is None else _predicted_labels(self)
+    frequencies, energies = _spectra(going if ready else normalise_cam(going), refined if view.affinity != "none" and view.maps != "transport" else None)
+    return Shown({title: maps[0].cpu() for title, maps in _scaled(columns, base, view).items()}, refined[0].cpu(), labels, prediction,
+                 _scores(self, {"pseudo-label": labels, "prediction": prediction}), energies, frequencies)
 
 # %% ../../nbs/faces/76_explorer.ipynb #4ff0b334
 def _title(view: View) -> str:
@@ -790,6 +796,7 @@ def view_figure(
     beside = {title + _in_brackets(shown.scores, title): paint_mask(labels, analysis.subject.image) for title, labels in masks.items() if labels is not None}
     return cam_panel(analysis.subject.image, shown.columns, analysis.names, view.opacity, view.cmap, heading=f"{analysis.subject.title}, {analysis.model}", beside=beside)
 
+# %% ../../nbs/faces/76_explorer.ipynb #fbcb1e1f
 def view_code(
     analysis: Analysis,    # of `explore`
     view: View = View(),   # options of what is shown
@@ -948,6 +955,7 @@ def open_history(
     if not steps: raise InputError(f"{folder} has no snapshots: train with -p snapshot_every=100.")
     return RunHistory(folder, tuple(steps), read_log(folder/"metrics.jsonl"))
 
+# %% ../../nbs/faces/76_explorer.ipynb #cb4c3d09
 def snapshot_cells(
     history: RunHistory,   # of `open_history`
     step: int,             # of the training, one with a snapshot
@@ -980,6 +988,7 @@ def snapshot_cells(
     drawn = {title: overlays(shown, normalise_cam(values)[0] if title != "map" else values[0], view.opacity, view.cmap) for title, values in columns.items()}
     return [[Cell(title, name, jpeg(pictures[place]), f"{title} of {name} at step {step}") for title, pictures in drawn.items()] for place, name in enumerate(names)], masks
 
+# %% ../../nbs/faces/76_explorer.ipynb #205100a9
 def history_svg(
     history: RunHistory,   # of `open_history`
     step: int,             # of the training, one with a snapshot

@@ -163,10 +163,9 @@ def trained_job(
 
 # %% ../../nbs/faces/80_segment_cli.ipynb #fcef1990
 def cam_settings(
-        backbone: "Backbone",   # a frozen CLIP
-        mu: float
-    | None = None,   # cut-off between the bands, cycles per token; None = that of the model's pictures, else 0.4 (FFR)
-        parameters: Sequence[str] = (),   # NAME=VALUE of other options
+    backbone: "Backbone",             # a frozen CLIP
+    mu: float | None = None,          # cut-off between the bands, cycles per token; None = the model's, else 0.4 (FFR)
+    parameters: Sequence[str] = (),   # NAME=VALUE of other options
 ) -> "CamSettings":
     """The options of maps. Raises `InputError` for an unknown one, naming the nearest, and for values that cannot be.
 
@@ -175,7 +174,7 @@ def cam_settings(
     backbone : Backbone
         a frozen CLIP
     mu : float | None
-        cut-off between the bands, cycles per token; None = that of the model's pictures, else 0.4 (FFR)
+        cut-off between the bands, cycles per token; None = the model's, else 0.4 (FFR)
     parameters : Sequence[str]
         NAME=VALUE of other options
     """

@@ -472,6 +472,11 @@ class Parser(argparse.ArgumentParser):
         if rest: self.error(f"unrecognized arguments: {' '.join(rest)}")
         return namespace, rest
 
+    def format_help(self) -> str:
+        "The help, without the sections that the export adds to the docstring of a command."
+        self.description = re.split(r"\n\s*Parameters\n", self.description or "")[0]
+        return super().format_help()
+
     def error(self, message: str) -> Any:
         "Print the usage and the message, or what is behind it; ends with status 2."
         super().error(_strange_option(self) or _with_nearest(message))

@@ -359,7 +359,7 @@ def grid_axes(
         axes[today] = [list(point.values()) if "," in axis else point[today] for point in points]
     return axes
 
-# %% ../../nbs/faces/82_training_cli.ipynb #ff08acdb
+# %% ../../nbs/faces/82_training_cli.ipynb #37116145
 def sweep_command(
     args: argparse.Namespace,   # the command's options, parsed
 ) -> int:

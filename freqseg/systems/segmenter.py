@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SYSTEMS', 'SegmenterOptions', 'System', 'known_systems', 'system_named', 'plugin_record', 'assign_labels',
-           'build_decoder', 'ForwardPass', 'Segmenter', 'require_labels', 'enlarged']
+           'build_decoder', 'ForwardPass', 'DecodedSystem', 'Segmenter', 'require_labels', 'enlarged']
 
 # %% ../../nbs/systems/40_segmenter.ipynb #54cb7aad
 import importlib, pkgutil, sys
@@ -109,7 +109,17 @@ class System(nn.Module):
     """What trainer, evaluator and checkpoints know of a system: a frozen backbone, classes, options, and what of it all learns.
 
     Systems add `training_step(batch, progress)`, losses by name, and `predict(images)`, logits at token resolution. A
-    subclass is known by its `name`, without one by the name of its class in lower case."""
+    subclass is known by its `name`, without one by the name of its class in lower case.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        the CLIP it stands on
+    classes : Sequence[str]
+        K foreground names, without background
+    options : Any
+        an instance of `Options`
+    """
     name: ClassVar[str] = "system"
     Options: ClassVar[_Kind] = SegmenterOptions
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}   # preset -> values of its parameters; parents' come first
@@ -127,7 +137,12 @@ class System(nn.Module):
         "The system on a backbone, for these foreground classes. Raises `InputError` for wrong options."
         return cls(backbone, classes, cls.Options.read(options))
 
-    def __init__(self, backbone: Backbone, classes: Sequence[str], options: Any):
+    def __init__(
+        self,
+        backbone: Backbone,       # the CLIP it stands on
+        classes: Sequence[str],   # K foreground names, without background
+        options: Any,             # an instance of `Options`
+    ):
         super().__init__()
         self.backbone, self.classes, self.options = backbone, tuple(classes), options
 
@@ -268,8 +283,25 @@ def assign_labels(
     return labels if valid is None else labels.masked_fill(~valid, IGNORE)
 
 # %% ../../nbs/systems/40_segmenter.ipynb #9300777a
-def build_decoder(width: int, blocks: int, classes: int, options: SegmenterOptions) -> nn.Module:
-    "The decoder that the options name."
+def build_decoder(
+    width: int,                  # channels of the tower's tokens
+    blocks: int,                 # of the tower whose tokens it reads
+    classes: int,                # how many, background included
+    options: SegmenterOptions,   # name the decoder and its size
+) -> nn.Module:
+    """The decoder that the options name.
+
+    Parameters
+    ----------
+    width : int
+        channels of the tower's tokens
+    blocks : int
+        of the tower whose tokens it reads
+    classes : int
+        how many, background included
+    options : SegmenterOptions
+        name the decoder and its size
+    """
     if options.decoder == "transformer":
         return TransformerDecoder(width, blocks, classes, dim=options.dim, layers=options.decoder_layers, dropout=options.dropout)
     return wtclip_decoder(width, blocks, classes, levels=options.levels, wavelet=options.wavelet, learn_filters=options.learn_filters,
@@ -286,23 +318,39 @@ class ForwardPass:
         (B, 3, H, W) normalised
     present : Tensor
         (B, K) bool
+    features : Features
+        of the frozen tower
+    decoded : Decoded
+        features and logits of the decoder
     """
     images: Tensor      # (B, 3, H, W) normalised
     present: Tensor     # (B, K) bool
-    features: Features
-    decoded: Decoded
+    features: Features                 # of the frozen tower
+    decoded: Decoded                   # features and logits of the decoder
 
 # %% ../../nbs/systems/40_segmenter.ipynb #4663b126
-class Segmenter(System, abstract=True):
-    """A frozen CLIP, a decoder on its tokens, and pseudo-labels from its own activation maps.
+class DecodedSystem(System, abstract=True):
+    """A frozen CLIP, and a decoder on the tokens of its blocks: one pass gives both, for any kind of activation maps.
 
-    Systems add `training_step` and `activation_maps`. Raises `InputError` for options that cannot be."""
-    name: ClassVar[str] = "segmenter"
+    Parameters
+    ----------
+    backbone : Backbone
+        the CLIP it stands on
+    classes : Sequence[str]
+        K foreground names, without background
+    options : SegmenterOptions
+        of decoder, pseudo-labels and losses
+    """
     Options: ClassVar[type[SegmenterOptions]] = SegmenterOptions
     text: Tensor         # (K, E) unit-norm embeddings of the classes
     background: Tensor   # (Kb, E) of the names that compete with them
 
-    def __init__(self, backbone: Backbone, classes: Sequence[str], options: SegmenterOptions):
+    def __init__(
+        self,
+        backbone: Backbone,          # the CLIP it stands on
+        classes: Sequence[str],      # K foreground names, without background
+        options: SegmenterOptions,   # of decoder, pseudo-labels and losses
+    ):
         super().__init__(backbone, classes, options)
         self.num_classes, self.token_blocks = len(self.classes) + 1, tuple(range(backbone.depth - 1))
         text, background = embed_wording(backbone, usual_wording(backbone, self.classes, options.background))
@@ -336,6 +384,13 @@ class Segmenter(System, abstract=True):
         features = self.encode(images)
         return ForwardPass(images, present, features, self.decode(features))
 
+# %% ../../nbs/systems/40_segmenter.ipynb #c9e430cf
+class Segmenter(DecodedSystem, abstract=True):
+    """A frozen CLIP, a decoder on its tokens, and pseudo-labels from its own activation maps.
+
+    Systems add `training_step` and `activation_maps`. Raises `InputError` for options that cannot be."""
+    name: ClassVar[str] = "segmenter"
+
     def grad_cam(self, forward: ForwardPass) -> Tensor:
         "CLIP's own activation maps (B, K, h, w) in [0, 1]."
         return grad_cam(self.backbone, forward.features, self.text, forward.present, self.background).float()
@@ -356,7 +411,8 @@ class Segmenter(System, abstract=True):
         if self.options.rectify is not None and self.rectification is not None:
             losses["rectify"] = self.options.rectify_weight*self.rectification(forward.decoded.features, cam, forward.present).loss
         if self.options.reconstruction:
-            losses["reconstruct"] = self.options.reconstruction*cast(WaveletConv2d, self.decoder.refine).reconstruction_penalty()
+            refine = cast(WaveletConv2d, self.decoder.refine)
+            losses["reconstruct"] = self.options.reconstruction*refine.reconstruction_penalty()
         return losses
 
     @torch.no_grad()
@@ -377,12 +433,31 @@ class Segmenter(System, abstract=True):
         return self.decode(self.encode(images, {"tokens": self.token_blocks, "joint": False}), keep).logits
 
 # %% ../../nbs/systems/40_segmenter.ipynb #196af773
-def require_labels(batch: Batch) -> Tensor:
-    "Image labels (B, K) of a batch. Raises `InputError` when there are none."
+def require_labels(
+    batch: Batch,   # of a loader
+) -> Tensor:
+    """Image labels (B, K) of a batch. Raises `InputError` when there are none.
+
+    Parameters
+    ----------
+    batch : Batch
+        of a loader
+    """
     if batch.labels is None: raise InputError(f"no image labels for {', '.join(batch.ids[:3])} ...: weakly supervised training starts from them. Write labels.txt, one line \"id class,class\" per picture.")
     return batch.labels
 
 # %% ../../nbs/systems/40_segmenter.ipynb #cc7720c4
-def enlarged(logits: Tensor, labels: Tensor) -> Tensor:
-    "Logits (B, C, h, w) in float32 at the size of the labels (B, H, W)."
+def enlarged(
+    logits: Tensor,   # (B, C, h, w)
+    labels: Tensor,   # (B, H, W), of which only the size is read
+) -> Tensor:
+    """Logits (B, C, h, w) in float32 at the size of the labels (B, H, W).
+
+    Parameters
+    ----------
+    logits : Tensor
+        (B, C, h, w)
+    labels : Tensor
+        (B, H, W), of which only the size is read
+    """
     return F.interpolate(logits.float(), labels.shape[-2:], mode="bilinear", align_corners=False)

@@ -36,11 +36,11 @@ class WTCLIPOptions(WeCLIPOptions):
 
 # %% ../../nbs/systems/42_wtclip.ipynb #37665a11
 def edge_map(
-    images: Tensor,            # (B, 3, H, W) in any linear colour range
-    grid: tuple[int, int],     # (h, w) of the result
-    levels: int = 3,
-    wavelet: str = "haar",
-) -> Tensor:                   # (B, 1, h, w) in [0, 1]
+    images: Tensor,          # (B, 3, H, W) in any linear colour range
+    grid: tuple[int, int],   # (h, w) of the result
+    levels: int = 3,         # of the wavelet transform
+    wavelet: str = "haar",   # any name that `filter_bank` takes
+) -> Tensor:                 # (B, 1, h, w) in [0, 1]
     """Where the picture has edges: mean over levels of the magnitude of its wavelet details (our reading of WTCLIP's figure).
 
     Parameters
@@ -49,6 +49,10 @@ def edge_map(
         (B, 3, H, W) in any linear colour range
     grid : tuple[int, int]
         (h, w) of the result
+    levels : int
+        of the wavelet transform
+    wavelet : str
+        any name that `filter_bank` takes
 
     Returns
     -------

@@ -69,12 +69,12 @@ class RunProcess:
 
     def verdict(self) -> str:
         "Why it failed; empty when it did not."
-        said, code = self.process.stdout.read().strip(), self.process.returncode
+        said, code, words = self.process.stdout.read().strip(), self.process.returncode, self._last_words()
         self.close()
         if not code: return ""
         advice = "; out of memory? Try fewer jobs." if code == -signal.SIGKILL else "."
         if code < 0: return f"the process was ended by signal {-code}, {signal.strsignal(-code)}{advice}"
-        return said or f"the process ended with status {code}: {self._last_words()}"
+        return said or f"the process ended with status {code}: {words}"
 
     def _last_words(self) -> str:
         self.words.seek(0)
