@@ -1,7 +1,8 @@
-"""A step of `nbdev-export` (`export_procs` in pyproject.toml): notes beside arguments and fields become sections of docstrings.
+"""A step of `nbdev-export` (`export_procs` in pyproject.toml): notes become sections of docstrings.
 
-The notes are the only source. In a notebook they stand where one reads the code; `help()` and Shift-Tab show docstrings only, so the
-exported module carries them there, too, in numpy's style. A cell that was exported before comes out the same."""
+The notes are the only source. In a notebook they stand where one reads the code; `help()` and Shift-Tab show
+docstrings only, so the exported module carries them there, too, in numpy's style. A cell that was exported before
+comes out the same."""
 
 import ast
 import io
@@ -45,7 +46,11 @@ def comments(
 ) -> dict[int, str]:
     "Line number -> what its comment says to a reader; remarks to type checkers are left out."
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    texts = {token.start[0]: re.sub(r"#+\s*(type:|noqa|mypy:).*", "", token.string) for token in tokens if token.type == tokenize.COMMENT}
+    texts = {
+        token.start[0]: re.sub(r"#+\s*(type:|noqa|mypy:).*", "", token.string)
+        for token in tokens
+        if token.type == tokenize.COMMENT
+    }
     return {line: text.strip("# \t") for line, text in texts.items() if text.strip("# \t")}
 
 
@@ -66,16 +71,24 @@ def docstring_change(
     notes: dict[int, str],  # of `comments`
 ) -> tuple[int, int, str] | None:
     "First byte, end and new text of a docstring; None where there is nothing to say."
-    sections = class_sections(node, source, notes) if isinstance(node, ast.ClassDef) else function_sections(node, source, notes)
+    sections = (
+        class_sections(node, source, notes)
+        if isinstance(node, ast.ClassDef)
+        else function_sections(node, source, notes)
+    )
     if not sections:
         return None
     first = node.body[0]
     has = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
-    start, end = offset(source, first.lineno, first.col_offset), offset(source, first.end_lineno or 0, first.end_col_offset or 0)
-    own_line = first.lineno > node.lineno and not source.splitlines()[first.lineno - 1][:first.col_offset].strip()
+    start, end = (
+        offset(source, first.lineno, first.col_offset),
+        offset(source, first.end_lineno or 0, first.end_col_offset or 0),
+    )
+    own_line = first.lineno > node.lineno and not source.splitlines()[first.lineno - 1][: first.col_offset].strip()
     indent = " " * (first.col_offset if own_line else node.col_offset + 4)
     old = source.encode()[start:end].decode() if has else '""'
-    prefix, quotes, inner = re.fullmatch(r"([rRuU]?)(\"\"\"|'''|\"|')(.*)\2", old, re.DOTALL).groups()  # type: ignore[union-attr]
+    parts = re.fullmatch(r"([rRuU]?)(\"\"\"|'''|\"|')(.*)\2", old, re.DOTALL)
+    prefix, quotes, inner = parts.groups()  # type: ignore[union-attr]
     text = "\n\n".join(textwrap.indent(section, indent) for section in sections)
     if not prefix:
         text = text.replace("\\", "\\\\").replace('"""', r"\"\"\"")
@@ -86,7 +99,7 @@ def docstring_change(
 
 def offset(source: str, line: int, column: int) -> int:
     "Where a place of the syntax tree, which counts bytes in a line, lies in the encoded source."
-    return sum(len(text.encode()) for text in source.splitlines(keepends=True)[:line - 1]) + column
+    return sum(len(text.encode()) for text in source.splitlines(keepends=True)[: line - 1]) + column
 
 
 def function_sections(node: Function, source: str, notes: dict[int, str]) -> list[str]:
@@ -98,7 +111,9 @@ def function_sections(node: Function, source: str, notes: dict[int, str]) -> lis
         notes = {line: text for line, text in notes.items() if line != node.returns.end_lineno}
     named = [*spec.posonlyargs, *spec.args]
     defaults: dict[int, ast.expr | ast.arg] = dict(zip(map(id, named[::-1]), spec.defaults[::-1], strict=False))
-    defaults |= {id(one): value for one, value in zip(spec.kwonlyargs, spec.kw_defaults, strict=True) if value is not None}
+    defaults |= {
+        id(one): value for one, value in zip(spec.kwonlyargs, spec.kw_defaults, strict=True) if value is not None
+    }
     starred = [("*", spec.vararg), *(("", one) for one in spec.kwonlyargs), ("**", spec.kwarg)]
     entries = []
     for star, one in [*(("", one) for one in named), *starred]:
@@ -121,7 +136,11 @@ def class_sections(node: ast.ClassDef, source: str, notes: dict[int, str]) -> li
             return function_sections(one, source, notes)[:1]
     entries = []
     for one in node.body:
-        if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name) and "ClassVar" not in ast.unparse(one.annotation):
+        if (
+            isinstance(one, ast.AnnAssign)
+            and isinstance(one.target, ast.Name)
+            and "ClassVar" not in ast.unparse(one.annotation)
+        ):
             text = "; ".join(filter(None, (explained(one.value), notes.get(one.end_lineno or 0))))
             if text and not one.target.id.startswith("_"):
                 entries.append(entry(one.target.id, one.annotation, text, source))
@@ -129,7 +148,7 @@ def class_sections(node: ast.ClassDef, source: str, notes: dict[int, str]) -> li
 
 
 def explained(value: ast.expr | None) -> str:
-    "What `option(default, \"...\")` says about a field."
+    'What `option(default, "...")` says about a field.'
     if not isinstance(value, ast.Call) or getattr(value.func, "id", None) != "option":
         return ""
     texts = [*value.args[1:2], *(one.value for one in value.keywords if one.arg == "help")]
@@ -138,6 +157,8 @@ def explained(value: ast.expr | None) -> str:
 
 def entry(name: str, annotation: ast.expr | None, text: str, source: str) -> str:
     "One argument in numpy's style."
-    kind = "" if annotation is None else " ".join((ast.get_source_segment(source, annotation) or "").split()).strip("\"'")
+    kind = (
+        "" if annotation is None else " ".join((ast.get_source_segment(source, annotation) or "").split()).strip("\"'")
+    )
     lines = textwrap.wrap(text, WIDTH - 12, initial_indent="    ", subsequent_indent="    ", break_long_words=False)
     return "\n".join([" : ".join(filter(None, (name, kind))), *lines])

@@ -179,7 +179,8 @@ def last_qkv(
         encoded with the last block's qkv, joint=True or last_input=True
     """
     last = backbone.depth - 1
-    if last not in features.queries: return split_qkv(backbone.blocks[-1], _recorded(features.last_ln1).detach().clone())
+    if last not in features.queries:
+        return split_qkv(backbone.blocks[-1], _recorded(features.last_ln1).detach().clone())
     return features.queries[last].detach(), features.keys[last].detach(), features.values[last].detach()
 
 def _pull_through_attention(backbone: Backbone, features: Features,

@@ -31,7 +31,8 @@ from .lists import Domain
 
 # %% ../nbs/14_clip.ipynb #85d3a7bf
 def split_qkv(block: ResidualAttentionBlock, ln1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    "Queries, keys and values, each (B, heads, n, d), of `block` from the output of its first LayerNorm `ln1` (B, n, D)."
+    """Queries, keys and values, each (B, heads, n, d), of `block` from the output of its first LayerNorm `ln1` (B, n,
+    D)."""
     attn = block.attn
     fused = F.linear(ln1, attn.in_proj_weight, attn.in_proj_bias)
     query, key, value = fused.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -41,11 +42,13 @@ def split_qkv(block: ResidualAttentionBlock, ln1: Tensor) -> tuple[Tensor, Tenso
 # %% ../nbs/14_clip.ipynb #b37b3950
 def attention_weights(query: Tensor, key: Tensor) -> Tensor:
     "softmax(Q K^T / sqrt d) over keys: `query`, `key`, each (B, heads, n, d) -> (B, heads, n, n), rows sum to 1."
-    return ((query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)).softmax(dim=-1)   # scaled where numbers are fewer
+    # scaled where numbers are fewer
+    return ((query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)).softmax(dim=-1)
 
 # %% ../nbs/14_clip.ipynb #11f76fb3
 def merge_heads(block: ResidualAttentionBlock, context: Tensor) -> Tensor:
-    "The attention branch of `block` after mixing the values: `context` (B, heads, n, d) -> (B, n, D), to be added to the residual."
+    """The attention branch of `block` after mixing the values: `context` (B, heads, n, d) -> (B, n, D), to be added to
+    the residual."""
     attn = block.attn
     if getattr(attn, "head_scale", None) is not None: context = context * attn.head_scale
     x = context.transpose(1, 2).flatten(2)
@@ -117,7 +120,8 @@ def pad_to_patch(
 # %% ../nbs/14_clip.ipynb #7f00775e
 @dataclass
 class Features:
-    """What `Backbone.encode` was asked for; the rest is empty or None. Dictionaries are keyed by block index 0..depth-1.
+    """What `Backbone.encode` was asked for; the rest is empty or None. Dictionaries are keyed by block index
+    0..depth-1.
 
     B images, patch grid (h, w), N = h*w patches in row-major order, tower width D, joint width E.
 
@@ -140,7 +144,7 @@ class Features:
     last_residual : Tensor|None
         (B, N+1, D) input of the last block
     last_ln1 : Tensor|None
-        (B, N+1, D) the same after the last block's ln_1: what GradCAM differentiates
+        (B, N+1, D) after the last ln_1: what GradCAM differentiates
     patch_embedding : Tensor|None
         (B, E, h, w) joint space, not normalised
     cls_embedding : Tensor|None
@@ -154,7 +158,7 @@ class Features:
     keys: dict[int, Tensor] = field(default_factory=dict)         # (B, heads, N+1, d)
     values: dict[int, Tensor] = field(default_factory=dict)       # (B, heads, N+1, d)
     last_residual: Tensor|None = None      # (B, N+1, D) input of the last block
-    last_ln1: Tensor|None = None           # (B, N+1, D) the same after the last block's ln_1: what GradCAM differentiates
+    last_ln1: Tensor|None = None   # (B, N+1, D) after the last ln_1: what GradCAM differentiates
     patch_embedding: Tensor|None = None    # (B, E, h, w) joint space, not normalised
     cls_embedding: Tensor|None = None      # (B, E) joint space, not normalised: open_clip's encode_image
 
@@ -246,7 +250,8 @@ class ClosedVocabulary:
     ):
         self.vocabulary, self.context_length = tuple(vocabulary), context_length
         for word in self.vocabulary:
-            if self.words(word) != [word]: raise InputError(f"the vocabulary entry {word!r} is not one lower-case word.")
+            if self.words(word) != [word]:
+                raise InputError(f"the vocabulary entry {word!r} is not one lower-case word.")
         self.ids = {word: i for i, word in enumerate(self.vocabulary, 3)}
         if len(self.ids) < len(self.vocabulary): raise InputError("the vocabulary names a word twice.")
 
@@ -282,9 +287,9 @@ def _forget_texts(backbone: "Backbone", incompatible: Any) -> None:
 class Backbone(nn.Module):
     """A frozen open_clip model with a native ViT image tower, always in eval mode.
 
-    `encode` reads images, `encode_text` reads class names; `embed`, `block`, `last_block` and `project` are the steps of
-    `encode` for systems that put something in between (prompts, filters, other attention). No step stops gradients that
-    flow from its input, and no parameter of the backbone ever receives one.
+    `encode` reads images, `encode_text` reads class names; `embed`, `block`, `last_block` and `project` are the steps
+    of `encode` for systems that put something in between (prompts, filters, other attention). No step stops gradients
+    that flow from its input, and no parameter of the backbone ever receives one.
 
     Parameters
     ----------
@@ -347,12 +352,15 @@ class Backbone(nn.Module):
 
     @property
     def logit_scale(self) -> float:
-        "Factor on cosines before the softmax over classes (CLIP's learned inverse temperature, about 100 when trained)."
+        """Factor on cosines before the softmax over classes (CLIP's learned inverse temperature, about 100 when
+        trained)."""
         return float(self.model.logit_scale.exp())
 
     def __repr__(self) -> str:
-        return (f"Backbone({self.name}: {self.depth} blocks x {self.heads} heads, width {self.width}, joint {self.embed_dim}, "
-                f"patch {self.patch_size}, native {self.native_size})")
+        return (
+            f"Backbone({self.name}: {self.depth} blocks x {self.heads} heads, width {self.width}, joint "
+            f"{self.embed_dim}, "
+            f"patch {self.patch_size}, native {self.native_size})")
 
 # %% ../nbs/14_clip.ipynb #5cb14bc3
 def native_tower(model: nn.Module, name: str) -> VisionTransformer:
@@ -362,7 +370,8 @@ def native_tower(model: nn.Module, name: str) -> VisionTransformer:
     visual = getattr(model, "visual", None)
     reason = None
     if not isinstance(visual, VisionTransformer): reason = f"its image tower is a {type(visual).__name__}"
-    elif visual.attn_pool is not None or visual.pool_type == "none": reason = "its image tower ends in an attention pooler"
+    elif visual.attn_pool is not None or visual.pool_type == "none":
+        reason = "its image tower ends in an attention pooler"
     elif len(set(visual.patch_size)) > 1: reason = f"its patches are not square ({visual.patch_size})"
     elif any(getattr(b.attn, "logit_scale", None) is not None for b in visual.transformer.resblocks):
         reason = "its blocks use scaled cosine attention"
@@ -374,7 +383,8 @@ def native_tower(model: nn.Module, name: str) -> VisionTransformer:
 def _as_picture(picture: Image.Image|np.ndarray) -> Image.Image:
     "RGB PIL image from a PIL image or a uint8 array (H, W, 3) or (H, W)."
     if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8: raise InputError(f"picture arrays must be uint8 in 0..255, this one is {picture.dtype}.")
+        if picture.dtype != np.uint8:
+            raise InputError(f"picture arrays must be uint8 in 0..255, this one is {picture.dtype}.")
         picture = Image.fromarray(picture)
     return picture.convert("RGB")
 
@@ -391,7 +401,8 @@ def _pair(size: int|Sequence[int]) -> tuple[int, int]:
 def usual_size(self: Backbone,
     sizes: Sequence[tuple[int, int]],   # (height, width) of every picture, pixels
 ) -> tuple[int, int]:                   # (height, width), whole patches
-    """How large pictures are shown unless said otherwise: the longest side twice the native one, for a grid that sees edges.
+    """How large pictures are shown unless said otherwise: the longest side twice the native one, for a grid that sees
+    edges.
 
     They keep their shape; several shapes become a square.
 
@@ -410,19 +421,21 @@ def usual_size(self: Backbone,
     return high, wide
 
 @patch
-def preprocess(self: Backbone,
-    images: Image.Image|np.ndarray|Sequence[Image.Image|np.ndarray],   # one picture or several; arrays are uint8 (H, W, 3)
-    size: int|tuple[int, int]|None = None,   # side or (height, width) in pixels; None = `usual_size`
-) -> Tensor:                                                            # (B, 3, H, W) normalised, on the backbone's device
+def preprocess(
+    self: Backbone,
+    images: Image.Image | np.ndarray
+    | Sequence[Image.Image | np.ndarray],   # one picture or several; arrays are uint8 (H, W, 3)
+    size: int | tuple[int, int] | None = None,   # side or (height, width) in pixels; None = `usual_size`
+) -> Tensor:   # (B, 3, H, W) normalised, on the backbone's device
     """Pictures to normalised pixels: RGB, resized to exactly `size`, no cropping.
 
     Raises `InputError` for arrays that are not uint8.
 
     Parameters
     ----------
-    images : Image.Image|np.ndarray|Sequence[Image.Image|np.ndarray]
+    images : Image.Image | np.ndarray | Sequence[Image.Image | np.ndarray]
         one picture or several; arrays are uint8 (H, W, 3)
-    size : int|tuple[int, int]|None
+    size : int | tuple[int, int] | None
         side or (height, width) in pixels; None = `usual_size`
 
     Returns
@@ -520,18 +533,23 @@ def _indices(self: Backbone, blocks: Sequence[int], what: str) -> frozenset[int]
     "Block numbers with negatives resolved. Raises `InputError` outside -depth..depth-1."
     for index in blocks:
         if not -self.depth <= index < self.depth:
-            raise InputError(f"{what} of block {index}: {self.name} has blocks 0..{self.depth - 1} (or -{self.depth}..-1).")
+            raise InputError(
+                f"{what} of block {index}: {self.name} has blocks 0..{self.depth - 1} (or -{self.depth}..-1).")
     return frozenset(index % self.depth for index in blocks)
 
 @patch
-def _attend(self: Backbone, found: Features, request: _Request, index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor|None:
-    "Keep what was asked of a block's attention; the mixed values, or None when nobody needs them. Written-out attention exists only here."
+def _attend(self: Backbone, found: Features, request: _Request, index: int, query: Tensor, key: Tensor,
+            value: Tensor) -> Tensor | None:
+    """Keep what was asked of a block's attention; the mixed values, or None when nobody needs them. Written-out
+    attention exists only here."""
     if index in request.qkv:
         found.queries[index], found.keys[index], found.values[index] = query, key, value
-    if index not in request.attention: return F.scaled_dot_product_attention(query, key, value) if request.needs_output(index) else None
+    if index not in request.attention:
+        return F.scaled_dot_product_attention(query, key, value) if request.needs_output(index) else None
     weights = attention_weights(query, key)
     found.attention[index] = weights if request.per_head else weights.mean(dim=1)
-    return weights @ value if request.needs_output(index) else None   # there already, hence cheaper than fused attention
+    # there already, hence cheaper than fused attention
+    return weights @ value if request.needs_output(index) else None
 
 @patch
 def _step(self: Backbone, found: Features, request: _Request, index: int, x: Tensor) -> Tensor:
@@ -560,8 +578,8 @@ def encode(self: Backbone,
 ) -> Features:
     """One forward pass; returns what was asked for and computes nothing else.
 
-    Attention is written out only for the blocks in `attention`, fused elsewhere; blocks after the last one needed are not
-    run. Raises `InputError` for a size that is not whole patches and for a block that does not exist.
+    Attention is written out only for the blocks in `attention`, fused elsewhere; blocks after the last one needed are
+    not run. Raises `InputError` for a size that is not whole patches and for a block that does not exist.
 
     Parameters
     ----------
@@ -601,8 +619,14 @@ def merge_requests(
     *requests : Mapping[str, Any]
         arguments of `Backbone.encode`; what is not named is not wanted
     """
-    blocks = {name: tuple(sorted({block for request in requests for block in request.get(name, ())})) for name in ("tokens", "attention", "qkv")}
-    return {**blocks, **{name: any(request.get(name, False) for request in requests) for name in ("per_head", "joint", "last_input")}}
+    blocks = {
+        name: tuple(sorted({block
+                            for request in requests
+                            for block in request.get(name, ())}))
+        for name in ("tokens", "attention", "qkv")}
+    return {
+        **blocks,
+        **{name: any(request.get(name, False) for request in requests) for name in ("per_head", "joint", "last_input")}}
 
 # %% ../nbs/14_clip.ipynb #9d2a094a
 @patch
@@ -646,7 +670,8 @@ def encode_text(self: Backbone,
     Tensor
         (K, E), unit norm
     """
-    if isinstance(names, str) or not len(names): raise InputError(f"names must be a non-empty list of class names, not {names!r}.")
+    if isinstance(names, str) or not len(names):
+        raise InputError(f"names must be a non-empty list of class names, not {names!r}.")
     ensembles = [class_prompts(name, templates, aliases) for name in names]
     keys = [hashlib.sha256(json.dumps(prompts).encode()).hexdigest() for prompts in ensembles]
     self._fill_text_cache(dict(zip(keys, ensembles)))
@@ -662,7 +687,8 @@ def read_weights(path: str|Path) -> dict[str, Tensor]:
     if not path.is_file(): raise InputError(f"no weights file at {path}.")
     state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping): state = state["state_dict"]
-    if not isinstance(state, Mapping) or not state or not all(isinstance(v, (Tensor, int, float)) for v in state.values()):
+    if not isinstance(state, Mapping) or not state or not all(
+            isinstance(v, (Tensor, int, float)) for v in state.values()):
         raise InputError(f"{path} holds no state dict (a mapping of names to tensors).")
     return {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
 
@@ -675,12 +701,14 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path) -> Any:
     if zipfile.is_zipfile(path) and any(n.endswith("constants.pkl") for n in zipfile.ZipFile(path).namelist()):
-        raise InputError(f"{path} is a TorchScript program, and reading it would mean running it. Use pretrained=\"openai\", "
-                         "which fetches the same weights as safetensors, or save its state dict as .safetensors yourself.")
+        raise InputError(
+            f"{path} is a TorchScript program, and reading it would mean running it. Use pretrained=\"openai\", "
+            "which fetches the same weights as safetensors, or save its state dict as .safetensors yourself.")
     try: return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise InputError(f"{path} cannot be read as plain weights: it is damaged, or a pickle that wants to run code, which is "
-                         "refused. Save the state dict alone, best as .safetensors.") from error
+        raise InputError(
+            f"{path} cannot be read as plain weights: it is damaged, or a pickle that wants to run code, which is "
+            "refused. Save the state dict alone, best as .safetensors.") from error
     except (RuntimeError, EOFError, OSError, ValueError) as error: raise _broken(path, error) from error
 
 def _broken(path: Path, error: Exception) -> InputError:
@@ -689,14 +717,16 @@ def _broken(path: Path, error: Exception) -> InputError:
 # %% ../nbs/14_clip.ipynb #e7e1a515
 def fit_weights(model: nn.Module, state: dict[str, Tensor], source: str|Path) -> None:
     """Load `state` into `model`, strictly. Raises `InputError` naming `source` and what does not fit."""
-    state = {k: v for k, v in state.items() if k not in ("input_resolution", "context_length", "vocab_size", "attn_mask")}
+    state = {
+        k: v for k, v in state.items() if k not in ("input_resolution", "context_length", "vocab_size", "attn_mask")}
     if hasattr(model, "text"): state = open_clip.model.convert_to_custom_text_state_dict(state)
     own = model.state_dict()
     for key in ("logit_scale", "logit_bias"):   # stored as () by some releases, as (1,) by others
         if key in state and key in own: state[key] = state[key].reshape(own[key].shape)
     wrong = [f"{k} is {tuple(state[k].shape)} in the file and {tuple(v.shape)} in the model"
              for k, v in own.items() if k in state and state[k].shape != v.shape]
-    wrong += [f"the file lacks {k}" for k in own if k not in state] + [f"the model has no {k}" for k in state if k not in own]
+    wrong += [f"the file lacks {k}" for k in own if k not in state] + [
+        f"the model has no {k}" for k in state if k not in own]
     if wrong: raise InputError(f"{source} is of another architecture: {'; '.join(wrong[:3])}"
                                f"{f' (and {len(wrong) - 3} more)' if len(wrong) > 3 else ''}.")
     model.load_state_dict(state)
@@ -711,8 +741,10 @@ def named_config(name: str, quick_gelu: bool) -> dict[str, Any]:
     config = open_clip.get_model_config(name.replace("/", "-")) if ":" not in name else None
     if config is not None: return config | {"quick_gelu": quick_gelu}
     near = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.3)
-    raise InputError(f"no backbone called {name!r}, and no file there. Known: {', '.join(SHIPPED_CLIPS)}, {', '.join(near or ['ViT-B-16'])} "
-                     "and the other open_clip ViTs.")
+    raise InputError(
+        f"no backbone called {name!r}, and no file there. Known: {', '.join(SHIPPED_CLIPS)}, "
+        f"{', '.join(near or ['ViT-B-16'])} "
+        "and the other open_clip ViTs.")
 
 def build_clip(config: Mapping[str, Any], name: str = "this model", seed: int = 0) -> nn.Module:
     """A randomly initialised open_clip model from its `config`, the same for the same `seed`; messages call it `name`.
@@ -739,28 +771,31 @@ def build_closed_clip(config: Mapping[str, Any], seed: int = 0) -> open_clip.CLI
 
     `config` holds `embed_dim`, `vision_cfg` and `text_cfg` as open_clip names them; `text_cfg["vocab_size"]` is
     `len(tokenizer)`. Raises `InputError` for towers that are not native."""
-    text = {"pool_type": "eos", "eos_id": ClosedVocabulary.end, "pad_id": ClosedVocabulary.pad} | dict(config["text_cfg"])
+    text = {"pool_type": "eos", "eos_id": ClosedVocabulary.end, "pad_id": ClosedVocabulary.pad} | dict(
+        config["text_cfg"])
     return build_clip({**config, "text_cfg": text}, "a CLIP of a closed vocabulary", seed)
 
 # %% ../nbs/14_clip.ipynb #c7e21e7e
 def save_clip(
-    model: nn.Module,                            # open_clip CLIP
-    path: str|Path,                              # .safetensors file to write
-    config: Mapping[str, Any],                   # what `build_closed_clip` or `build_clip` was given
-    vocabulary: Sequence[str]|None = None,       # words of the `ClosedVocabulary`; None = CLIP's byte pairs
-    **metadata: Any,                             # anything else JSON can hold: mean, std, default_attention_source, domain (a `Domain`'s values)...
+        model: nn.Module,   # open_clip CLIP
+        path: str | Path,   # .safetensors file to write
+        config: Mapping[str, Any],   # what `build_closed_clip` or `build_clip` was given
+        vocabulary: Sequence[str] | None = None,   # words of the `ClosedVocabulary`; None = CLIP's byte pairs
+        **
+    metadata: Any,   # anything else JSON can hold: mean, std, default_attention_source, domain (a `Domain`'s values)...
 ) -> None:
-    """Write a model that `load_clip(path)` reads back. The file is never half there. Raises `InputError` when it cannot be written.
+    """Write a model that `load_clip(path)` reads back. The file is never half there. Raises `InputError` when it
+    cannot be written.
 
     Parameters
     ----------
     model : nn.Module
         open_clip CLIP
-    path : str|Path
+    path : str | Path
         .safetensors file to write
     config : Mapping[str, Any]
         what `build_closed_clip` or `build_clip` was given
-    vocabulary : Sequence[str]|None
+    vocabulary : Sequence[str] | None
         words of the `ClosedVocabulary`; None = CLIP's byte pairs
     **metadata : Any
         anything else JSON can hold: mean, std, default_attention_source, domain (a `Domain`'s values)...
@@ -789,11 +824,13 @@ def _json_or_text(value: str) -> Any:
 def check_sha256(path: str|Path, expected: str|Path) -> None:
     "Raise `InputError` unless the file at `path` has the digest stored in the file `expected` (first word)."
     wanted, found = Path(expected).read_text().split()[0].lower(), sha256(path)
-    if wanted != found: raise InputError(f"{path} is damaged: its SHA-256 is {found[:12]}..., {expected} says {wanted[:12]}...")
+    if wanted != found:
+        raise InputError(f"{path} is damaged: its SHA-256 is {found[:12]}..., {expected} says {wanted[:12]}...")
 
 # %% ../nbs/14_clip.ipynb #e2f6d630
 def fetch_published(name: str, tag: str) -> tuple[Path, dict[str, Any]]:
-    """Download (or find in the cache) the weights that open_clip lists as `tag` for `name`; returns their path and settings.
+    """Download (or find in the cache) the weights that open_clip lists as `tag` for `name`; returns their path and
+    settings.
 
     Raises `InputError` for an unknown tag, and with instructions for a manual download when the network fails."""
     published = open_clip.get_pretrained_cfg(name.replace("/", "-"), tag)
@@ -808,16 +845,19 @@ def fetch_published(name: str, tag: str) -> tuple[Path, dict[str, Any]]:
 def _by_hand(name: str, published: Mapping[str, Any]) -> str:
     "Which file to carry over when there is no network, and what to do with it."
     repository, _, file = published.get("hf_hub", "").rpartition("/")
-    what = f"{file or 'open_clip_model.safetensors'} of {repository} on the Hugging Face hub" if repository else published.get("url")
+    name = f"{file or 'open_clip_model.safetensors'} of {repository} on the Hugging Face hub"
+    what = name if repository else published.get("url")
     place = f"weights/{name.replace('/', '-')}.safetensors"
-    return f"On a machine with network fetch {what}, copy it here, for example to {place}, and pass pretrained=\"{place}\"."
+    return (f"On a machine with network fetch {what}, copy it here, for example to {place}, and pass "
+            f"pretrained=\"{place}\".")
 
 # %% ../nbs/14_clip.ipynb #c81b332b
 def _load_saved(path: Path, **settings: Any) -> Backbone:
     "A backbone from a file written by `save_clip`."
     stored = read_metadata(path)
     if "config" not in stored:
-        raise InputError(f"{path} does not say which architecture it holds: pass load_clip(\"ViT-B-16\", pretrained=\"{path}\").")
+        raise InputError(
+            f"{path} does not say which architecture it holds: pass load_clip(\"ViT-B-16\", pretrained=\"{path}\").")
     words = stored.get("vocabulary")
     model = (build_clip if words is None else build_closed_clip)(stored["config"])
     fit_weights(model, read_weights(path), path)
@@ -831,7 +871,8 @@ def _load_named(name: str, pretrained: str|Path|None, quick_gelu: bool|None, see
     "A backbone of a named open_clip architecture with published, local or random weights."
     path: Path|None = None
     published: dict[str, Any] = {}
-    if pretrained is not None and Path(pretrained).suffix in (".safetensors", ".pt", ".pth", ".bin"): path = Path(pretrained)
+    if pretrained is not None and Path(pretrained).suffix in (".safetensors", ".pt", ".pth", ".bin"):
+        path = Path(pretrained)
     elif pretrained is not None and Path(pretrained).is_file(): path = Path(pretrained)
     quick = True if quick_gelu is None else quick_gelu
     if path is None and pretrained is not None:
@@ -856,42 +897,45 @@ def usable_device(
         "auto", "cpu" or "cuda"
     """
     if name == "auto": return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available(): raise InputError(f"device {name}: there is no CUDA device here. Take cpu, or leave device away.")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device {name}: there is no CUDA device here. Take cpu, or leave device away.")
     return name
 
 def load_clip(
-    name: str|Path = "ViT-B-16",            # an open_clip ViT, one of SHIPPED_CLIPS ("world"), or a file of `save_clip`
-    pretrained: str|Path|None = "openai",   # published tag, weights file, or None for random weights; unused for what ships and for files
-    normalise: str = "clip",                # "clip" = the model's own mean and deviation; "imagenet" as WeCLIP and ZegCLIP feed
-    device: str|torch.device = "cpu",       # where to compute: "cpu" or "cuda"
-    position_resize: str = "bilinear",      # "bilinear" or "bicubic", for image sizes other than the native one
-    quick_gelu: bool|None = None,           # None = as published; for bare files and random weights, as OpenAI: True
-    seed: int = 0,                          # of random weights
+        name: str | Path = "ViT-B-16",   # an open_clip ViT, one of SHIPPED_CLIPS ("world"), or a file of `save_clip`
+        pretrained: str | Path
+    | None = "openai",   # published tag, weights file, or None for random weights; unused for what ships and for files
+        normalise: str = "clip",   # "clip" = the model's own mean and deviation; "imagenet" as WeCLIP and ZegCLIP feed
+        device: str | torch.device = "cpu",   # where to compute: "cpu" or "cuda"
+        position_resize: str = "bilinear",   # "bilinear" or "bicubic", for image sizes other than the native one
+        quick_gelu: bool | None = None,   # None = as published; for bare files and random weights, as OpenAI: True
+        seed: int = 0,   # of random weights
 ) -> Backbone:
     """Load a frozen CLIP backbone.
 
-    Raises `InputError` for an unknown name or tag, a failed download (with instructions), a file that is missing, damaged,
-    unsafe or of another architecture, and for architectures whose image tower is not open_clip's own ViT.
+    Raises `InputError` for an unknown name or tag, a failed download (with instructions), a file that is missing,
+    damaged, unsafe or of another architecture, and for architectures whose image tower is not open_clip's own ViT.
 
     Parameters
     ----------
-    name : str|Path
+    name : str | Path
         an open_clip ViT, one of SHIPPED_CLIPS ("world"), or a file of `save_clip`
-    pretrained : str|Path|None
+    pretrained : str | Path | None
         published tag, weights file, or None for random weights; unused for what ships and for files
     normalise : str
         "clip" = the model's own mean and deviation; "imagenet" as WeCLIP and ZegCLIP feed
-    device : str|torch.device
+    device : str | torch.device
         where to compute: "cpu" or "cuda"
     position_resize : str
         "bilinear" or "bicubic", for image sizes other than the native one
-    quick_gelu : bool|None
+    quick_gelu : bool | None
         None = as published; for bare files and random weights, as OpenAI: True
     seed : int
         of random weights
     """
     if normalise not in ("clip", "imagenet"): raise InputError(f"normalise={normalise!r}: use 'clip' or 'imagenet'.")
-    if position_resize not in ("bilinear", "bicubic"): raise InputError(f"position_resize={position_resize!r}: use 'bilinear' or 'bicubic'.")
+    if position_resize not in ("bilinear", "bicubic"):
+        raise InputError(f"position_resize={position_resize!r}: use 'bilinear' or 'bicubic'.")
     recipe = dict(name=str(name), pretrained=None if pretrained is None else str(pretrained), normalise=normalise,
                   position_resize=position_resize, quick_gelu=quick_gelu, seed=seed)
     settings: dict[str, Any] = {"position_resize": position_resize, "recipe": recipe}

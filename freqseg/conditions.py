@@ -73,7 +73,8 @@ def _installed(name: str) -> str | None:
 def git_revision(
     folder: str | Path | None = None,   # inside a repository; None = this package's
 ) -> str | None:
-    """Revision of the repository that a folder (default: this package) lies in, with a + when files differ from it; None outside of one.
+    """Revision of the repository that a folder (default: this package) lies in, with a + when files differ from it;
+    None outside of one.
 
     Parameters
     ----------
@@ -82,13 +83,17 @@ def git_revision(
     """
     git = ["git", "-C", str(folder or Path(freqseg.__file__).parent)]
     try:
-        revision = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, timeout=10, check=True).stdout
+        revision = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=10,
+                                  check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True,
+                                 text=True, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError): return None
     return revision + "+" * bool(changed.strip())
 
 def software() -> dict[str, str]:
     "Versions that a result depends on."
     import platform
-    versions = {"freqseg": freqseg.__version__, "revision": git_revision(), "python": platform.python_version(), **{name: _installed(name) for name in PACKAGES}}
+    versions = {
+        "freqseg": freqseg.__version__, "revision": git_revision(), "python": platform.python_version(),
+        **{name: _installed(name) for name in PACKAGES}}
     return {name: text for name, text in versions.items() if text}

@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .files import InputError, read_json, unknown_name
-from .lists import (COCO_CLASSES, COCOSTUFF_CLASSES, IGNORE, PICTURE_SUFFIXES, UNLABELLED, VOC_CLASSES, Domain, LabelTable, ZeroShotSplit, read_classes, read_ids,
-                           read_labels, shipped_labels, shipped_splits, write_labels)
+from .lists import (COCO_CLASSES, COCOSTUFF_CLASSES, IGNORE, PICTURE_SUFFIXES, UNLABELLED, VOC_CLASSES, Domain,
+                           LabelTable, ZeroShotSplit, read_classes, read_ids, read_labels, shipped_labels,
+                           shipped_splits, write_labels)
 from .pictures import read_image, read_mask, require_same_size
 
 # %% ../nbs/12_data.ipynb #f1d3427f
@@ -82,11 +83,13 @@ class Listing:
     @property
     def title(self) -> str:
         "The data set for a caption; a folder goes by its own name, not by where it lies."
-        if self.dataset != "folder": return {"voc": "PASCAL VOC 2012", "coco": "COCO 2014", "cocostuff": "COCO-Stuff 164K"}[self.dataset]
+        if self.dataset != "folder":
+            return {"voc": "PASCAL VOC 2012", "coco": "COCO 2014", "cocostuff": "COCO-Stuff 164K"}[self.dataset]
         return ", ".join(filter(None, (self.domain.title, f"folder {self.root.resolve().name}")))
 
     def with_domain(self, domain: Domain) -> "Listing":
-        "The listing itself; where its folder tells nothing and the classes are those of `domain`, with what that tells."
+        """The listing itself; where its folder tells nothing and the classes are those of `domain`, with what that
+        tells."""
         return replace(self, domain=domain) if self.domain == Domain() and self.classes == domain.classes else self
 
     @property
@@ -108,7 +111,8 @@ def _contents(folder: Path) -> str:
     return ", ".join(names[:8]) + (f", ... ({len(names)} entries)" if len(names) > 8 else "") or "nothing"
 
 def _require_folder(root: Path) -> None:
-    if not root.is_dir(): raise InputError(f"{root} is {'a file' if root.exists() else 'not there'}. Give the dataset's folder.")
+    if not root.is_dir():
+        raise InputError(f"{root} is {'a file' if root.exists() else 'not there'}. Give the dataset's folder.")
 
 def _folders(root: Path, names: Sequence[str], what: str) -> list[Path]:
     "Those of `names` that exist under `root`; raises `InputError` when none does."
@@ -122,7 +126,8 @@ def _index(
     suffixes: tuple[str, ...],             # accepted, in any case
     key: Callable[[str], str],             # file stem -> what ids are matched by
 ) -> dict[str, str]:
-    "Path of every picture by key: one listing of each folder instead of a question per id, which network disks answer slowly."
+    """Path of every picture by key: one listing of each folder instead of a question per id, which network disks
+    answer slowly."""
     index: dict[str, str] = {}
     for folder in folders:
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
@@ -153,8 +158,9 @@ def _ids(
     if path.is_file(): return read_ids(path)
     lists = fallback()
     if split in lists: return lists[split]
-    raise InputError(f"no list of split {split!r}: looked for {path}; the folder has "
-                     f"{', '.join(folder_splits(root)) or 'no lists'}, freqseg ships {', '.join(lists) or 'none for it'}.")
+    raise InputError(
+        f"no list of split {split!r}: looked for {path}; the folder has "
+        f"{', '.join(folder_splits(root)) or 'no lists'}, freqseg ships {', '.join(lists) or 'none for it'}.")
 
 def _folder_labels(root: Path, classes: Sequence[str], key: Callable[[str], str] = str) -> LabelTable | None:
     "The folder's own label table by `key` of the id, if it has one."
@@ -170,7 +176,8 @@ def _listing(
     images: Sequence[Path], masks: Sequence[str], labels: LabelTable | None,
     key: Callable[[str], str] = str, background: bool = True,
 ) -> Listing:
-    "Match ids with files and labels. `masks` are folder names of which any number may exist, `images` existing folders."
+    """Match ids with files and labels. `masks` are folder names of which any number may exist, `images` existing
+    folders."""
     pictures = _index(images, PICTURE_SUFFIXES, key)
     painted = _index([root/name for name in masks if (root/name).is_dir()], (".png",), key)
     keys = [key(name) for name in ids]
@@ -184,7 +191,8 @@ def list_folder(
     split: str = "train",               # name of a list of ids, such as train or val
     ids: Sequence[str] | None = None,   # instead of a list file
 ) -> Listing:
-    """The files of a custom folder in VOC layout with classes.txt. Raises `InputError` when a part of the layout is missing.
+    """The files of a custom folder in VOC layout with classes.txt. Raises `InputError` when a part of the layout is
+    missing.
 
     Parameters
     ----------
@@ -201,14 +209,16 @@ def list_folder(
     classes = read_classes(root/"classes.txt")
     images = _folders(root, ("JPEGImages",), "pictures")
     ids = _ids(root, split, ids, dict)
-    return replace(_listing(root, "folder", split, classes, ids, images, _MASKS, _folder_labels(root, classes)), domain=_folder_domain(root, classes))
+    return replace(_listing(root, "folder", split, classes, ids, images, _MASKS, _folder_labels(root, classes)),
+                   domain=_folder_domain(root, classes))
 
 def _folder_domain(root: Path, classes: tuple[str, ...]) -> Domain:
     "What domain.json tells, if there is one. Raises `InputError` for a damaged one."
     path = root/"domain.json"
     if not path.exists(): return Domain()
     values = read_json(path)
-    if not isinstance(values, dict): raise InputError(f"{path} is damaged: it should hold one JSON object. Mend it, or remove it.")
+    if not isinstance(values, dict):
+        raise InputError(f"{path} is damaged: it should hold one JSON object. Mend it, or remove it.")
     return Domain.parsed({**values, "classes": classes}, path)
 
 _MASKS = ("SegmentationClassAug", "SegmentationClass")
@@ -219,10 +229,11 @@ def list_voc(
     split: str = "train",               # train, train_aug, val, trainval or a list of the folder
     ids: Sequence[str] | None = None,   # these pictures instead of those of a list; None = the split's
 ) -> Listing:
-    """The files of a split of PASCAL VOC 2012 (Everingham et al., 2010), with the extra masks of SBD (Hariharan et al., 2011).
+    """The files of a split of PASCAL VOC 2012 (Everingham et al., 2010), with the extra masks of SBD (Hariharan et
+    al., 2011).
 
-    `root` is VOC2012, or the VOCdevkit above it. `split` is train, train_aug, val, trainval or any list of the folder, whose
-    own lists and labels.txt take precedence over the shipped ones; ids of test are read from the folder only.
+    `root` is VOC2012, or the VOCdevkit above it. `split` is train, train_aug, val, trainval or any list of the folder,
+    whose own lists and labels.txt take precedence over the shipped ones; ids of test are read from the folder only.
     SegmentationClassAug comes before SegmentationClass. Raises `InputError` when a part of the layout is missing.
 
     Parameters
@@ -252,8 +263,9 @@ def list_coco(
 ) -> Listing:
     """The files of a split (train, val) of COCO 2014 (Lin et al., 2014) in VOC style: 80 classes and background.
 
-    Pictures in JPEGImages/{split} or {split}2014, masks in SegmentationClass/{split}; a file is named by the full id or its
-    last 12 digits. The folder's own lists and labels.txt take precedence. Raises `InputError` when a part is missing.
+    Pictures in JPEGImages/{split} or {split}2014, masks in SegmentationClass/{split}; a file is named by the full id
+    or its last 12 digits. The folder's own lists and labels.txt take precedence. Raises `InputError` when a part is
+    missing.
 
     Parameters
     ----------
@@ -273,7 +285,8 @@ def list_coco(
     return _listing(root, "coco", split, COCO_CLASSES, ids, images, masks, labels, _digits)
 
 # %% ../nbs/12_data.ipynb #38683ceb
-_DROPPED = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)   # published values without a class: street sign, hat, shoe, ...
+# published values without a class: street sign, hat, shoe, ...
+_DROPPED = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
 
 COCOSTUFF_PUBLISHED: dict[int, int] = {  # value in a published mask -> class 0..170
     value: index for index, value in enumerate(value for value in range(182) if value not in _DROPPED)}
@@ -283,11 +296,12 @@ def list_cocostuff(
     split: str = "train",               # train or val, or a list of the folder
     ids: Sequence[str] | None = None,   # these pictures instead of those of a list; None = the split's
 ) -> Listing:
-    """The files of a split (train, val) of COCO-Stuff 164K (Caesar et al., 2018): 171 classes, no background, 255 = ignore.
+    """The files of a split (train, val) of COCO-Stuff 164K (Caesar et al., 2018): 171 classes, no background, 255 =
+    ignore.
 
     Pictures in images/{split}2017 or {split}2017; masks in annotations/{split}2017 or stuffthingmaps/{split}2017, as
-    <id>_labelTrainIds.png (0..170) or as published (0..181). The training list is the folder itself; val ships. There is no
-    shipped table of image labels. Raises `InputError` when a part of the layout is missing.
+    <id>_labelTrainIds.png (0..170) or as published (0..181). The training list is the folder itself; val ships. There
+    is no shipped table of image labels. Raises `InputError` when a part of the layout is missing.
 
     Parameters
     ----------
@@ -301,9 +315,11 @@ def list_cocostuff(
     root = Path(root); _require_folder(root)
     images = _folders(root, (f"images/{split}2017", f"{split}2017"), "pictures")
     masks = (f"annotations/{split}2017", f"stuffthingmaps/{split}2017")
-    ids = _ids(root, split, ids, lambda: {"train": tuple(sorted(_index(images, PICTURE_SUFFIXES, str))), **shipped_splits("cocostuff")})
+    ids = _ids(root, split, ids,
+               lambda: {"train": tuple(sorted(_index(images, PICTURE_SUFFIXES, str))), **shipped_splits("cocostuff")})
     labels = _folder_labels(root, COCOSTUFF_CLASSES, _digits)
-    listing = _listing(root, "cocostuff", split, COCOSTUFF_CLASSES, ids, images, masks, labels, _digits, background=False)
+    listing = _listing(root, "cocostuff", split, COCOSTUFF_CLASSES, ids, images, masks, labels, _digits,
+                       background=False)
     return _prefer_converted(listing, [root/name for name in masks])
 
 def _prefer_converted(listing: Listing, folders: Sequence[Path]) -> Listing:
@@ -330,15 +346,17 @@ def detect_dataset(
         the dataset's folder
     """
     root = Path(root); _require_folder(root)
-    signs = {"folder": ("classes.txt",),
-             "cocostuff": ("images/train2017", "images/val2017", "stuffthingmaps", "train2017", "val2017"),
-             "coco": ("JPEGImages/train", "JPEGImages/val", "JPEGImages/train2014", "JPEGImages/val2014", "train2014", "val2014",
-                      "images/train2014", "images/val2014"),
-             "voc": ("JPEGImages", "VOC2012", "VOCdevkit/VOC2012")}
+    signs = {
+        "folder": ("classes.txt",),
+        "cocostuff": ("images/train2017", "images/val2017", "stuffthingmaps", "train2017", "val2017"),
+        "coco": ("JPEGImages/train", "JPEGImages/val", "JPEGImages/train2014", "JPEGImages/val2014", "train2014",
+                 "val2014", "images/train2014", "images/val2014"),
+        "voc": ("JPEGImages", "VOC2012", "VOCdevkit/VOC2012")}
     for dataset, names in signs.items():
         if any((root/name).exists() for name in names): return dataset
-    raise InputError(f"{root} is no dataset folder: looked for classes.txt and JPEGImages/ (a folder in VOC layout), JPEGImages/"
-                     f"train/ or train2014/ (COCO), images/train2017/ (COCO-Stuff); found {_contents(root)}.")
+    raise InputError(
+        f"{root} is no dataset folder: looked for classes.txt and JPEGImages/ (a folder in VOC layout), JPEGImages/"
+        f"train/ or train2014/ (COCO), images/train2017/ (COCO-Stuff); found {_contents(root)}.")
 
 def list_dataset(
     root: str | Path,                   # the dataset's folder
@@ -402,26 +420,27 @@ class Sample:
     image : Image.Image | Tensor
         RGB picture; after a transform (3, H, W) float32 in [0, 1]
     mask : np.ndarray | Tensor | None
-        (H, W) uint8, 255 = ignore; after a transform int64; None: not there or not wanted
+        (H, W) uint8, 255 = ignore; after a transform int64; None: not there
     labels : Tensor | None
         (K,) bool over the foreground classes, of the whole picture; None: no table
     valid : Tensor | None
-        (H, W) bool after a crop: False where it lies outside the picture; None: all inside
+        bool like the mask: False where a crop lies outside its picture; None: all inside
     """
     id: str                            # name of the picture in its list
     image: Image.Image | Tensor           # RGB picture; after a transform (3, H, W) float32 in [0, 1]
-    mask: np.ndarray | Tensor | None      # (H, W) uint8, 255 = ignore; after a transform int64; None: not there or not wanted
+    mask: np.ndarray | Tensor | None   # (H, W) uint8, 255 = ignore; after a transform int64; None: not there
     labels: Tensor | None                 # (K,) bool over the foreground classes, of the whole picture; None: no table
-    valid: Tensor | None = None           # (H, W) bool after a crop: False where it lies outside the picture; None: all inside
+    valid: Tensor | None = None   # bool like the mask: False where a crop lies outside its picture; None: all inside
 
 # %% ../nbs/12_data.ipynb #6a0820df
 def _require_whole(listing: Listing, files: Sequence[str | None], what: str) -> None:
     "Every id has its file, or an `InputError` says how many have not."
     missing = [name for name, path in zip(listing.ids, files) if path is None]
     if missing:
-        raise InputError(f"{len(missing)} of {len(listing.ids)} ids of {listing.split!r} have no {what} in {listing.root} "
-                         f"(first: {missing[0]}). Complete the folder, or put a shorter list into ImageSets/Segmentation/: "
-                         "`freqseg check FOLDER --fix-list LIST` writes one.")
+        raise InputError(
+            f"{len(missing)} of {len(listing.ids)} ids of {listing.split!r} have no {what} in {listing.root} "
+            f"(first: {missing[0]}). Complete the folder, or put a shorter list into ImageSets/Segmentation/: "
+            "`freqseg check FOLDER --fix-list LIST` writes one.")
 
 # %% ../nbs/12_data.ipynb #f7743fc1
 class SegmentationFolder(Dataset):
@@ -456,16 +475,18 @@ class SegmentationFolder(Dataset):
 
     def __repr__(self) -> str:
         painted = sum(path is not None for path in self._masks)
-        return (f"SegmentationFolder({self.listing.dataset}, {self.listing.split}: {len(self)} pictures, {painted} masks, "
-                f"{len(self.classes)} classes, {'no ' * (self.listing.labels is None)}image labels)")
+        return (
+            f"SegmentationFolder({self.listing.dataset}, {self.listing.split}: {len(self)} pictures, {painted} masks, "
+            f"{len(self.classes)} classes, {'no ' * (self.listing.labels is None)}image labels)")
 
     @property
     def labels(self) -> Tensor:
         "Image labels of all pictures, (n, K) bool. Raises `InputError` when there is no label table."
         if self.listing.labels is None:
-            raise InputError(f"no image labels for any id of split {self.listing.split!r} of {self.listing.root}. Write "
-                             "labels.txt there, one line \"id class,class\" per picture; freqseg.data.labels_from_masks can "
-                             "write it once from masks of your own.")
+            raise InputError(
+                f"no image labels for any id of split {self.listing.split!r} of {self.listing.root}. Write "
+                "labels.txt there, one line \"id class,class\" per picture; freqseg.data.labels_from_masks can "
+                "write it once from masks of your own.")
         return torch.from_numpy(self.listing.labels)
 
     def __getitem__(self, index: int) -> Sample:
@@ -489,7 +510,8 @@ def zero_shot_view(
     split: ZeroShotSplit,        # seen and unseen classes
     unseen: int | None = None,   # mask value of pixels of unseen classes, such as `UNLABELLED`; None: their class
 ) -> Listing:
-    """The files of a listing without background: mask value i is class i. Image labels go when classes are hidden, pictures never.
+    """The files of a listing without background: mask value i is class i. Image labels go when classes are hidden,
+    pictures never.
 
     Raises `InputError` for a split of other classes.
 
@@ -511,9 +533,11 @@ def zero_shot_view(
     return replace(shown, background=False, mapping=mapping, zero_shot=split)
 
 def _unlike_split(listing: Listing, split: ZeroShotSplit) -> str:
-    strange = [name for name in split.classes if name not in listing.classes] or [name for name in listing.classes if name not in split.classes]
-    return (f"the zero-shot split is one of {len(split.classes)} classes, {listing.root} has {len(listing.classes)}: "
-            + (f"{strange[0]} is in one of them only." if strange else "the same ones in another order.") + " Make one with zero_shot_split(classes, unseen).")
+    strange = [name for name in split.classes if name not in listing.classes] or [
+        name for name in listing.classes if name not in split.classes]
+    return (f"the zero-shot split is one of {len(split.classes)} classes, {listing.root} has {len(listing.classes)}: " +
+            (f"{strange[0]} is in one of them only." if strange else "the same ones in another order.") +
+            " Make one with zero_shot_split(classes, unseen).")
 
 # %% ../nbs/12_data.ipynb #91fc4a5a
 def thinned(
@@ -535,8 +559,10 @@ def thinned(
     if not 0 < share <= 1: raise InputError(f"share={share}: give what is left of the split, above 0 and at most 1.")
     count = len(listing.ids)
     kept = np.sort(np.random.default_rng(seed).permutation(count)[:max(1, round(share * count))])
-    rows: dict[str, Any] = {name: tuple(getattr(listing, name)[row] for row in kept) for name in ("ids", "images", "masks")}
-    rows |= {name: None if (table := getattr(listing, name)) is None else table[kept] for name in ("labels", "labelled")}
+    rows: dict[str,
+               Any] = {name: tuple(getattr(listing, name)[row] for row in kept) for name in ("ids", "images", "masks")}
+    rows |= {
+        name: None if (table := getattr(listing, name)) is None else table[kept] for name in ("labels", "labelled")}
     return replace(listing, **rows)
 
 # %% ../nbs/12_data.ipynb #d3bb89d0
@@ -671,9 +697,9 @@ def labels_from_masks(
 ) -> Path:
     """Write `folder`/labels.txt from the classes in its masks, for data of your own that has no label table yet.
 
-    This opens the masks. freqseg never calls it: weakly supervised training takes image labels from a table, and whoever makes
-    that table from masks should know it. Returns the path. Raises `InputError` when the table exists already, or when a mask
-    is missing or damaged.
+    This opens the masks. freqseg never calls it: weakly supervised training takes image labels from a table, and
+    whoever makes that table from masks should know it. Returns the path. Raises `InputError` when the table exists
+    already, or when a mask is missing or damaged.
 
     Parameters
     ----------
@@ -695,7 +721,8 @@ def labels_from_masks(
         for name, mask in zip(listing.ids, listing.masks):
             if name not in rows: rows[name] = classes_in_mask(read_mask(cast(str, mask), listing.num_classes), listing)
     if not rows:
-        raise InputError(f"{folder} has no lists in ImageSets/Segmentation/. Write one id per line into train.txt there.")
+        raise InputError(
+            f"{folder} has no lists in ImageSets/Segmentation/. Write one id per line into train.txt there.")
     write_labels(path, list(rows), np.stack(list(rows.values())), read_classes(Path(folder)/"classes.txt"))
     return path
 
@@ -731,13 +758,13 @@ class Batch:
     labels : Tensor | None
         (B, K) bool; None: no label table
     valid : Tensor | None
-        (B, H, W) bool: False where a crop lies outside its picture; None: nothing is outside
+        bool like the mask: False where a crop lies outside its picture; None: all inside
     """
     ids: tuple[str, ...]               # names of the B pictures
     images: Tensor            # (B, 3, H, W) float32 in [0, 1]
     masks: Tensor | None      # (B, H, W) int64, 255 = ignore; None: at least one sample has none
     labels: Tensor | None     # (B, K) bool; None: no label table
-    valid: Tensor | None = None   # (B, H, W) bool: False where a crop lies outside its picture; None: nothing is outside
+    valid: Tensor | None = None   # bool like the mask: False where a crop lies outside its picture; None: all inside
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> "Batch":
         given = self.images, self.masks, self.labels, self.valid
@@ -764,7 +791,8 @@ def collate(
     """
     sizes = {tuple(cast(Tensor, sample.image).shape[-2:]) for sample in samples}
     if len(sizes) > 1:
-        raise InputError(f"pictures of sizes {sorted(sizes)} do not stack. Crop them (`TrainTransform`) or use batch size 1.")
+        raise InputError(
+            f"pictures of sizes {sorted(sizes)} do not stack. Crop them (`TrainTransform`) or use batch size 1.")
     names = "image", "mask", "labels", "valid"
     parts: list[Any] = [_stack([getattr(sample, name) for sample in samples]) for name in names]
     return Batch(tuple(sample.id for sample in samples), *parts)

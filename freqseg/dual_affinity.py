@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 from torch.utils.checkpoint import checkpoint
 
-from .affinity import POSITIVE_FLOOR, SOURCES, SOURCE_CHOICES, affinity_request, invert_relation, last_blocks, relations, symmetrise
+from .affinity import (POSITIVE_FLOOR, SOURCES, SOURCE_CHOICES, affinity_request, invert_relation, last_blocks,
+                              relations, symmetrise)
 from .clip import Backbone, Features
 from .files import InputError
 from .losses import nearest_labels
@@ -38,7 +39,8 @@ def _choose(name: str, value: Any, known: Sequence[Any]) -> None:
 # %% ../nbs/21_dual_affinity.ipynb #32e25ec0
 def _head_count(features: Features, source: str, block: int) -> int:
     "Heads that were recorded for a source. Raises `InputError` for one without heads."
-    if not SOURCES.find(source).heads: raise InputError(f"the source {source!r} has no heads: use per_head=False or another source.")
+    if not SOURCES.find(source).heads:
+        raise InputError(f"the source {source!r} has no heads: use per_head=False or another source.")
     name = "attention" if "attention" in SOURCES[source].needs else "queries"
     recorded = features.of(getattr(features, name), block, name)
     return recorded.shape[1] if recorded.ndim == 4 else 1
@@ -127,9 +129,9 @@ def prior_score(
 ) -> Tensor:                    # (B, N, N) fp32
     """The score before anything is learned; softplus and Sinkhorn turn it into the untrained affinity.
 
-    "magnitude": softplus(score) = N mean_l |W_l|, for W itself the mean of the layers. "signed": score = sharpness mean_l W_l,
-    for W_inv the affinity of `inverse_affinity`. "random": nothing, the network starts alone as the paper's text can be
-    read. Raises `InputError` for an unknown `init`.
+    "magnitude": softplus(score) = N mean_l |W_l|, for W itself the mean of the layers. "signed": score = sharpness
+    mean_l W_l, for W_inv the affinity of `inverse_affinity`. "random": nothing, the network starts alone as the
+    paper's text can be read. Raises `InputError` for an unknown `init`.
 
     Parameters
     ----------
@@ -173,7 +175,8 @@ def entry_network(
     hidden: int,    # channels of the hidden layer
     silent: bool,   # start with 0 as its answer
 ) -> nn.Sequential:
-    """One hidden layer, applied to every pair of patches alike: (B, entries, n, N) -> (B, 1, n, N); 0 at first if `silent`.
+    """One hidden layer, applied to every pair of patches alike: (B, entries, n, N) -> (B, 1, n, N); 0 at first if
+    `silent`.
 
     Parameters
     ----------
@@ -192,8 +195,8 @@ def entry_network(
 class AffinityPath(nn.Module):
     """A learned affinity: per-entry MLP over a stack of maps, softplus + 1e-6, Sinkhorn symmetrisation (DFA).
 
-    The MLP corrects `prior_score`; its last layer starts at 0 (except for init="random"), so that the untrained affinity is
-    where training begins. Takes grids of any size. Raises `InputError` for options that do not exist.
+    The MLP corrects `prior_score`; its last layer starts at 0 (except for init="random"), so that the untrained
+    affinity is where training begins. Takes grids of any size. Raises `InputError` for options that do not exist.
 
     Parameters
     ----------
@@ -217,28 +220,33 @@ class AffinityPath(nn.Module):
         most rounds of Sinkhorn
     gradient : str
         through Sinkhorn: "implicit" at its solution, or "unroll" its rounds
-    chunk : int|None
+    chunk : int | None
         rows of the maps at a time, recomputed for the gradient; None = all at once
     """
-    def __init__(self,
-        entries: int,                     # maps in a stack: layers, or layers x heads
-        hidden: int = 16,                 # width of the MLP; memory for training grows with it
-        init: str = "magnitude",          # where to begin: "magnitude", "signed" or "random", see `prior_score`
-        learn: bool = True,               # False: no MLP, the untrained affinity for good
-        sharpness: float = 1.0,           # of init="signed"
-        encoding: str = "asinh",          # of the MLP's input, see `encode_entries`
-        normalise: str = "sinkhorn",      # "sinkhorn" to a tolerance, "weclip" three rounds and squared, "average" no scaling
-        tolerance: float = 1e-4,          # of row and column sums
-        iterations: int = 1000,           # most rounds of Sinkhorn
-        gradient: str = "implicit",       # through Sinkhorn: "implicit" at its solution, or "unroll" its rounds
-        chunk: int|None = None,           # rows of the maps at a time, recomputed for the gradient; None = all at once
+    def __init__(
+            self,
+            entries: int,   # maps in a stack: layers, or layers x heads
+            hidden: int = 16,   # width of the MLP; memory for training grows with it
+            init: str = "magnitude",   # where to begin: "magnitude", "signed" or "random", see `prior_score`
+            learn: bool = True,   # False: no MLP, the untrained affinity for good
+            sharpness: float = 1.0,   # of init="signed"
+            encoding: str = "asinh",   # of the MLP's input, see `encode_entries`
+            normalise:
+        str = "sinkhorn",   # "sinkhorn" to a tolerance, "weclip" three rounds and squared, "average" no scaling
+            tolerance: float = 1e-4,   # of row and column sums
+            iterations: int = 1000,   # most rounds of Sinkhorn
+            gradient: str = "implicit",   # through Sinkhorn: "implicit" at its solution, or "unroll" its rounds
+            chunk: int | None = None,   # rows of the maps at a time, recomputed for the gradient; None = all at once
     ):
         super().__init__()
-        for name, value, known in (("init", init, INITS), ("encoding", encoding, ENCODINGS), ("gradient", gradient, ("unroll", "implicit")),
-                                   ("normalise", normalise, ("sinkhorn", "weclip", "average"))): _choose(name, value, known)
+        for name, value, known in (("init", init, INITS), ("encoding", encoding, ENCODINGS),
+                                   ("gradient", gradient, ("unroll", "implicit")), ("normalise", normalise,
+                                                                                    ("sinkhorn", "weclip", "average"))):
+            _choose(name, value, known)
         if entries < 1 or hidden < 1: raise InputError(f"entries={entries}, hidden={hidden}: both must be 1 or more.")
         if chunk is not None and chunk < 1: raise InputError(f"chunk={chunk}: give 1 or more rows, or None.")
-        if init == "random" and not learn: raise InputError("init='random' without learning has no affinity: use 'magnitude' or 'signed'.")
+        if init == "random" and not learn:
+            raise InputError("init='random' without learning has no affinity: use 'magnitude' or 'signed'.")
         self.entries, self.hidden, self.init, self.sharpness = entries, hidden, init, sharpness
         self.encoding, self.normalise, self.tolerance, self.iterations = encoding, normalise, tolerance, iterations
         self.gradient, self.chunk = gradient, chunk
@@ -254,14 +262,19 @@ class AffinityPath(nn.Module):
         prior = prior_score(stack, self.init, self.sharpness)
         if self.network is None: return prior
         parts = stack.split(self.chunk or stack.shape[-2], dim=-2)
-        if len(parts) == 1 or not torch.is_grad_enabled(): return prior + torch.cat([self.correction(rows) for rows in parts], -2)
+        if len(parts) == 1 or not torch.is_grad_enabled():
+            return prior + torch.cat([self.correction(rows) for rows in parts], -2)
         again = [checkpoint(self.correction, rows, use_reentrant=False, preserve_rng_state=False) for rows in parts]
         return prior + torch.cat(again, -2)
 
     def forward(self, stack: Tensor) -> PathOutput:
-        "Affinity of a stack (B, L, N, N). Raises `InputError` when it has another number of maps than the path was built for."
+        """Affinity of a stack (B, L, N, N). Raises `InputError` when it has another number of maps than the path was
+        built for."""
         if stack.ndim != 4 or stack.shape[1] != self.entries or stack.shape[2] != stack.shape[3]:
-            raise InputError(f"stack {tuple(stack.shape)}: this path reads (B, {self.entries}, N, N); choose the same layers and heads.")
+            raise InputError(
+                f"stack {tuple(stack.shape)}: this path reads (B, {self.entries}, N, N); choose the same layers and "
+                "heads."
+            )
         score = self.score(stack)
         with torch.autocast(score.device.type, enabled=False):
             positive = F.softplus(score) + POSITIVE_FLOOR
@@ -270,7 +283,8 @@ class AffinityPath(nn.Module):
 
     def extra_repr(self) -> str:
         "What `print` shows."
-        return f"entries={self.entries}, init={self.init!r}, normalise={self.normalise!r}, learn={self.network is not None}"
+        return (f"entries={self.entries}, init={self.init!r}, normalise={self.normalise!r}, "
+                f"learn={self.network is not None}")
 
 # %% ../nbs/21_dual_affinity.ipynb #d2e07292
 NORMALISATIONS = (None, "features", "bands")
@@ -300,15 +314,17 @@ def _sigmoid_products(x: Tensor) -> Tensor:
     return (tokens.mT @ tokens).sigmoid()
 
 def frequency_relations(
-    features: Tensor,              # F_d (B, D, h, w) of the decoder
-    mu: float = 0.4,               # cut-off, cycles per token
-    shape: str = "square",         # of the low band: "square" or "disc"
-    normalise: str|bool|None = None,    # None or False as printed; "features" or True L2-normalises F_d over channels, "bands" its bands
+    features: Tensor,   # F_d (B, D, h, w) of the decoder
+    mu: float = 0.4,   # cut-off, cycles per token
+    shape: str = "square",   # of the low band: "square" or "disc"
+    normalise: str | bool
+    | None = None,   # None or False as printed; "features" or True L2-normalises F_d over channels, "bands" its bands
 ) -> FrequencyRelations:
-    """S_l = sigmoid(F_ld^T F_ld) and S_h = sigmoid(F_hd^T F_hd) with F_ld the low-pass of F_d and F_hd = F_d - F_ld (DFA).
+    """S_l = sigmoid(F_ld^T F_ld) and S_h = sigmoid(F_hd^T F_hd) with F_ld the low-pass of F_d and F_hd = F_d - F_ld
+    (DFA).
 
-    Products of long vectors saturate the sigmoid at 1; of unit vectors they stay within 0.27 and 0.73. Raises `ValueError`
-    for a negative `mu`, an unknown `shape` or `normalise`.
+    Products of long vectors saturate the sigmoid at 1; of unit vectors they stay within 0.27 and 0.73. Raises
+    `ValueError` for a negative `mu`, an unknown `shape` or `normalise`.
 
     Parameters
     ----------
@@ -318,7 +334,7 @@ def frequency_relations(
         cut-off, cycles per token
     shape : str
         of the low band: "square" or "disc"
-    normalise : str|bool|None
+    normalise : str | bool | None
         None or False as printed; "features" or True L2-normalises F_d over channels, "bands" its bands
     """
     if isinstance(normalise, bool): normalise = "features" if normalise else None
@@ -340,8 +356,9 @@ def _mean_over_processes(value: Tensor) -> Tensor:
 class QualityThreshold(nn.Module):
     """Alpha, the running quality of the decoder's relations: EMA of mean|S_l - A_s| (DFA).
 
-    Begins at its first value (a start at 0 would trust every relation just when they are worst). Changes only in training
-    mode, is the same on all processes of a distributed run, saved with the weights, and skips values that are not finite.
+    Begins at its first value (a start at 0 would trust every relation just when they are worst). Changes only in
+    training mode, is the same on all processes of a distributed run, saved with the weights, and skips values that are
+    not finite.
 
     Parameters
     ----------
@@ -355,7 +372,8 @@ class QualityThreshold(nn.Module):
         momentum: float = 0.99,   # share of the old value that stays
     ):
         super().__init__()
-        if not 0 <= momentum < 1: raise InputError(f"momentum={momentum}: give 0 to below 1; 0.99 averages some hundred steps.")
+        if not 0 <= momentum < 1:
+            raise InputError(f"momentum={momentum}: give 0 to below 1; 0.99 averages some hundred steps.")
         self.momentum = momentum
         self.register_buffer("alpha", torch.zeros(()))
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
@@ -410,7 +428,8 @@ def selective_mask(
 
 # %% ../nbs/21_dual_affinity.ipynb #819f7a50
 def _mean_over_images(values: Tensor, mask: Tensor, reduction: str = "pairs") -> Tensor:
-    "Sum of (B, N, N) values over an image's masked pairs / their number or that of rows that have any; mean over images."
+    """Sum of (B, N, N) values over an image's masked pairs / their number or that of rows that have any; mean over
+    images."""
     total = torch.where(mask, values, 0).sum((-2, -1))
     count = mask.sum((-2, -1)) if reduction == "pairs" else mask.any(-1).sum(-1)
     return (total / count.clamp(min=1)).mean()
@@ -422,12 +441,14 @@ def alignment_loss(
     within: str = "row",     # softmax over the whole "row" as printed, or over the row's selected pairs ("mask")
     reduction: str = "pairs",   # mean over selected "pairs" as printed, or of the sums of "rows" with any
 ) -> Tensor:                 # ()
-    """L_a = (1 / sum M) sum M S~ log(S~ / A~), with ~ the softmax over a row (DFA); mean over images, 0 for an empty mask.
+    """L_a = (1 / sum M) sum M S~ log(S~ / A~), with ~ the softmax over a row (DFA); mean over images, 0 for an empty
+    mask.
 
-    As printed the sum runs over a part of each row, so it is no divergence: it can be negative, and goes on rewarding mass
-    on selected pairs after S~ = A~, where it is 0. With "mask" both are distributions over the selected pairs, and the
-    loss is never negative. The mean over pairs shrinks with 1/N, and gradients come near the 1e-8 that Adam adds to its
-    denominator; "rows" keeps one size on every grid. Raises `InputError` for an unknown `within` or `reduction`.
+    As printed the sum runs over a part of each row, so it is no divergence: it can be negative, and goes on rewarding
+    mass on selected pairs after S~ = A~, where it is 0. With "mask" both are distributions over the selected pairs,
+    and the loss is never negative. The mean over pairs shrinks with 1/N, and gradients come near the 1e-8 that Adam
+    adds to its denominator; "rows" keeps one size on every grid. Raises `InputError` for an unknown `within` or
+    `reduction`.
 
     Parameters
     ----------
@@ -471,7 +492,8 @@ class RelationMasks(NamedTuple):
 
 # %% ../nbs/21_dual_affinity.ipynb #9f1d73d1
 def _add_shifted(counts: Tensor, axis: int, reach: int) -> Tensor:
-    "Sum of (B, h, w, h, w) counts over shared shifts of -reach..reach along one axis of both patches; 0 beyond the edge."
+    """Sum of (B, h, w, h, w) counts over shared shifts of -reach..reach along one axis of both patches; 0 beyond the
+    edge."""
     total, size = counts.clone(), counts.shape[axis]
     for shift in range(1, min(reach, size - 1) + 1):
         first, last = (x.narrow(axis, start, size - shift).narrow(axis + 2, start, size - shift)
@@ -487,11 +509,12 @@ def window_count(
     grid: tuple[int, int],    # (h, w) with h * w = N, row-major
     window: int = 9,          # side of the window, odd
 ) -> Tensor:                  # (B, N, N) int16
-    """For every pair (i, j): how many of the pairs (i + delta, j + delta) hold, delta over a window x window neighbourhood.
+    """For every pair (i, j): how many of the pairs (i + delta, j + delta) hold, delta over a window x window
+    neighbourhood.
 
-    Both patches move together, so this is a box filter along the diagonal of (B, h, w, h, w): first over rows, then over columns,
-    2 x window additions of matrices; nothing of size N x N x window^2 is built. Pairs beyond the grid count 0. Raises
-    `InputError` for an even window or a grid that does not fit.
+    Both patches move together, so this is a box filter along the diagonal of (B, h, w, h, w): first over rows, then
+    over columns, 2 x window additions of matrices; nothing of size N x N x window^2 is built. Pairs beyond the grid
+    count 0. Raises `InputError` for an even window or a grid that does not fit.
 
     Parameters
     ----------
@@ -529,12 +552,13 @@ def rectification_masks(
     agreement: bool = True,       # only pairs with the same label are promoted
     ignore: int = 255,            # label of patches that take part in nothing
 ) -> RelationMasks:
-    """M+ = S_h > mean(S_h) and Y_i = Y_j; M- = S_h <= mean(S_h) and Y_i != Y_j, the mean over each image's pairs (DFA).
+    """M+ = S_h > mean(S_h) and Y_i = Y_j; M- = S_h <= mean(S_h) and Y_i != Y_j, the mean over each image's pairs
+    (DFA).
 
-    A pair in neither is ambiguous. It joins M+ when most of the pairs (i + delta, j + delta) around it are in M+ before any
-    promotion. The paper leaves open whether a pair with different labels can be promoted: by default it cannot, since L_r
-    would pull it to 1 against the pseudo-label; `agreement=False` lets it.
-    Raises `InputError` for shapes that do not fit, an even window or an unknown border.
+    A pair in neither is ambiguous. It joins M+ when most of the pairs (i + delta, j + delta) around it are in M+
+    before any promotion. The paper leaves open whether a pair with different labels can be promoted: by default it
+    cannot, since L_r would pull it to 1 against the pseudo-label; `agreement=False` lets it. Raises `InputError` for
+    shapes that do not fit, an even window or an unknown border.
 
     Parameters
     ----------
@@ -577,8 +601,8 @@ def scaled_relation(
 ) -> Tensor:                 # (B, N, N) in [0, 1]
     """An affinity as a degree of belonging together, 1 = fully.
 
-    "score": sigmoid of the score before softplus; "max": affinity over its row's maximum; "sinkhorn": as it is, entries of the
-    size of 1/N (DFA as printed). Raises `InputError` for an unknown scale.
+    "score": sigmoid of the score before softplus; "max": affinity over its row's maximum; "sinkhorn": as it is,
+    entries of the size of 1/N (DFA as printed). Raises `InputError` for an unknown scale.
 
     Parameters
     ----------
@@ -633,7 +657,8 @@ INVERSIONS = ("all-pass", "gaussian", "butterworth")
 
 @dataclass(frozen=True)
 class DualAffinitySettings(Options):
-    """Options of `DualAffinity`, all of which JSON can hold. Raises `InputError` naming the option and the value that cannot be.
+    """Options of `DualAffinity`, all of which JSON can hold. Raises `InputError` naming the option and the value that
+    cannot be.
 
     Attributes
     ----------
@@ -676,7 +701,8 @@ class DualAffinitySettings(Options):
     """
     renamed: ClassVar = {"window": "vote_window"}
     source: str | None = option(None, "relations that the affinities are made of", choices=SOURCE_CHOICES)
-    layers: int | tuple[int, ...] = option(8, "how many of the last blocks the affinities read, or the blocks' indices", low=-64, high=64, least=1)
+    layers: int | tuple[int, ...] = option(8, "how many of the last blocks the affinities read, or the blocks' indices",
+                                           low=-64, high=64, least=1)
     per_head: bool = option(False, "read every head's attention as a map of its own instead of the heads' mean")
     inversion: str = option("all-pass", "what the inverse affinity keeps of the attention's spectrum",
         choices={"all-pass": "everything but the attention itself, I - W", "gaussian": "less at low frequencies",
@@ -707,9 +733,15 @@ class DualAffinitySettings(Options):
 
     def check(self) -> None:
         "Raise `InputError` for options that contradict each other."
-        if isinstance(self.layers, int) and self.layers < 1: raise InputError(f"layers={self.layers}: read one block at least.")
-        if self.vote_window is not None and self.vote_window % 2 == 0: raise InputError(f"vote_window={self.vote_window}: give an odd number of patches, or none.")
-        if self.rectify and not self.inverse: raise InputError("rectify=True: without an inverse affinity there is nothing to rectify; give inverse=True, or rectify=False.")
+        if isinstance(self.layers, int) and self.layers < 1:
+            raise InputError(f"layers={self.layers}: read one block at least.")
+        if self.vote_window is not None and self.vote_window % 2 == 0:
+            raise InputError(f"vote_window={self.vote_window}: give an odd number of patches, or none.")
+        if self.rectify and not self.inverse:
+            raise InputError(
+                "rectify=True: without an inverse affinity there is nothing to rectify; give inverse=True, or "
+                "rectify=False."
+            )
         if self.source and self.per_head and not SOURCES[self.source].heads:
             raise InputError(f"per_head=True: {self.source} has no heads; take another source, or per_head=False.")
 
@@ -735,7 +767,7 @@ class DualAffinityOutput:
     losses : dict[str, Tensor]
         "alignment" L_a and "rectification" L_r as far as they apply, unweighted
     statistics : dict[str, Tensor]
-        () no gradient: "alpha", and the shares of pairs "selected", "positive" and "negative"
+        (): "alpha", and shares of pairs "selected", "positive", "negative"
     smoothed_path : PathOutput
         scores behind `smoothed`
     inverse_path : PathOutput | None
@@ -744,7 +776,7 @@ class DualAffinityOutput:
     smoothed: Tensor                 # A_la, or A_s when it is not learned: (B, N, N) fp32
     inverse: Tensor | None           # A_ha, or A_inv when it is not learned; None without an inverse path
     losses: dict[str, Tensor]        # "alignment" L_a and "rectification" L_r as far as they apply, unweighted
-    statistics: dict[str, Tensor]    # () no gradient: "alpha", and the shares of pairs "selected", "positive" and "negative"
+    statistics: dict[str, Tensor]   # (): "alpha", and shares of pairs "selected", "positive", "negative"
     smoothed_path: PathOutput          # scores behind `smoothed`
     inverse_path: PathOutput | None    # scores behind `inverse`; None without an inverse path
 
@@ -784,7 +816,8 @@ class DualPaths(nn.Module):
     ):
         super().__init__()
         self.settings = settings
-        # The two paths keep the names that their weights have in checkpoints: `low` is the smoothed one, `high` the inverse one.
+        # The two paths keep the names that their weights have in checkpoints: `low` is the smoothed one, `high` the
+        # inverse one.
         self.low = _path(entries, settings, "magnitude", settings.align)
         self.high = _path(entries, settings, "signed", settings.rectify) if settings.inverse else None
         self.threshold = QualityThreshold() if settings.align else None
@@ -813,14 +846,15 @@ class DualPaths(nn.Module):
     def output(self, paths: tuple[PathOutput, PathOutput|None]) -> DualAffinityOutput:
         "The affinities of `paths`, without losses."
         smoothed, inverse = paths
-        return DualAffinityOutput(smoothed.affinity, None if inverse is None else inverse.affinity, {}, {}, smoothed, inverse)
+        return DualAffinityOutput(smoothed.affinity, None if inverse is None else inverse.affinity, {}, {}, smoothed,
+                                  inverse)
 
 # %% ../nbs/21_dual_affinity.ipynb #1d987be1
 class DualAffinity(DualPaths):
     """Both affinities of DFA with what trains them: smoothed path and L_a, inverse path and L_r.
 
-    Gradients reach only the two paths: the tower is frozen, decoder features and pseudo-labels teach and are not taught.
-    Raises `InputError` for options that do not exist."""
+    Gradients reach only the two paths: the tower is frozen, decoder features and pseudo-labels teach and are not
+    taught. Raises `InputError` for options that do not exist."""
     def forward(self,
         features: Features,             # encoded with `request`
         decoded: Tensor|None = None,    # F_d (B, D, h, w); None = no losses
@@ -842,31 +876,38 @@ class DualAffinity(DualPaths):
         paths = self.paths(features)
         return self.output(paths) if decoded is None else self.losses(paths, features.grid, decoded, labels)
 
-    def losses(self,
-        paths: tuple[PathOutput, PathOutput|None],   # of `paths`: pseudo-labels are made from them before they are taught
-        grid: tuple[int, int],                       # (h, w)
-        decoded: Tensor,                             # F_d (B, D, h, w)
-        labels: Tensor|None,                         # Y (B, N) patch labels; None = no L_r
+    def losses(
+            self,
+            paths: tuple[PathOutput,
+                         PathOutput | None],   # of `paths`: pseudo-labels are made from them before they are taught
+            grid: tuple[int, int],   # (h, w)
+            decoded: Tensor,   # F_d (B, D, h, w)
+            labels: Tensor | None,   # Y (B, N) patch labels; None = no L_r
     ) -> DualAffinityOutput:
         """Affinities and their losses. Raises `InputError` for decoder features that do not fit.
 
         Parameters
         ----------
-        paths : tuple[PathOutput, PathOutput|None]
+        paths : tuple[PathOutput, PathOutput | None]
             of `paths`: pseudo-labels are made from them before they are taught
         grid : tuple[int, int]
             (h, w)
         decoded : Tensor
             F_d (B, D, h, w)
-        labels : Tensor|None
+        labels : Tensor | None
             Y (B, N) patch labels; None = no L_r
         """
         result = self.output(paths)
         if tuple(decoded.shape[-2:]) != tuple(grid) or len(decoded) != len(result.smoothed):
-            raise InputError(f"decoder features {tuple(decoded.shape)} do not fit affinities of {len(result.smoothed)} images on a {grid} grid.")
-        related = frequency_relations(decoded.detach(), self.settings.mu, self.settings.shape, self.settings.normalise_features)
+            raise InputError(
+                f"decoder features {tuple(decoded.shape)} do not fit affinities of {len(result.smoothed)} images on a "
+                f"{grid} grid."
+            )
+        related = frequency_relations(decoded.detach(), self.settings.mu, self.settings.shape,
+                                      self.settings.normalise_features)
         if self.threshold is not None: self._align(self.threshold, result, related.low)
-        if self.high is not None and self.high.network is not None and labels is not None: self._rectify(result, related.high, labels, grid)
+        if self.high is not None and self.high.network is not None and labels is not None:
+            self._rectify(result, related.high, labels, grid)
         return result
 
     def _align(self, threshold: QualityThreshold, result: DualAffinityOutput, relation: Tensor) -> None:
@@ -874,7 +915,8 @@ class DualAffinity(DualPaths):
         alpha = threshold(relation, result.smoothed.detach())
         mask = selective_mask(relation, alpha)
         student = scaled_relation(_compared(result.smoothed_path, self.settings.align_scale), self.settings.align_scale)
-        result.losses["alignment"] = alignment_loss(relation, student, mask, self.settings.align_within, self.settings.align_reduction)
+        result.losses["alignment"] = alignment_loss(relation, student, mask, self.settings.align_within,
+                                                    self.settings.align_reduction)
         result.statistics |= {"alpha": alpha, "selected": mask.float().mean()}
 
     def _rectify(self, result: DualAffinityOutput, relation: Tensor, labels: Tensor, grid: tuple[int, int]) -> None:
@@ -882,5 +924,6 @@ class DualAffinity(DualPaths):
         assert result.inverse_path is not None   # `losses` asks a module that has one
         s = self.settings
         masks = rectification_masks(relation, labels, grid, s.vote_window, agreement=s.agreement)
-        result.losses["rectification"] = relation_loss(_compared(result.inverse_path, s.relation_scale), *masks, s.relation_scale)
+        result.losses["rectification"] = relation_loss(_compared(result.inverse_path, s.relation_scale), *masks,
+                                                       s.relation_scale)
         result.statistics |= {"positive": masks.positive.float().mean(), "negative": masks.negative.float().mean()}

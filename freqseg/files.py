@@ -173,7 +173,10 @@ def cannot_write_into(
     error : OSError
         what the system said
     """
-    return InputError(f"cannot write into {folder}: {error.strerror or error}. Free some space, get write access, or choose another folder.")
+    return InputError(
+        f"cannot write into {folder}: {error.strerror or error}. Free some space, get write access, or choose another "
+        "folder."
+    )
 
 def require_writable(
     folder: str | Path,   # made if it is missing

@@ -23,24 +23,33 @@ IGNORE = 255  # mask value of pixels that count neither in a loss nor in a score
 UNLABELLED = 254  # mask value in zero-shot training of pixels whose class has no labels
 
 VOC_CLASSES: tuple[str, ...] = tuple(
-    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep sofa "
+    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
+    "sofa "
     "train tvmonitor".split())
 
 COCO_CLASSES: tuple[str, ...] = tuple(
-    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,bench,"
-    "bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,"
-    "sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,"
-    "bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,dining table,"
-    "toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,clock,vase,scissors,"
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking "
+    "meter,bench,"
+    "bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,skis,"
+    "snowboard,"
+    "sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine "
+    "glass,cup,fork,knife,spoon,"
+    "bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,dining "
+    "table,"
+    "toilet,tv,laptop,mouse,remote,keyboard,cell "
+    "phone,microwave,oven,toaster,sink,refrigerator,book,clock,vase,scissors,"
     "teddy bear,hair drier,toothbrush".split(","))
 
 COCOSTUFF_CLASSES: tuple[str, ...] = COCO_CLASSES + tuple(
-    "banner,blanket,branch,bridge,building-other,bush,cabinet,cage,cardboard,carpet,ceiling-other,ceiling-tile,cloth,clothes,"
+    "banner,blanket,branch,bridge,building-other,bush,cabinet,cage,cardboard,carpet,ceiling-other,ceiling-tile,cloth,"
+    "clothes,"
     "clouds,counter,cupboard,curtain,desk-stuff,dirt,door-stuff,fence,floor-marble,floor-other,floor-stone,floor-tile,"
-    "floor-wood,flower,fog,food-other,fruit,furniture-other,grass,gravel,ground-other,hill,house,leaves,light,mat,metal,"
+    "floor-wood,flower,fog,food-other,fruit,furniture-other,grass,gravel,ground-other,hill,house,leaves,light,mat,"
+    "metal,"
     "mirror-stuff,moss,mountain,mud,napkin,net,paper,pavement,pillow,plant-other,plastic,platform,playingfield,railing,"
     "railroad,river,road,rock,roof,rug,salad,sand,sea,shelf,sky-other,skyscraper,snow,solid-other,stairs,stone,straw,"
-    "structural-other,table,tent,textile-other,towel,tree,vegetable,wall-brick,wall-concrete,wall-other,wall-panel,wall-stone,"
+    "structural-other,table,tent,textile-other,towel,tree,vegetable,wall-brick,wall-concrete,wall-other,wall-panel,"
+    "wall-stone,"
     "wall-tile,wall-wood,water-other,waterdrops,window-blind,window-other,wood".split(","))
 
 # %% ../nbs/10_lists.ipynb #73555d10
@@ -53,7 +62,8 @@ def _require_names(names: Sequence[str], known: Sequence[str]) -> None:
 # %% ../nbs/10_lists.ipynb #b063d75f
 @dataclass(frozen=True)
 class ZeroShotSplit:
-    "Which of `classes` are trained on with masks (`seen`) and which are only tested (`unseen`). Background belongs to neither."
+    """Which of `classes` are trained on with masks (`seen`) and which are only tested (`unseen`). Background belongs
+    to neither."""
     classes: tuple[str, ...]
     seen: tuple[str, ...]
     unseen: tuple[str, ...]
@@ -69,11 +79,13 @@ class ZeroShotSplit:
         return [self.classes.index(name) for name in self.unseen]
 
 def zero_shot_split(
-    classes: Sequence[str],             # every class of the dataset, in order
-    unseen: Sequence[str],              # names kept for testing
-    seen: Sequence[str] | None = None,  # names trained on; None: all others. A class in neither list is left out of both.
+        classes: Sequence[str],   # every class of the dataset, in order
+        unseen: Sequence[str],   # names kept for testing
+        seen: Sequence[str]
+    | None = None,   # names trained on; None: all others. A class in neither list is left out of both.
 ) -> ZeroShotSplit:
-    """A split by name. Raises `InputError` for an unknown name (with the nearest known one), a doubled one, or an overlap.
+    """A split by name. Raises `InputError` for an unknown name (with the nearest known one), a doubled one, or an
+    overlap.
 
     Parameters
     ----------
@@ -95,13 +107,15 @@ def zero_shot_split(
 VOC_ZERO_SHOT = zero_shot_split(VOC_CLASSES, "pottedplant sheep sofa train tvmonitor".split())
 
 COCOSTUFF_ZERO_SHOT = zero_shot_split(
-    COCOSTUFF_CLASSES, "cow,giraffe,suitcase,frisbee,skateboard,carrot,scissors,cardboard,clouds,grass,playingfield,river,"
-                       "road,tree,wall-concrete".split(","))
+    COCOSTUFF_CLASSES,
+    "cow,giraffe,suitcase,frisbee,skateboard,carrot,scissors,cardboard,clouds,grass,playingfield,river,"
+    "road,tree,wall-concrete".split(","))
 
 # %% ../nbs/10_lists.ipynb #8f6d64ab
 @dataclass(frozen=True)
 class Domain:
-    """Pictures of one kind, as a data folder or a CLIP that was trained on them tells of them. An empty one is that of photographs.
+    """Pictures of one kind, as a data folder or a CLIP that was trained on them tells of them. An empty one is that of
+    photographs.
 
     Attributes
     ----------
@@ -157,7 +171,11 @@ class Domain:
         for name, value in values.items():
             if name not in usual: raise InputError(f"{where}: {unknown_name(name, usual, 'fact about pictures')}")
             kind = read_as.get(type(usual[name]), (int, float))
-            if not isinstance(value, kind): raise InputError(f"{where}: {name}={value!r} is {type(value).__name__}; see freqseg.lists.Domain for what it should be.")
+            if not isinstance(value, kind):
+                raise InputError(
+                    f"{where}: {name}={value!r} is {type(value).__name__}; see freqseg.lists.Domain for what it should "
+                    "be."
+                )
         made: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in values.items()}
         return cls(**made)
 
@@ -167,7 +185,8 @@ def seen_and_unseen(
     seen: str | Sequence[str] | None = None,     # None: all others
     domain: Domain = Domain(),                   # of the pictures
 ) -> ZeroShotSplit:
-    """The split of a data set's classes. Raises `InputError` when nothing says which are unseen, and for names that do not fit.
+    """The split of a data set's classes. Raises `InputError` when nothing says which are unseen, and for names that do
+    not fit.
 
     Parameters
     ----------
@@ -180,12 +199,15 @@ def seen_and_unseen(
     domain : Domain
         of the pictures
     """
-    known = {split.classes: split.unseen for split in (VOC_ZERO_SHOT, COCOSTUFF_ZERO_SHOT)} | {domain.classes: domain.unseen}
+    known = {split.classes: split.unseen
+             for split in (VOC_ZERO_SHOT, COCOSTUFF_ZERO_SHOT)} | {domain.classes: domain.unseen}
     names = lambda given: (given,) if isinstance(given, str) else given
     unseen = names(unseen) or known.get(tuple(classes))
     if not unseen:
-        raise InputError(f"no published split of these {len(classes)} classes ({', '.join(classes[:3])} ...): say which have no masks in training, "
-                         f"for example unseen={classes[-1]}.")
+        raise InputError(
+            f"no published split of these {len(classes)} classes ({', '.join(classes[:3])} ...): say which have no "
+            "masks in training, "
+            f"for example unseen={classes[-1]}.")
     return zero_shot_split(classes, unseen, names(seen))
 
 # %% ../nbs/10_lists.ipynb #b2bc8430
@@ -255,7 +277,8 @@ def shipped_ids(
     dataset: str,   # "voc", "coco" or "cocostuff"
     split: str,     # voc: train, train_aug, val, trainval; coco: train, val; cocostuff: val
 ) -> tuple[str, ...]:
-    """The ids of a split, from the lists that ship with the package. Raises `InputError` for an unknown dataset or split.
+    """The ids of a split, from the lists that ship with the package. Raises `InputError` for an unknown dataset or
+    split.
 
     Parameters
     ----------
@@ -294,7 +317,8 @@ def read_classes(
 ) -> tuple[str, ...]:
     """Class names, one per line; name `i` is mask value `i + 1`. A first line "background" is dropped: it is implicit.
 
-    Raises `InputError` when there are none, more than 254, a doubled name, or one with a comma (labels.txt needs it).
+    Raises `InputError` when there are none, more than 254, a doubled name, or one with a comma, which
+    separates names in labels.txt.
 
     Parameters
     ----------
@@ -340,7 +364,8 @@ def _label_lines(path: Path) -> Iterator[tuple[str, list[str]]]:
         rows = [row for row in csv.reader(lines) if row and row[0].strip().lower() != "id"]
         pairs = [(row[0], ",".join(row[1:]).replace(";", ",")) for row in rows]
     else: pairs = [(name, "".join(rest)) for name, *rest in (line.split(maxsplit=1) for line in lines)]
-    for name, listed in pairs: yield _plain_id(name.strip()), [label.strip() for label in listed.split(",") if label.strip()]
+    for name, listed in pairs:
+        yield _plain_id(name.strip()), [label.strip() for label in listed.split(",") if label.strip()]
 
 def read_labels(
     path: str | Path,        # labels.txt: "id class,class"; labels.csv: id,class,class (or one quoted field)
@@ -348,7 +373,8 @@ def read_labels(
 ) -> LabelTable:
     """Image-level labels written by hand or by `write_labels`. An id with nothing behind it shows background only.
 
-    Raises `InputError` for a class that `classes` lacks (with the nearest one) and for an id that stands there twice.
+    Raises `InputError` for a class that `classes` lacks (with the nearest one) and for an id that stands there
+    twice.
 
     Parameters
     ----------

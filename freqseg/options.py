@@ -78,7 +78,9 @@ def same_option(
     return field(default=one.default if default is ... else default, metadata={**one.metadata, **about})
 
 # %% ../nbs/06_options.ipynb #e9a80b3b
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", Path: "a path", types.NoneType: "none"}
+_WORDS = {
+    int: "a whole number", float: "a number", bool: "true or false", str: "a word", Path: "a path",
+    types.NoneType: "none"}
 LARGEST_WHOLE = 2**63 - 1
 
 def kinds(
@@ -244,7 +246,8 @@ _Kind = TypeVar("_Kind", bound="Options")
 
 # %% ../nbs/06_options.ipynb #5fd7a42e
 class Options:
-    """A frozen dataclass whose fields are declared with `option`: checked when it is made, read with `read`, explained by `explain`.
+    """A frozen dataclass whose fields are declared with `option`: checked when it is made, read with `read`, explained
+    by `explain`.
 
     Options that were called differently in older checkpoints stand in `renamed`, old name to new one. Those that are
     gone stand in `retired` with the value that is now the only one."""

@@ -50,11 +50,11 @@ def map_similarity(
     return with_background(cam).flatten(2).mT
 
 def similarity_matrix(
-    cosines: Tensor,      # (B, K + Kb, h, w) of patches with class prompts, then background prompts; one picture's without B
+    cosines: Tensor,   # (B, K + Kb, h, w) with class, then background prompts; one picture's without B
     present: Tensor | None = None,   # (B, K) or (K,) bool; None = all prompts are classes
-    scale: float = 100.,  # CLIP's logit scale, for "prompts"
+    scale: float = 100.,   # CLIP's logit scale, for "prompts"
     contrast: str = "rest",   # what the background is: "rest" of the classes' maps, or "prompts" of its own
-) -> Tensor:              # S (B, N, K + 1) in [0, 1], the background last
+) -> Tensor:   # S (B, N, K + 1) in [0, 1], the background last
     """How well every patch fits the present classes and the background (S in DFA); absent classes are 0.
 
     "rest": each class's cosines from least to most in the picture, the background 1 - max. "prompts": softmax over the
@@ -64,7 +64,7 @@ def similarity_matrix(
     Parameters
     ----------
     cosines : Tensor
-        (B, K + Kb, h, w) of patches with class prompts, then background prompts; one picture's without B
+        (B, K + Kb, h, w) with class, then background prompts; one picture's without B
     present : Tensor | None
         (B, K) or (K,) bool; None = all prompts are classes
     scale : float
@@ -235,7 +235,8 @@ def transport_plan(
     if present is not None: present = as_present(present, (len(gained), gained.shape[-1]), device=gained.device)
     share = class_marginal(similarity, temperature, floor, present) if share is None else share
     if not epsilon > 0:
-        raise InputError(f"epsilon={epsilon}: the entropic regularisation must be positive; 0.1 is usual, 0.01 is sharp")
+        raise InputError(
+            f"epsilon={epsilon}: the entropic regularisation must be positive; 0.1 is usual, 0.01 is sharp")
     return transport(gained, share, None, epsilon, present, iterations, tolerance, gradient=gradient)
 
 # %% ../nbs/24_ot_cam.ipynb #ff3a19dd

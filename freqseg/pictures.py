@@ -39,7 +39,8 @@ def write_mask(
     path: str | Path,             # a .png
     mask: np.ndarray | Tensor,    # (H, W) integers 0..255
 ) -> None:
-    """Write a mask as a palette PNG in VOC colours, whole or not at all. Raises `InputError` for another shape or value range.
+    """Write a mask as a palette PNG in VOC colours, whole or not at all. Raises `InputError` for another shape or
+    value range.
 
     Parameters
     ----------
@@ -50,7 +51,8 @@ def write_mask(
     """
     values = np.asarray(mask)
     if values.ndim != 2 or values.dtype.kind not in "bui" or not values.size:
-        raise InputError(f"a mask is a non-empty (H, W) array of integers, got {values.dtype} {values.shape} for {path}")
+        raise InputError(
+            f"a mask is a non-empty (H, W) array of integers, got {values.dtype} {values.shape} for {path}")
     if values.min() < 0 or values.max() > 255:
         raise InputError(f"a mask holds 0..255, got {values.min()}..{values.max()} for {path}")
     image = Image.fromarray(values.astype(np.uint8))
@@ -61,12 +63,14 @@ def write_mask(
 _FAULTS = (OSError, SyntaxError, ValueError, EOFError, struct.error, TypeError, IndexError, KeyError, OverflowError,
            UnidentifiedImageError, Image.DecompressionBombError)
 
-_OF_A_LIST = "Fetch or export it again, or leave it out of the list: `freqseg check FOLDER --fix-list LIST` writes a list without it."
+_OF_A_LIST = ("Fetch or export it again, or leave it out of the list: `freqseg check FOLDER --fix-list LIST` writes a "
+              "list without it.")
 _OF_NO_LIST = "Is it a picture? Fetch or export it again, or name another."
 
 @contextlib.contextmanager
 def _decoded(path: str | Path, listed: bool = True) -> Iterator[Image.Image]:
-    "Open and fully decode `path`; a fault of the file, here or inside the block, becomes an `InputError` that names it."
+    """Open and fully decode `path`; a fault of the file, here or inside the block, becomes an `InputError` that names
+    it."""
     try:
         with Image.open(path) as image:
             image.load()
@@ -128,14 +132,16 @@ def _mask_values(path: str | Path, image: Image.Image) -> np.ndarray:
     if image.mode == "L" and depth in (2, 4): return np.asarray(image) // (255 // (2 ** depth - 1))
     if image.mode in ("1", "L", "P"): return np.asarray(image).astype(np.uint8)
     if image.mode in ("RGB", "RGBA"): return _values_of_picture(path, np.asarray(image.convert("RGB")))
-    raise InputError(f"{path} is a {image.mode} picture. A mask is an 8-bit grey or palette PNG, or RGB in VOC colours.")
+    raise InputError(
+        f"{path} is a {image.mode} picture. A mask is an 8-bit grey or palette PNG, or RGB in VOC colours.")
 
 def _values_of_picture(path: str | Path, rgb: np.ndarray) -> np.ndarray:
     values, unknown = _values_of_colours(rgb)
     if unknown.any():
         colour = tuple(rgb[unknown][0].tolist())
-        raise InputError(f"{path}: colour {colour} is not in the VOC colour map ({int(unknown.sum())} pixels of unknown "
-                         "colour). Export class numbers as an 8-bit grey or palette PNG.")
+        raise InputError(
+            f"{path}: colour {colour} is not in the VOC colour map ({int(unknown.sum())} pixels of unknown "
+            "colour). Export class numbers as an 8-bit grey or palette PNG.")
     return values
 
 # %% ../nbs/11_pictures.ipynb #e2294c7e
@@ -151,8 +157,9 @@ def _require_range(path: str | Path, values: np.ndarray, classes: int, mapping: 
     bad = _out_of_range(values, range(classes) if mapping is None else mapping)
     if not bad: return
     listed = ", ".join(f"{value} on {count} pixels" for value, count in list(bad.items())[:5])
-    raise InputError(f"{path}: mask value {listed}{' and others' if len(bad) > 5 else ''}, but {classes} classes allow 0.."
-                     f"{classes - 1} and 255 (ignore). Is it the right dataset, and does classes.txt name every class?")
+    raise InputError(
+        f"{path}: mask value {listed}{' and others' if len(bad) > 5 else ''}, but {classes} classes allow 0.."
+        f"{classes - 1} and 255 (ignore). Is it the right dataset, and does classes.txt name every class?")
 
 def read_mask(
     path: str | Path,                        # of the mask, a picture of class numbers
@@ -161,7 +168,8 @@ def read_mask(
 ) -> np.ndarray:
     """The mask as (H, W) uint8: 0..classes-1, 255 = ignore. Grey, palette (the index counts) and RGB in VOC colours.
 
-    Raises `InputError` for a damaged, lossy or 16-bit file, an unknown colour, or a value out of range with its pixel count.
+    Raises `InputError` for a damaged, lossy or 16-bit file, an unknown colour, or a value out of range with its pixel
+    count.
 
     Parameters
     ----------
@@ -218,6 +226,7 @@ def fitted_size(
     """
     height, width = size
     if side is None: return height, width
-    if side < 1: raise InputError(f"size={side}: give the long side in pixels, 1 or more, or None for the pictures' own size.")
+    if side < 1:
+        raise InputError(f"size={side}: give the long side in pixels, 1 or more, or None for the pictures' own size.")
     height, width = (max(1, round(length * side / max(size))) for length in size)
     return height, width

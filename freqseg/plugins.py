@@ -24,8 +24,8 @@ def load_plugin(
 ) -> ModuleType:
     """Run a file of the user's once and give its module; run it anew only after it has changed.
 
-    The module's `__sha256__` is that of the file. Raises `InputError` for a file that is missing or is no Python, and naming the
-    line at which it failed.
+    The module's `__sha256__` is that of the file. Raises `InputError` for a file that is missing or is no Python, and
+    naming the line at which it failed.
 
     Parameters
     ----------
@@ -33,7 +33,8 @@ def load_plugin(
         a Python file
     """
     file = Path(path).expanduser().resolve()
-    if not file.is_file() or file.suffix != ".py": raise InputError(f"{path}: there is no such Python file. Give the path of a .py file.")
+    if not file.is_file() or file.suffix != ".py":
+        raise InputError(f"{path}: there is no such Python file. Give the path of a .py file.")
     digest, known = sha256(file), PLUGINS.get(file)
     if known is not None and known.__sha256__ == digest: return known
     module = _module(file, digest)
@@ -76,14 +77,16 @@ def plugin_of(
     return next((module for module in PLUGINS.values() if module.__name__ == kind.__module__), None)
 
 # %% ../nbs/09_plugins.ipynb #acf389f8
-INHERITED = "FREQSEG_PLUGINS"   # variable of the environment: the files that the process has loaded which started this one
+# variable of the environment: the files that the process has loaded which started this one
+INHERITED = "FREQSEG_PLUGINS"
 _begun: set[str] = set()
 
 @contextmanager
 def loaded_plugins(
     paths: Sequence[str | Path],   # Python files
 ) -> Iterator[None]:
-    """Load files of the user's, here at once and within the block in every process that is started. Raises `InputError` as `load_plugin` does.
+    """Load files of the user's, here at once and within the block in every process that is started. Raises
+    `InputError` as `load_plugin` does.
 
     Parameters
     ----------
@@ -118,7 +121,8 @@ def split_target(
     if colon and file.endswith(".py"):
         if not target.isidentifier(): raise InputError(f"{name}: name a class of the file, such as {file}:Mine.")
         return file, target
-    if str(name).endswith(".py"): raise InputError(f"{name}: which class of it? Name it after a colon, such as {name}:Mine.")
+    if str(name).endswith(".py"):
+        raise InputError(f"{name}: which class of it? Name it after a colon, such as {name}:Mine.")
     return None
 
 _Base = TypeVar("_Base")
@@ -128,7 +132,8 @@ def load_target(
     target: str,        # name of a class in it
     kind: type[_Base],  # what it has to be a subclass of
 ) -> type[_Base]:
-    """A class of a user's file. Raises `InputError` when the file cannot be run, or has no such class, naming those that it has.
+    """A class of a user's file. Raises `InputError` when the file cannot be run, or has no such class, naming those
+    that it has.
 
     Parameters
     ----------
@@ -140,7 +145,10 @@ def load_target(
         what it has to be a subclass of
     """
     module = load_plugin(file)
-    mine = {name: value for name, value in vars(module).items() if isinstance(value, type) and issubclass(value, kind) and value.__module__ == module.__name__}
+    mine = {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, kind) and value.__module__ == module.__name__}
     if target in mine: return mine[target]
     raise InputError(f"{file} defines no {kind.__name__} called {target!r}. It defines: {', '.join(mine) or 'none'}.")
 

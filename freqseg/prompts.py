@@ -18,10 +18,12 @@ from .clip import WECLIP_TEMPLATE, Backbone, ClosedVocabulary
 from .files import InputError, unknown_name
 
 # %% ../nbs/18_prompts.ipynb #170d756d
-VOC_PROMPT_ALIASES: dict[str, str] = {  # WeCLIP: what the text encoder reads instead of the class name
-    "bird": "bird avian", "chair": "chair seat", "person": "person with clothes,people,human", "tvmonitor": "tvmonitor screen"}
+VOC_PROMPT_ALIASES: dict[str, str] = {   # WeCLIP: what the text encoder reads instead of the class name
+    "bird": "bird avian", "chair": "chair seat", "person": "person with clothes,people,human",
+    "tvmonitor": "tvmonitor screen"}
 
-COCO_PROMPT_ALIASES: dict[str, str] = {  # WeCLIP: the VOC spellings where COCO has the same class, and seven more senses
+# WeCLIP: the VOC spellings where COCO has the same class, and seven more senses
+COCO_PROMPT_ALIASES: dict[str, str] = {
     "bird": "bird avian", "chair": "chair seat", "person": "person with clothes,people,human", "tv": "tvmonitor screen",
     "motorcycle": "motorbike", "airplane": "aeroplane", "couch": "sofa", "potted plant": "pottedplant",
     "dining table": "diningtable", "spoon": "dessertspoon", "backpack": "backpack,bag", "umbrella": "umbrella,parasol",
@@ -29,7 +31,8 @@ COCO_PROMPT_ALIASES: dict[str, str] = {  # WeCLIP: the VOC spellings where COCO 
     "hair drier": "hairdrier,blowdrier"}
 
 BACKGROUND_PROMPTS: tuple[str, ...] = tuple(
-    "ground land grass tree building wall sky lake water river sea railway railroad keyboard helmet cloud house mountain ocean "
+    "ground land grass tree building wall sky lake water river sea railway railroad keyboard helmet cloud house "
+    "mountain ocean "
     "road rock street valley bridge sign".split())
 
 COCO_BACKGROUND_PROMPTS: tuple[str, ...] = tuple(  # a keyboard and a (stop) sign are classes of COCO
@@ -81,8 +84,9 @@ def require_words(
     backbone: Backbone,     # the CLIP that will read them
     names: Sequence[str],   # of classes and backgrounds
 ) -> None:
-    """Raise `InputError` for a name that a closed vocabulary cannot spell, naming the nearest; for one of nothing but fillers, such as "the"; and for
-    punctuation, which it does not read: "tree;key" would be one name. CLIP's own vocabulary is open.
+    """Raise `InputError` for a name that a closed vocabulary cannot spell, naming the nearest; for one of nothing but
+    fillers, such as "the"; and for punctuation, which it does not read: "tree;key" would be one name. CLIP's own
+    vocabulary is open.
 
     Parameters
     ----------
@@ -97,12 +101,20 @@ def require_words(
     for name in names:
         words = tokenizer.words(name)
         if words and all(word in tokenizer.ids for word in words):
-            if set(words) <= set(domain.fillers): raise InputError(f"{name!r} names nothing that a picture could show: say what, for example {things[0]!r}.")
+            if set(words) <= set(domain.fillers):
+                raise InputError(
+                    f"{name!r} names nothing that a picture could show: say what, for example {things[0]!r}.")
             if name.lower().replace("-", " ").split() == words: continue
-            raise InputError(f"{name!r} has signs between or around its words that this model does not read. Several names? Give each by itself, "
-                             "on the command line with commas between them.")
-        raise InputError(f"{unknown_name(name, things)} This model, {domain.title and f'a CLIP of {domain.title}, '}knows nothing but {', '.join(things)}"
-                         f"{domain.background and ', and as backgrounds ' + ', '.join(domain.background) or ''}. For anything else take another model, such as ViT-B-16.")
+            raise InputError(
+                f"{name!r} has signs between or around its words that this model does not read. Several names? Give "
+                "each by itself, "
+                "on the command line with commas between them.")
+        raise InputError(
+            f"{unknown_name(name, things)} This model, {domain.title and f'a CLIP of {domain.title}, '}knows nothing "
+            f"but {', '.join(things)}"
+            f"{domain.background and ', and as backgrounds ' + ', '.join(domain.background) or ''}. For anything else "
+            "take another model, such as ViT-B-16."
+        )
 
 def usual_background(
     backbone: Backbone,   # the CLIP that will read them
@@ -122,7 +134,8 @@ def usual_wording(
     classes: Sequence[str],                  # K foreground names
     background: Sequence[str]|None = None,   # competing names; None = the usual ones, () = none
 ) -> Wording:
-    """How a backbone is asked for these classes: WeCLIP's wording for a CLIP, its domain's where the vocabulary is closed. A class is never its own rival.
+    """How a backbone is asked for these classes: WeCLIP's wording for a CLIP, its domain's where the vocabulary is
+    closed. A class is never its own rival.
 
     Raises `InputError` for a bare text in place of a list, and for a word that a closed vocabulary lacks.
 
@@ -135,7 +148,9 @@ def usual_wording(
     background : Sequence[str]|None
         competing names; None = the usual ones, () = none
     """
-    if isinstance(background, str): raise InputError(f"background={background!r}: give a list of names, () for no background, or None for the usual one.")
+    if isinstance(background, str):
+        raise InputError(
+            f"background={background!r}: give a list of names, () for no background, or None for the usual one.")
     wanted = usual_background(backbone) if background is None else background
     require_words(backbone, [*classes, *wanted])
     rest = rivals(wanted, classes)
@@ -146,8 +161,10 @@ def usual_wording(
     return Wording(tuple(classes), rest, aliases={name: aliases[name] for name in classes if name in aliases})
 
 # %% ../nbs/18_prompts.ipynb #f443cb04
-SCENE_TEMPLATES = (*(f"{opening} a {size}{{}}." for opening in ("a photo of", "This is a photo of") for size in ("", "small ", "medium ", "large ")),
-                   *(f"{opening} {{}} in the scene." for opening in ("a", "a photo of a", "There is a", "There is the", "This is a", "This is the", "This is one")))
+SCENE_TEMPLATES = (*(f"{opening} a {size}{{}}." for opening in ("a photo of", "This is a photo of")
+                     for size in ("", "small ", "medium ", "large ")),
+                   *(f"{opening} {{}} in the scene." for opening in ("a", "a photo of a", "There is a", "There is the",
+                                                                     "This is a", "This is the", "This is one")))
 TEMPLATES = {"single": ("a photo of a {}",), "scene": SCENE_TEMPLATES}
 
 def folded(
@@ -169,7 +186,8 @@ def plain_wording(
 ) -> Wording:
     """How any class names are put to a backbone, with nothing else beside them.
 
-    Raises `InputError` for unknown templates, a name that is empty or comes twice, and for a word that a closed vocabulary lacks.
+    Raises `InputError` for unknown templates, a name that is empty or comes twice, and for a word that a closed
+    vocabulary lacks.
 
     Parameters
     ----------
@@ -185,9 +203,15 @@ def plain_wording(
     for place, name in enumerate(classes):
         if not name.strip(): raise InputError(f"class {place + 1} of {len(classes)} has no name.")
         if (twin := next((other for other in classes[:place] if folded(other) == folded(name)), None)) is not None:
-            raise InputError(f"class {name!r} is named twice{f', before as {twin!r}: capitals and spaces mean nothing to the text encoder' if twin != name else ''}. Name each once.")
+            raise InputError(
+                f"class {name!r} is named twice"
+                f"{f', before as {twin!r}: the text encoder ignores capitals and spaces' if twin != name else ''}. "
+                "Name each once."
+            )
     require_words(backbone, classes)
-    return Wording(tuple(classes), templates=backbone.domain.templates or ("{}",) if isinstance(backbone.tokenizer, ClosedVocabulary) else TEMPLATES[templates])
+    return Wording(
+        tuple(classes), templates=backbone.domain.templates or
+        ("{}",) if isinstance(backbone.tokenizer, ClosedVocabulary) else TEMPLATES[templates])
 
 # %% ../nbs/18_prompts.ipynb #0bdc4abf
 class Prompts(NamedTuple):
@@ -207,7 +231,8 @@ def embed_wording(
     backbone: Backbone,   # the CLIP whose text encoder reads
     wording: Wording,     # of `usual_wording` or `plain_wording`, or one of your own
 ) -> Prompts:
-    """The prompts of a wording in the joint space. Raises `InputError` for no classes, or a word that a closed vocabulary lacks.
+    """The prompts of a wording in the joint space. Raises `InputError` for no classes, or a word that a closed
+    vocabulary lacks.
 
     Parameters
     ----------
@@ -217,4 +242,6 @@ def embed_wording(
         of `usual_wording` or `plain_wording`, or one of your own
     """
     text = backbone.encode_text(wording.classes, wording.templates, wording.aliases)
-    return Prompts(text, backbone.encode_text(wording.background, wording.background_templates) if wording.background else None)
+    return Prompts(
+        text,
+        backbone.encode_text(wording.background, wording.background_templates) if wording.background else None)

@@ -22,9 +22,11 @@ from .lists import IGNORE, UNLABELLED
 
 # %% ../nbs/13_transforms.ipynb #e79a744f
 class RandomScale(v2.Transform):
-    """Resize picture and mask by one factor drawn from U(low, high): antialiased bilinear, nearest-exact. At least 1 pixel.
+    """Resize picture and mask by one factor drawn from U(low, high): antialiased bilinear, nearest-exact. At least 1
+    pixel.
 
-    With `short`, a factor of 1 is a short side of so many pixels instead of the file's. Raises `InputError` for an empty range.
+    With `short`, a factor of 1 is a short side of so many pixels instead of the file's. Raises `InputError` for an
+    empty range.
 
     Parameters
     ----------
@@ -41,26 +43,30 @@ class RandomScale(v2.Transform):
     ):
         super().__init__()
         if not 0 < low <= high: raise InputError(f"scales need 0 < low <= high, got {low} and {high}")
-        if short is not None and short < 1: raise InputError(f"short={short}: give the short side in pixels, or None for the file's.")
+        if short is not None and short < 1:
+            raise InputError(f"short={short}: give the short side in pixels, or None for the file's.")
         self.low, self.high, self.short = low, high, short
 
     def make_params(self, flat_inputs: list) -> dict:
         "Draw the factor once for all inputs: {\"size\": [height, width]}."
         height, width = joint_ops.get_size(flat_inputs[0])
-        factor = torch.empty(()).uniform_(self.low, self.high).item() * (self.short/min(height, width) if self.short else 1)
+        factor = torch.empty(
+            ()).uniform_(self.low, self.high).item()*(self.short/min(height, width) if self.short else 1)
         return {"size": [max(1, round(height * factor)), max(1, round(width * factor))]}
 
     def transform(self, inpt: Image.Image | Tensor, params: dict) -> Image.Image | Tensor:
         "Resize one input (picture or mask) to the size drawn."
         if not isinstance(inpt, tv_tensors.Mask): return joint_ops.resize(inpt, params["size"], antialias=True)
         plain = inpt.as_subclass(Tensor)[None]
-        return tv_tensors.wrap(joint_ops.resize_image(plain, params["size"], InterpolationMode.NEAREST_EXACT)[0], like=inpt)
+        return tv_tensors.wrap(
+            joint_ops.resize_image(plain, params["size"], InterpolationMode.NEAREST_EXACT)[0], like=inpt)
 
 # %% ../nbs/13_transforms.ipynb #19c9b4cc
 def to_tensors(
     sample: Sample,   # as its dataset gives it
 ) -> Sample:
-    """The picture as (3, H, W) float32 in [0, 1] and the mask as (H, W) int64, sizes unchanged. Normalising is the model's affair.
+    """The picture as (3, H, W) float32 in [0, 1] and the mask as (H, W) int64, sizes unchanged. Normalising is the
+    model's affair.
 
     Parameters
     ----------
@@ -72,7 +78,8 @@ def to_tensors(
     return replace(sample, image=image, mask=mask)
 
 class VariedCrop(v2.RandomCrop):
-    """A random crop, drawn again up to ten times while one class fills `largest` of its labelled pixels or more (mmsegmentation's cat_max_ratio).
+    """A random crop, drawn again up to ten times while one class fills `largest` of its labelled pixels or more
+    (mmsegmentation's cat_max_ratio).
 
     Parameters
     ----------
@@ -112,9 +119,9 @@ class TrainTransform:
 
     ZegCLIP's are `TrainTransform(512, short=512, largest=.75, colours=True)`, the usual ones of mmsegmentation.
 
-    The scale runs on the 8-bit picture, before it becomes float: a 20-megapixel picture doubled still fits into memory.
-    The labels stay those of the whole picture, also when the crop misses an object, as all weakly supervised work has it.
-    Random numbers are torch's: seed with `torch.manual_seed`; loader workers get their own streams.
+    The scale runs on the 8-bit picture, before it becomes float: a 20-megapixel picture doubled still fits into
+    memory. The labels stay those of the whole picture, also when the crop misses an object, as all weakly supervised
+    work has it. Random numbers are torch's: seed with `torch.manual_seed`; loader workers get their own streams.
 
     Parameters
     ----------

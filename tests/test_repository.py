@@ -208,12 +208,14 @@ def test_papermill_finds_the_parameters_of_the_training_notebooks() -> None:
 
 EXCEPTIONS = {
     "long_cells": """
+        14_clip=1 21_dual_affinity=1 faces/76_explorer=5 systems/40_segmenter=1 systems/45_zegclip=2 work/56_train=2
+        work/60_experiments=1 work/64_sweep_statistics=1 work/66_robustness=1
     """,
     "lessons_lacking": """
+        faces/72_plots=1 faces/76_explorer=2 work/54_evaluation=1 work/55_seeds=1 work/57_checkpoints=1
+        work/66_robustness=1
     """,
-    "lessons_lacking": "",
-    "wide_lines": """
-    """,
+    "wide_lines": "",
 }
 
 
@@ -247,7 +249,10 @@ def lessons_lacking(path: Path) -> int:
 
 def wide_lines(path: Path) -> int:
     "How many lines of code have more than 120 characters."
-    return sum(len(line) > 120 for text in code(path) for line in text.splitlines())
+    # Parameters cells are generated: papermill reads what a parameter means from the end of its line.
+    texts = [source(cell) for cell in cells(path)
+             if cell["cell_type"] == "code" and "parameters" not in cell["metadata"].get("tags", [])]
+    return sum(len(line) > 120 for text in texts for line in text.splitlines())
 
 
 @pytest.mark.parametrize("rule", [long_cells, lessons_lacking, wide_lines], ids=lambda rule: rule.__name__)

@@ -36,4 +36,4 @@ def test_an_evaluation_crosses_few_rooms_besides_those_of_the_network(tmp_path: 
     done = subprocess.run([sys.executable, "-c", WALK], cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     rooms = set(next(line for line in done.stdout.splitlines() if line.startswith("ROOMS")).split()[1:])
-    assert rooms >= {"data", "systems/dfa", "work/evaluation"} and len(rooms - NETWORK) <= 18, sorted(rooms - NETWORK)
+    assert rooms >= {"data", "systems/dfa", "work/evaluation"} and len(rooms - NETWORK) <= 21, sorted(rooms - NETWORK)

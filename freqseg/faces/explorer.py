@@ -88,9 +88,13 @@ class Subject:
     notes: tuple[str, ...] = ()             # what happened to it on the way
 
     def truth(self, names: Sequence[str]) -> np.ndarray|None:
-        "The mask in terms of these names, (H, W) uint8: k + 1 for names[k], 0 for all else, 255 not counted; None when it knows none of them."
+        """The mask in terms of these names, (H, W) uint8: k + 1 for names[k], 0 for all else, 255 not counted; None
+        when it knows none of them."""
         known = [name.casefold() for name in self.known]   # the towers' tokenizers do not mind capitals either
-        places = {value: known.index(name.casefold()) + 1 for value, name in enumerate(names, start=1) if name.casefold() in known}
+        places = {
+            value: known.index(name.casefold()) + 1
+            for value, name in enumerate(names, start=1)
+            if name.casefold() in known}
         if self.mask is None or not places: return None
         table = np.zeros(256, np.uint8)
         table[IGNORE] = IGNORE
@@ -136,8 +140,9 @@ def scene(
         of the world
     """
     drawn = World(seed, split)[number]
-    return Subject(drawn.image, f"scene {number} of {split}", f"scene({number}, {split!r}" + (f", seed={seed})" if seed else ")"), tuple(drawn.classes),
-                   drawn.mask, WORLD_CLASSES)
+    return Subject(drawn.image,
+                   f"scene {number} of {split}", f"scene({number}, {split!r}" + (f", seed={seed})" if seed else ")"),
+                   tuple(drawn.classes), drawn.mask, WORLD_CLASSES)
 
 def dataset_picture(
     root: str|Path,          # folder of a data set
@@ -145,7 +150,8 @@ def dataset_picture(
     split: str = "val",      # of the data set: "train", "val", ...
     dataset: str = "auto",   # "voc", "coco", "cocostuff", "folder"; auto looks
 ) -> Subject:
-    """A picture of a data set on disk, with its mask where there is one. Raises `InputError` for an unknown id, and files that cannot be read.
+    """A picture of a data set on disk, with its mask where there is one. Raises `InputError` for an unknown id, and
+    files that cannot be read.
 
     Parameters
     ----------
@@ -162,11 +168,16 @@ def dataset_picture(
     if name not in listing.ids: raise unknown_name(name, listing.ids, f"picture in {split} of {listing.root}")
     sample = SegmentationFolder(list_dataset(root, split, dataset, ids=[name]))[0]   # the others need not be whole
     pixels, notes = _fitted(sample.image, name)
-    mask = sample.mask if sample.mask is None else np.asarray(Image.fromarray(sample.mask).resize(pixels.shape[1::-1], Image.Resampling.NEAREST))
+    mask = sample.mask if sample.mask is None else np.asarray(
+        Image.fromarray(sample.mask).resize(pixels.shape[1::-1], Image.Resampling.NEAREST))
     first = listing.num_classes - len(listing.classes)   # value of the first class
     if mask is not None and not first: mask = np.where(mask == IGNORE, IGNORE, mask + 1).astype(np.uint8)
-    there = () if mask is None else tuple(listing.classes[value - 1] for value in np.unique(mask) if 0 < value <= len(listing.classes))
-    return Subject(pixels, name, f"dataset_picture({str(Path(root).absolute())!r}, {name!r}, {split!r}" + (")" if dataset == "auto" else f", {dataset!r})"), there, mask, listing.classes, notes)
+    there = () if mask is None else tuple(listing.classes[value - 1]
+                                          for value in np.unique(mask)
+                                          if 0 < value <= len(listing.classes))
+    return Subject(
+        pixels, name, f"dataset_picture({str(Path(root).absolute())!r}, {name!r}, {split!r}" +
+        (")" if dataset == "auto" else f", {dataset!r})"), there, mask, listing.classes, notes)
 
 # %% ../../nbs/faces/76_explorer.ipynb #1910d8b7
 RANDOM = " (random weights)"
@@ -174,8 +185,9 @@ RANDOM = " (random weights)"
 def open_model(
     name: str|Path,   # of a model, or a path
 ) -> Backbone|System:
-    """A backbone by name ("world", "ViT-B-16", "ViT-B-16 (random weights)", a file of `save_clip`), or the trained system of a run's folder or checkpoint;
-    the names in `checkpoints.SHIPPED` are systems trained on the embedded world.
+    """A backbone by name ("world", "ViT-B-16", "ViT-B-16 (random weights)", a file of `save_clip`), or the trained
+    system of a run's folder or checkpoint; the names in `checkpoints.SHIPPED` are systems trained on the embedded
+    world.
 
     Raises `InputError` for what is neither, and when published weights cannot be fetched.
 
@@ -185,14 +197,21 @@ def open_model(
         of a model, or a path
     """
     text = str(name).strip()
-    if not text: raise InputError("no model: give a name such as world or ViT-B-16, a saved model, or the folder of a run.")
+    if not text:
+        raise InputError("no model: give a name such as world or ViT-B-16, a saved model, or the folder of a run.")
     if text == "world": return load_clip(text).eval()   # also where a folder has that name
     if text.endswith(RANDOM): return load_clip(text.removesuffix(RANDOM), None).eval()
-    if text in SHIPPED or Path(text).is_dir() or (text.endswith(".safetensors") and Path(text).is_file() and _is_checkpoint(Path(text))): return load_system(text)
+    if text in SHIPPED or Path(text).is_dir() or (text.endswith(".safetensors") and Path(text).is_file()
+                                                  and _is_checkpoint(Path(text))):
+        return load_system(text)
     if ("/" in text or "\\" in text) and not Path(text).exists() and ":" not in text and not _is_published(text):
-        raise InputError(f"there is no folder or file {text}: give the folder of a run, a checkpoint, or a name such as world, {', '.join(SHIPPED)} or ViT-B-16.")
+        raise InputError(
+            f"there is no folder or file {text}: give the folder of a run, a checkpoint, or a name such as world, "
+            f"{', '.join(SHIPPED)} or ViT-B-16."
+        )
     near = difflib.get_close_matches(text, ("world", *SHIPPED), n=1)
-    if near and not _is_published(text) and not Path(text).exists(): raise unknown_name(text, ("world", *SHIPPED), "model")
+    if near and not _is_published(text) and not Path(text).exists():
+        raise unknown_name(text, ("world", *SHIPPED), "model")
     return load_clip(text).eval()
 
 def _is_published(name: str) -> bool:
@@ -206,13 +225,15 @@ def _is_checkpoint(path: Path) -> bool:
     return True
 
 # %% ../../nbs/faces/76_explorer.ipynb #d7dfdeb2
-COMPOSED = ("low", "high", "smoothed", "dual")   # maps that a view makes of others: band and affinity are choices of their own
+# maps that a view makes of others: band and affinity are choices of their own
+COMPOSED = ("low", "high", "smoothed", "dual")
 
 class _Maps(Mapping[str, str]):
     "The maps that a view can start from: all that are registered when it is looked up, and a trained system's own."
     def __iter__(self) -> Iterator[str]: return iter([*(name for name in METHODS if name not in COMPOSED), "trained"])
     def __len__(self) -> int: return len(list(iter(self)))
-    def __getitem__(self, name: str) -> str: return "the trained system's own map" if name == "trained" else METHODS[name].help
+    def __getitem__(self, name: str) -> str:
+        return "the trained system's own map" if name == "trained" else METHODS[name].help
 
 MAPS = _Maps()
 BANDS: dict[str, str] = {
@@ -227,8 +248,10 @@ AFFINITIES: dict[str, str] = {
     "inverse": "the map travels over what attention took away (A_inv)",
     "both": "over both, weighted by lambda_l and lambda_h",
 }
-COLOUR_MAPS = ("inferno", "viridis", "cividis", "magma", "gray")   # all rise evenly in lightness, so colour-blind eyes can read them
-SCALES: dict[str, str] = {"own": "every map to its own maximum", "shared": "bands to the maximum of the whole map: they add up"}
+# all rise evenly in lightness, so colour-blind eyes can read them
+COLOUR_MAPS = ("inferno", "viridis", "cividis", "magma", "gray")
+SCALES: dict[str, str] = {
+    "own": "every map to its own maximum", "shared": "bands to the maximum of the whole map: they add up"}
 
 @dataclass(frozen=True)
 class View(Options):
@@ -330,11 +353,12 @@ class Shown:
     final: Tensor                           # (K, h, w) in [0, 1], what the labels are made of
     labels: np.ndarray                      # (H, W) uint8: 0 background, k + 1 for the k-th class
     prediction: np.ndarray|None             # (H, W), what a trained system says
-    scores: dict[str, dict[str, float]]     # "pseudo-label", "prediction" -> IoU by name and "mean"; empty without a mask
+    scores: dict[str, dict[str, float]]   # "pseudo-label", "prediction" -> IoU by name and "mean"; empty without a mask
     spectra: dict[str, Tensor]              # title -> radial energy (bins,), mean over classes, a share of the whole
     frequencies: Tensor                     # (bins,) of these, cycles per token
 
-KEPT = 2**26   # bytes of affinities that an analysis keeps for later: those of thirteen choices of blocks at 28 x 28 patches
+# bytes of affinities that an analysis keeps for later: those of thirteen choices of blocks at 28 x 28 patches
+KEPT = 2**26
 
 @dataclass(eq=False)
 class Analysis:
@@ -363,9 +387,9 @@ class Analysis:
     images : Tensor
         (1, 3, H, W) normalised, what the tower saw
     related : dict[int|tuple[int, ...], dict[str, Tensor]]
-        blocks -> the affinities made of them
+        blocks -> affinities
     drawn : dict[str, tuple[Any, np.ndarray, list[bytes]]]
-        what was drawn last, by title: how, of what, and the files
+        what was drawn, by title
     """
     subject: Subject                        # the picture and what is known of it
     names: tuple[str, ...]                  # K classes
@@ -377,8 +401,8 @@ class Analysis:
     predicted: Tensor|None                  # (1, C, h, w) its logits
     longest: int                            # longest side that the tower saw, pixels
     images: Tensor                          # (1, 3, H, W) normalised, what the tower saw
-    related: dict[int|tuple[int, ...], dict[str, Tensor]] = field(default_factory=dict)   # blocks -> the affinities made of them
-    drawn: dict[str, tuple[Any, np.ndarray, list[bytes]]] = field(default_factory=dict)   # what was drawn last, by title: how, of what, and the files
+    related: dict[int|tuple[int, ...], dict[str, Tensor]] = field(default_factory=dict)   # blocks -> affinities
+    drawn: dict[str, tuple[Any, np.ndarray, list[bytes]]] = field(default_factory=dict)   # what was drawn, by title
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -404,12 +428,15 @@ class Analysis:
     @torch.no_grad()
     def tokens(self) -> dict[int, Tensor]:
         "Patch tokens of every block, (D, h, w)."
-        return {block: found[0] for block, found in self.backbone.encode(self.images, tokens=range(self.depth), joint=False).tokens.items()}
+        return {
+            block: found[0]
+            for block, found in self.backbone.encode(self.images, tokens=range(self.depth), joint=False).tokens.items()}
 
 # %% ../../nbs/faces/76_explorer.ipynb #0c465e4d
 @patch
 def blocks(self: Analysis, view: View) -> int|tuple[int, ...]:
-    "The blocks that the view's affinities are made of: the last so many, or their indices where some at the end are left out."
+    """The blocks that the view's affinities are made of: the last so many, or their indices where some at the end are
+    left out."""
     end = self.depth - min(view.skip, self.depth - 1)
     count = min(view.layers, end)
     return count if end == self.depth else tuple(range(end - count, end))
@@ -417,14 +444,17 @@ def blocks(self: Analysis, view: View) -> int|tuple[int, ...]:
 @patch
 def settings(self: Analysis, view: View) -> CamSettings:
     "The view's options as activation maps know them."
-    return CamSettings(mu=view.mu, shape=view.shape, source=self.parts.settings.source, layers=self.blocks(view), box=.4 if view.boxes else None,
-                       epsilon=view.epsilon, lambda_l=view.lambda_l, lambda_h=view.lambda_h)
+    return CamSettings(mu=view.mu, shape=view.shape, source=self.parts.settings.source, layers=self.blocks(view),
+                       box=.4 if view.boxes else None, epsilon=view.epsilon, lambda_l=view.lambda_l,
+                       lambda_h=view.lambda_h)
 
 @patch
 def _parts(self: Analysis, settings: CamSettings) -> CamParts:
     "The parts for these settings; affinities of the blocks shown before are kept, for sliders come back."
-    self.related[self.parts.settings.layers] = {name: vars(self.parts)[name] for name in ("relation", "smooth", "invert") if name in vars(self.parts)}
-    while sum(made.nbytes for kept in self.related.values() for made in kept.values()) > KEPT: del self.related[next(iter(self.related))]
+    self.related[self.parts.settings.layers] = {
+        name: vars(self.parts)[name] for name in ("relation", "smooth", "invert") if name in vars(self.parts)}
+    while sum(made.nbytes for kept in self.related.values() for made in kept.values()) > KEPT:
+        del self.related[next(iter(self.related))]
     parts = self.parts.with_settings(settings)
     for name, made in self.related.get(settings.layers, {}).items(): vars(parts).setdefault(name, made)
     return parts
@@ -440,12 +470,15 @@ def shown(self: Analysis, view: View = View()) -> Shown:
     ready = _finished(view) and going is base   # in [0, 1]; its minimum means something
     refined = _travelled(parts, going if ready else normalise_cam(going), view)
     columns = {_title(view): base, **bands}
-    if view.affinity != "none" and view.maps != "transport": columns["over " + {"both": "both affinities"}.get(view.affinity, f"the {view.affinity} affinity")] = refined
+    if view.affinity != "none" and view.maps != "transport":
+        columns["over " + {"both": "both affinities"}.get(view.affinity, f"the {view.affinity} affinity")] = refined
     labels = pseudo_labels(refined, size=self.subject.image.shape[:2], threshold=view.threshold)[0].byte().cpu().numpy()
     prediction = None if self.predicted is None else _predicted_labels(self)
-    frequencies, energies = _spectra(going if ready else normalise_cam(going), refined if view.affinity != "none" and view.maps != "transport" else None)
-    return Shown({title: maps[0].cpu() for title, maps in _scaled(columns, base, view).items()}, refined[0].cpu(), labels, prediction,
-                 _scores(self, {"pseudo-label": labels, "prediction": prediction}), energies, frequencies)
+    frequencies, energies = _spectra(going if ready else normalise_cam(going),
+                                     refined if view.affinity != "none" and view.maps != "transport" else None)
+    return Shown({title: maps[0].cpu() for title, maps in _scaled(columns, base, view).items()}, refined[0].cpu(),
+                 labels, prediction, _scores(self,
+                                             {"pseudo-label": labels, "prediction": prediction}), energies, frequencies)
 
 # %% ../../nbs/faces/76_explorer.ipynb #4ff0b334
 def _title(view: View) -> str:
@@ -462,28 +495,38 @@ def _base(analysis: Analysis, parts: CamParts, view: View) -> Tensor:
     if view.maps != "trained":
         maps = raw_map(parts, view.maps)
         return normalise_cam(maps, positive=False) if METHODS[view.maps].kind == "cosine" else maps
-    if analysis.own is None: raise InputError(f"{analysis.model} has no maps of its own: take a trained system as model ({', '.join(SHIPPED)}, or the folder of a run), or other maps.")
+    if analysis.own is None:
+        raise InputError(
+            f"{analysis.model} has no maps of its own: take a trained system as model ({', '.join(SHIPPED)}, or the "
+            "folder of a run), or other maps."
+        )
     return analysis.own
 
 def _transported(parts: CamParts, view: View) -> Tensor:
     "Transport maps of the classes, (1, K, h, w); the affinity is inside their score (DFA)."
     if view.affinity == "both": _require_weight(view)
-    smoothed = None if view.affinity == "none" else parts.invert if view.affinity == "inverse" else parts.smooth   # the one that has the weight
-    both = dict(inverse=parts.invert, lambda_l=view.lambda_l, lambda_h=view.lambda_h) if view.affinity == "both" else dict(inverse=None)
-    return transport_maps(parts.similarity, smoothed, grid=parts.features.grid, present=parts.present, epsilon=view.epsilon, **both)[:, :-1]
+    # the one that has the weight
+    smoothed = None if view.affinity == "none" else parts.invert if view.affinity == "inverse" else parts.smooth
+    both = dict(inverse=parts.invert, lambda_l=view.lambda_l,
+                lambda_h=view.lambda_h) if view.affinity == "both" else dict(inverse=None)
+    return transport_maps(parts.similarity, smoothed, grid=parts.features.grid, present=parts.present,
+                          epsilon=view.epsilon, **both)[:, :-1]
 
 def _bands(base: Tensor, view: View) -> dict[str, Tensor]:
     "Frequency bands of maps, lowest first; they sum to them."
     if view.band == "stack":
         edges = [.5*k/view.bands for k in range(1, view.bands)]
-        told = [f"up to {edges[0]:.2g}", *(f"{a:.2g} to {b:.2g}" for a, b in zip(edges, edges[1:])), f"above {edges[-1]:.2g}"]
+        told = [
+            f"up to {edges[0]:.2g}", *(f"{a:.2g} to {b:.2g}" for a, b in zip(edges, edges[1:])),
+            f"above {edges[-1]:.2g}"]
         return dict(zip(told, band_stack(base, edges, view.shape)))
     low, high = band_stack(base, (view.mu,), view.shape)
     return {"low": low, "high": high}
 
 def _require_weight(view: View) -> None:
     "Raise `InputError` when neither affinity counts."
-    if not view.lambda_l + view.lambda_h: raise InputError("\u03bb low and \u03bb high (lambda_l and lambda_h) are both 0: give one of them some weight.")
+    if not view.lambda_l + view.lambda_h:
+        raise InputError("\u03bb low and \u03bb high (lambda_l and lambda_h) are both 0: give one of them some weight.")
 
 def _travelled(parts: CamParts, cam: Tensor, view: View) -> Tensor:
     "Maps (1, K, h, w) after they went over the affinity."
@@ -496,14 +539,17 @@ def _travelled(parts: CamParts, cam: Tensor, view: View) -> Tensor:
 
 def _scaled(columns: Mapping[str, Tensor], base: Tensor, view: View) -> dict[str, Tensor]:
     "Maps to [0, 1] for the colour bar."
-    if view.colour_scale == "own": return {title: maps if maps is base and _finished(view) else normalise_cam(maps) for title, maps in columns.items()}
+    if view.colour_scale == "own":
+        return {
+            title: maps if maps is base and _finished(view) else normalise_cam(maps) for title, maps in columns.items()}
     top = base.relu().amax((2, 3), keepdim=True).clamp_min(1e-7)
     return {title: maps if title.startswith("over ") else (maps/top).clamp(0, 1) for title, maps in columns.items()}
 
 # %% ../../nbs/faces/76_explorer.ipynb #e3081d7e
 def _predicted_labels(analysis: Analysis) -> np.ndarray:
     "Labels (H, W) of a trained system, in terms of the analysis's names."
-    logits = F.interpolate(analysis.predicted.float(), analysis.subject.image.shape[:2], mode="bilinear", align_corners=False)
+    logits = F.interpolate(analysis.predicted.float(), analysis.subject.image.shape[:2], mode="bilinear",
+                           align_corners=False)
     best = analysis.system.labels(logits)[0].byte().cpu().numpy()
     if analysis.system.supervision != "labels": return best   # it answers for the analysis's names and nothing else
     table = np.zeros(256, np.uint8)
@@ -516,13 +562,18 @@ def _scores(analysis: Analysis, found: Mapping[str, np.ndarray|None]) -> dict[st
     told = {}
     for title, labels in found.items():
         if labels is None: continue
-        values = class_iou(confusion_matrix(torch.from_numpy(labels), torch.from_numpy(analysis.truth), len(analysis.names) + 1))
-        if title == "prediction" and analysis.system.supervision != "labels": values[0] = math.nan   # it never says background
-        told[title] = {name: float(value) for name, value in zip(("background", *analysis.names), values)} | {"mean": float(values.nanmean())}
+        values = class_iou(
+            confusion_matrix(torch.from_numpy(labels), torch.from_numpy(analysis.truth),
+                             len(analysis.names) + 1))
+        # it never says background
+        if title == "prediction" and analysis.system.supervision != "labels": values[0] = math.nan
+        told[title] = {name: float(value) for name, value in zip(("background", *analysis.names), values)} | {
+            "mean": float(values.nanmean())}
     return told
 
 def _spectra(going: Tensor, refined: Tensor|None) -> tuple[Tensor, dict[str, Tensor]]:
-    "Rings of the spectrum, and the share of the energy in each, of maps that set out, both in [0, 1], and of those that came out of an affinity; the constant is left out."
+    """Rings of the spectrum, and the share of the energy in each, of maps that set out, both in [0, 1], and of those
+    that came out of an affinity; the constant is left out."""
     told = {}
     for title, maps in {"map": going, "after the affinity": refined}.items():
         if maps is None: continue
@@ -550,7 +601,9 @@ def _sides(image: np.ndarray, patch: int, longest: int) -> tuple[int, int]:
 
 def _names_for(subject: Subject, names: Sequence[str]|None, system: System|None) -> tuple[str, ...]:
     "The names to look for. Raises `InputError` for none, for one twice, and for one that a trained system cannot know."
-    if isinstance(names, str): raise InputError(f"names={names!r}: give a list of names, for example {[part.strip() for part in names.split(',')]}.")
+    if isinstance(names, str):
+        raise InputError(
+            f"names={names!r}: give a list of names, for example {[part.strip() for part in names.split(',')]}.")
     chosen = tuple(name.strip() for name in (subject.names if names is None else names))
     if not chosen or not all(chosen): raise InputError("no class to look for: type at least one name.")
     require_countable(chosen)
@@ -558,7 +611,9 @@ def _names_for(subject: Subject, names: Sequence[str]|None, system: System|None)
         if name in chosen[:place]: raise InputError(f"{name!r} is named twice: name each class once.")
     if system is not None and system.supervision == "labels":
         for name in chosen:
-            if name not in system.classes: raise InputError(f"{unknown_name(name, system.classes)} This run was trained for: {', '.join(system.classes)}.")
+            if name not in system.classes:
+                raise InputError(
+                    f"{unknown_name(name, system.classes)} This run was trained for: {', '.join(system.classes)}.")
     return chosen
 
 @torch.no_grad()
@@ -568,7 +623,8 @@ def explore(
     model: str|Path|Backbone|System = "world",    # see `open_model`
     longest: int|None = None,                     # longest side that the tower sees, pixels; None = `usual_side`
 ) -> Analysis:
-    """Analyse a picture once. Raises `InputError` as `open_model` does, for no names, and for names that the model cannot know.
+    """Analyse a picture once. Raises `InputError` as `open_model` does, for no names, and for names that the model
+    cannot know.
 
     Parameters
     ----------
@@ -586,12 +642,14 @@ def explore(
     chosen = _names_for(subject, names, system)
     if system is not None and system.supervision != "labels": system = system.with_vocabulary(chosen)
     longest = usual_side(backbone) if longest is None else longest
-    if not isinstance(longest, int) or longest < backbone.patch_size: raise InputError(f"longest={longest!r}: give {backbone.patch_size} pixels, one patch, or more.")
+    if not isinstance(longest, int) or longest < backbone.patch_size:
+        raise InputError(f"longest={longest!r}: give {backbone.patch_size} pixels, one patch, or more.")
     images = backbone.preprocess([subject.image], _sides(subject.image, backbone.patch_size, longest))
     present, settings = torch.ones(1, len(chosen), dtype=torch.bool), CamSettings(layers=backbone.depth)
     prompts = embed_wording(backbone, usual_wording(backbone, chosen))
     also = affinity_request(backbone.depth, affinity_source(backbone, settings), backbone.depth)
-    parts = cam_parts(backbone, images, prompts.text, present, prompts.background, settings=settings, also=merge_requests(also, {"joint": False}))
+    parts = cam_parts(backbone, images, prompts.text, present, prompts.background, settings=settings,
+                      also=merge_requests(also, {"joint": False}))
     own, predicted = (None, None) if system is None else _ask(system, images, chosen)
     title = model if isinstance(model, (str, Path)) else opened.name
     return Analysis(subject, chosen, str(title), backbone, system, parts, own, predicted, longest, images)
@@ -653,15 +711,19 @@ def _small(analysis: Analysis) -> np.ndarray:
     height, width = analysis.subject.image.shape[:2]
     scale = CELL_SIDE/max(height, width)
     size = max(1, round(width*scale)), max(1, round(height*scale))
-    return np.asarray(Image.fromarray(analysis.subject.image).resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC))
+    return np.asarray(
+        Image.fromarray(analysis.subject.image).resize(
+            size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC))
 
 def _painted(analysis: Analysis, labels: np.ndarray) -> np.ndarray:
     "Labels in colours over the small picture."
     small = analysis.small
     return paint_mask(np.asarray(Image.fromarray(labels).resize(small.shape[1::-1], Image.Resampling.NEAREST)), small)
 
-def _drawn(analysis: Analysis, title: str, values: np.ndarray|Tensor, how: tuple[Any, ...], draw: Callable[[Any], np.ndarray]) -> list[bytes]:
-    "JPEG files of pictures (n, H, W, 3) drawn from values; those of the last time where nothing changed, as most moves leave most maps alone."
+def _drawn(analysis: Analysis, title: str, values: np.ndarray | Tensor, how: tuple[Any, ...],
+           draw: Callable[[Any], np.ndarray]) -> list[bytes]:
+    """JPEG files of pictures (n, H, W, 3) drawn from values; those of the last time where nothing changed, as most
+    moves leave most maps alone."""
     values = np.asarray(values)
     before = analysis.drawn.get(title)
     if before is not None and before[0] == how and np.array_equal(before[1], values): return before[2]
@@ -693,9 +755,14 @@ def view_cells(
     rows : slice
         of the classes
     """
-    columns = {title: _drawn(analysis, title, maps[rows], (view.opacity, view.cmap), lambda part: overlays(analysis.small, part, view.opacity, view.cmap))
-               for title, maps in shown.columns.items()}
-    return [[Cell(title, name, files[place], f"{title} of {name} over {analysis.subject.title}", class_colour(analysis.names.index(name) + 1)) for title, files in columns.items()]
+    columns = {
+        title: _drawn(analysis, title, maps[rows], (view.opacity, view.cmap),
+                      lambda part: overlays(analysis.small, part, view.opacity, view.cmap))
+        for title, maps in shown.columns.items()}
+    return [[
+        Cell(title, name, files[place], f"{title} of {name} over {analysis.subject.title}",
+             class_colour(analysis.names.index(name) + 1))
+        for title, files in columns.items()]
             for place, name in enumerate(analysis.names[rows])]
 
 def class_colour(
@@ -725,15 +792,21 @@ def mask_cells(
     """
     masks = {"pseudo-label": shown.labels, "prediction": shown.prediction, "mask": analysis.truth}
     files = {"picture": _drawn(analysis, "picture", analysis.small, (), lambda small: small[None])}
-    files |= {title: _drawn(analysis, f"{title}, painted", labels, (), lambda found: _painted(analysis, found)[None]) for title, labels in masks.items() if labels is not None}
-    return [Cell(title + _in_brackets(shown.scores, title), "", file[0], f"{title} of {analysis.subject.title}") for title, file in files.items()]
+    files |= {
+        title: _drawn(analysis, f"{title}, painted", labels, (), lambda found: _painted(analysis, found)[None])
+        for title, labels in masks.items()
+        if labels is not None}
+    return [
+        Cell(title + _in_brackets(shown.scores, title), "", file[0], f"{title} of {analysis.subject.title}")
+        for title, file in files.items()]
 
 def patch_cells(
     analysis: Analysis,       # of `explore`
     patch: tuple[int, int],   # row and column
     view: View,               # options of what is shown
 ) -> list[Cell]:
-    """What one patch is related to: its row of the smoothed affinity, strongest = 1, and of the inverse affinity around its median; the patch itself is left out.
+    """What one patch is related to: its row of the smoothed affinity, strongest = 1, and of the inverse affinity
+    around its median; the patch itself is left out.
 
     Raises `InputError` for a patch outside the grid.
 
@@ -747,15 +820,19 @@ def patch_cells(
         options of what is shown
     """
     row, column = patch
-    if not (0 <= row < analysis.grid[0] and 0 <= column < analysis.grid[1]): raise InputError(f"patch {patch} lies outside the grid of {analysis.grid[0]} x {analysis.grid[1]}.")
+    if not (0 <= row < analysis.grid[0] and 0 <= column < analysis.grid[1]):
+        raise InputError(f"patch {patch} lies outside the grid of {analysis.grid[0]} x {analysis.grid[1]}.")
     place, alpha = row*analysis.grid[1] + column, max(view.opacity, .6)
     rows = [affinity[0, place].clone() for affinity in (analysis.parts.smooth, analysis.parts.invert)]
     for values in rows: values[place] = values.median()   # a patch is related to itself most of all
     smooth, inverse = rows[0]/rows[0].max().clamp_min(1e-12), rows[1] - rows[1].median()
     reach = float(inverse.abs().max()) or 1.
     patch_title = f"patch in row {row}, column {column}"
-    drawn = {f"smoothed affinity of the {patch_title}": overlays(analysis.small, smooth.view(analysis.grid), alpha, view.cmap),
-             f"inverse affinity of the {patch_title}: red above its median, blue below": overlays(analysis.small, inverse.view(analysis.grid), .75, "RdBu_r", (-reach, reach), grey=1)}
+    drawn = {
+        f"smoothed affinity of the {patch_title}": overlays(analysis.small, smooth.view(analysis.grid), alpha,
+                                                            view.cmap),
+        f"inverse affinity of the {patch_title}: red above its median, blue below": overlays(
+            analysis.small, inverse.view(analysis.grid), .75, "RdBu_r", (-reach, reach), grey=1)}
     return [Cell(title, "", jpeg(pictures[0]), title) for title, pictures in drawn.items()]
 
 # %% ../../nbs/faces/76_explorer.ipynb #9058d8b2
@@ -763,7 +840,8 @@ def spectrum_svg(
     shown: Shown,                # what `analysis.shown(view)` gives
     cutoff: float|None = None,   # cycles per token, drawn in
 ) -> Drawing:
-    """Share of the energy by radial frequency, of the map and of what came out of the affinity, on a logarithmic scale; the constant is left out.
+    """Share of the energy by radial frequency, of the map and of what came out of the affinity, on a logarithmic
+    scale; the constant is left out.
 
     Parameters
     ----------
@@ -773,8 +851,12 @@ def spectrum_svg(
         cycles per token, drawn in
     """
     level = lambda share: 1 + math.log10(max(share, 1e-4))/4
-    lines = {title: [(f, level(e)) for f, e in zip(shown.frequencies.tolist(), energy.tolist())] for title, energy in shown.spectra.items()}
-    return svg_chart(lines, [(0, "0"), (.2, "0.2"), (.4, "0.4"), (.6, "0.6"), (.5**.5, "")], [(level(10.**p), f"{100*10.**p:g}%") for p in range(-4, 1)],
+    lines = {
+        title: [(f, level(e))
+                for f, e in zip(shown.frequencies.tolist(), energy.tolist())]
+        for title, energy in shown.spectra.items()}
+    return svg_chart(lines, [(0, "0"), (.2, "0.2"), (.4, "0.4"), (.6, "0.6"),
+                             (.5**.5, "")], [(level(10.**p), f"{100*10.**p:g}%") for p in range(-4, 1)],
                      "radial frequency, cycles per token", None if cutoff is None else (cutoff, f"cut-off {cutoff:g}"))
 
 # %% ../../nbs/faces/76_explorer.ipynb #f53a0ff5
@@ -793,8 +875,12 @@ def view_figure(
     """
     shown = analysis.shown(view)
     masks = {"pseudo-label": shown.labels, "prediction": shown.prediction, "mask": analysis.truth}
-    beside = {title + _in_brackets(shown.scores, title): paint_mask(labels, analysis.subject.image) for title, labels in masks.items() if labels is not None}
-    return cam_panel(analysis.subject.image, shown.columns, analysis.names, view.opacity, view.cmap, heading=f"{analysis.subject.title}, {analysis.model}", beside=beside)
+    beside = {
+        title + _in_brackets(shown.scores, title): paint_mask(labels, analysis.subject.image)
+        for title, labels in masks.items()
+        if labels is not None}
+    return cam_panel(analysis.subject.image, shown.columns, analysis.names, view.opacity, view.cmap,
+                     heading=f"{analysis.subject.title}, {analysis.model}", beside=beside)
 
 # %% ../../nbs/faces/76_explorer.ipynb #fbcb1e1f
 def view_code(
@@ -802,7 +888,8 @@ def view_code(
     view: View = View(),   # options of what is shown
     stem: str = "",        # of the files of a saved view
 ) -> str:
-    """Python that makes this view again, with a stem as a PNG beside the program. What was opened by hand and not by name has to be put in its place.
+    """Python that makes this view again, with a stem as a PNG beside the program. What was opened by hand and not by
+    name has to be put in its place.
 
     Parameters
     ----------
@@ -814,21 +901,34 @@ def view_code(
         of the files of a saved view
     """
     usual = replace(View(), layers=min(View().layers, analysis.depth))
-    seen = {name: round(value, 6) if isinstance(value, float) else value for name, value in asdict(replace(view, layers=min(view.layers, analysis.depth))).items()}
+    seen = {
+        name: round(value, 6) if isinstance(value, float) else value
+        for name, value in asdict(replace(view, layers=min(view.layers, analysis.depth))).items()}
     options = ", ".join(f"{name}={value!r}" for name, value in seen.items() if value != getattr(usual, name))
-    head = ["from pathlib import Path", "from freqseg.faces.explorer import View, dataset_picture, explore, photograph, scene, view_figure", ""]
-    drawn = ["here = Path(__file__).parent", f"view_figure(analysis, view).savefig(here/'{stem}-again.png', dpi=150)", f"print('wrote {stem}-again.png beside this program:', {{title: round(scores['mean'], 3) for title, scores in shown.scores.items()}})"] if stem else ["view_figure(analysis, view)"]
-    return "\n".join([*head[0 if stem else 1:], f"analysis = explore({analysis.subject.code}, {list(analysis.names)!r}, model={analysis.model!r}, longest={analysis.longest})",
-                      f"view = View({options})", "shown = analysis.shown(view)   # maps, labels, scores, spectra", *drawn, ""])
+    head = [
+        "from pathlib import Path",
+        "from freqseg.faces.explorer import View, dataset_picture, explore, photograph, scene, view_figure", ""]
+    drawn = [
+        "here = Path(__file__).parent", f"view_figure(analysis, view).savefig(here/'{stem}-again.png', dpi=150)",
+        f"print('wrote {stem}-again.png beside this program:', "
+        f"{{title: round(scores['mean'], 3) for title, scores in shown.scores.items()}})"
+    ] if stem else ["view_figure(analysis, view)"]
+    return "\n".join([
+        *head[0 if stem else 1:],
+        f"analysis = explore({analysis.subject.code}, {list(analysis.names)!r}, model={analysis.model!r}, "
+        f"longest={analysis.longest})",
+        f"view = View({options})", "shown = analysis.shown(view)   # maps, labels, scores, spectra", *drawn, ""])
 
 def save_view(
     analysis: Analysis,           # of `explore`
     view: View = View(),          # options of what is shown
     folder: str|Path = "views",   # made where it is missing
 ) -> dict[str, Path]:
-    """Save a view under a new number: a PNG, an NPZ with maps, labels and options, and the Python that makes it again. Returns the paths by suffix.
+    """Save a view under a new number: a PNG, an NPZ with maps, labels and options, and the Python that makes it again.
+    Returns the paths by suffix.
 
-    A picture that has no file of its own is saved beside them. Raises `InputError` for a folder that cannot be written.
+    A picture that has no file of its own is saved beside them. Raises `InputError` for a folder that cannot be
+    written.
 
     Parameters
     ----------
@@ -842,15 +942,19 @@ def save_view(
     folder, shown = Path(folder).absolute(), analysis.shown(view)
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as error: raise InputError(f"cannot make the folder {folder}: {error.strerror}.") from error
-    stem = folder/f"view-{1 + max((int(found[1]) for path in folder.iterdir() if (found := re.match(r'view-([0-9]+)[-.]', path.name))), default=0):03d}"
-    arrays = {"maps": torch.stack(list(shown.columns.values())).numpy(), "titles": np.array(list(shown.columns)), "names": np.array(analysis.names),
-              "labels": shown.labels, "options": np.array(json.dumps(asdict(view)))}
+    saved = (re.match(r"view-([0-9]+)[-.]", path.name) for path in folder.iterdir())
+    stem = folder/f"view-{1 + max((int(match[1]) for match in saved if match), default=0):03d}"
+    arrays = {
+        "maps": torch.stack(list(shown.columns.values())).numpy(), "titles": np.array(list(shown.columns)),
+        "names": np.array(analysis.names), "labels": shown.labels, "options": np.array(json.dumps(asdict(view)))}
     if shown.prediction is not None: arrays["prediction"] = shown.prediction
     paths = {kind: stem.with_suffix(f".{kind}") for kind in ("png", "npz", "py")}
     if analysis.subject.code.startswith("uploaded("):
         paths["picture"] = folder/f"{stem.name}-picture.png"
         with atomic_write(paths["picture"]) as part: Image.fromarray(analysis.subject.image).save(part, "PNG")
-        analysis = replace(analysis, subject=replace(analysis.subject, code=f"photograph(Path(__file__).with_name({paths['picture'].name!r}))"))
+        analysis = replace(
+            analysis, subject=replace(analysis.subject,
+                                      code=f"photograph(Path(__file__).with_name({paths['picture'].name!r}))"))
     with atomic_write(paths["png"]) as part: view_figure(analysis, view).savefig(part, format="png", dpi=150)
     with atomic_write(paths["npz"]) as part, part.open("wb") as file: np.savez_compressed(file, **arrays)
     with atomic_write(paths["py"]) as part: part.write_text(view_code(analysis, view, stem.name), encoding="utf-8")
@@ -873,8 +977,12 @@ def uploaded(
         path = Path(folder)/f"upload{Path(name).suffix or '.png'}"
         path.write_bytes(content)
         try: found = photograph(path)
-        except InputError as error: raise InputError(f"{name} cannot be opened: it is damaged, or no picture. JPEG, PNG, WebP, BMP, TIFF and GIF can be.") from error
-    return replace(found, title=name, code=f"uploaded({name!r})", notes=tuple(note.replace(path.name, name) for note in found.notes))
+        except InputError as error:
+            raise InputError(
+                f"{name} cannot be opened: it is damaged, or no picture. JPEG, PNG, WebP, BMP, TIFF and GIF can be."
+            ) from error
+    return replace(found, title=name, code=f"uploaded({name!r})",
+                   notes=tuple(note.replace(path.name, name) for note in found.notes))
 
 # %% ../../nbs/faces/76_explorer.ipynb #dd1d303f
 def compare_cells(
@@ -883,7 +991,8 @@ def compare_cells(
     views: tuple[View, View],    # of the left and the right
     rows: slice = slice(None),   # of the classes
 ) -> tuple[list[list[Cell]], list[Cell]]:
-    """Two final maps and their difference, a row per class; and masks. Raises `InputError` for analyses of different pictures or names.
+    """Two final maps and their difference, a row per class; and masks. Raises `InputError` for analyses of different
+    pictures or names.
 
     Parameters
     ----------
@@ -896,15 +1005,25 @@ def compare_cells(
     rows : slice
         of the classes
     """
-    if left.names != right.names or not np.array_equal(left.subject.image, right.subject.image): raise InputError("two analyses are compared at the same picture, for the same names.")
+    if left.names != right.names or not np.array_equal(left.subject.image, right.subject.image):
+        raise InputError("two analyses are compared at the same picture, for the same names.")
     shown, small = [analysis.shown(view) for analysis, view in zip((left, right), views)], left.small
     titles = [f"{side}: {analysis.model}, {_title(view)}" for side, analysis, view in zip("AB", (left, right), views)]
     other = F.interpolate(shown[1].final[None], left.grid, mode="bilinear", align_corners=False)[0]
-    maps = {titles[0]: overlays(small, shown[0].final[rows], views[0].opacity, views[0].cmap), titles[1]: overlays(small, shown[1].final[rows], views[1].opacity, views[1].cmap),
-            "A \u2212 B: red where A is higher": overlays(small, (shown[0].final - other)[rows], .75, "RdBu_r", (-1, 1), grey=1)}
-    table = [[Cell(title, name, jpeg(pictures[place]), f"{title}, {name}", class_colour(left.names.index(name) + 1)) for title, pictures in maps.items()] for place, name in enumerate(left.names[rows])]
-    masks = [replace(cell, title=f"{side}: {cell.title}") for side, analysis, one in zip("AB", (left, right), shown) for cell in mask_cells(analysis, one)
-             if not cell.title.startswith(("picture", "mask"))]
+    maps = {
+        titles[0]: overlays(small, shown[0].final[rows], views[0].opacity, views[0].cmap),
+        titles[1]: overlays(small, shown[1].final[rows], views[1].opacity, views[1].cmap),
+        "A \u2212 B: red where A is higher": overlays(small, (shown[0].final - other)[rows], .75, "RdBu_r", (-1, 1),
+                                                      grey=1)}
+    table = [[
+        Cell(title, name, jpeg(pictures[place]), f"{title}, {name}", class_colour(left.names.index(name) + 1))
+        for title, pictures in maps.items()]
+             for place, name in enumerate(left.names[rows])]
+    masks = [
+        replace(cell, title=f"{side}: {cell.title}")
+        for side, analysis, one in zip("AB", (left, right), shown)
+        for cell in mask_cells(analysis, one)
+        if not cell.title.startswith(("picture", "mask"))]
     return table, masks + [cell for cell in mask_cells(left, shown[0]) if cell.title.startswith("mask")]
 
 # %% ../../nbs/faces/76_explorer.ipynb #2aaa8117
@@ -927,11 +1046,14 @@ class RunHistory:
 
     def snapshot(self, step: int) -> dict[str, np.ndarray]:
         "Arrays of a step. Raises `InputError` for a step without a snapshot, or a damaged file."
-        if step not in self.steps: raise InputError(f"{self.folder} has no snapshot of step {step}: there are {', '.join(map(str, self.steps))}.")
+        if step not in self.steps:
+            raise InputError(
+                f"{self.folder} has no snapshot of step {step}: there are {', '.join(map(str, self.steps))}.")
         path = self.folder/"snapshots"/f"step-{step:06d}.npz"
         try:
             with np.load(path, allow_pickle=False) as stored: return dict(stored)
-        except (OSError, ValueError, zipfile.BadZipFile) as error: raise InputError(f"{path} is damaged: {error}") from error
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise InputError(f"{path} is damaged: {error}") from error
 
     @property
     def pictures(self) -> int:
@@ -950,8 +1072,10 @@ def open_history(
     """
     folder = Path(folder)
     steps = sorted(int(path.stem[5:]) for path in (folder/"snapshots").glob("step-*.npz"))
-    if not (folder/"metrics.jsonl").is_file(): raise InputError(f"{folder} is no folder of a training: there is no metrics.jsonl in it. This makes one in half a minute: "
-                                                             "freqseg train dfa -p snapshot_every=2 --out runs/dfa")
+    if not (folder/"metrics.jsonl").is_file():
+        raise InputError(
+            f"{folder} is no folder of a training: there is no metrics.jsonl in it. This makes one in half a minute: "
+            "freqseg train dfa -p snapshot_every=2 --out runs/dfa")
     if not steps: raise InputError(f"{folder} has no snapshots: train with -p snapshot_every=100.")
     return RunHistory(folder, tuple(steps), read_log(folder/"metrics.jsonl"))
 
@@ -962,7 +1086,8 @@ def snapshot_cells(
     picture: int = 0,      # which of the snapshot's, from 0
     view: View = View(),   # options of what is shown
 ) -> tuple[list[list[Cell]], list[Cell]]:
-    """A picture's activation maps at a step with their bands at the view's cut-off, a row per class; and the picture with its labels.
+    """A picture's activation maps at a step with their bands at the view's cut-off, a row per class; and the picture
+    with its labels.
 
     Parameters
     ----------
@@ -977,16 +1102,28 @@ def snapshot_cells(
     """
     stored = history.snapshot(step)
     labels = stored[f"labels_{picture}"]
-    if f"picture_{picture}" in stored: shown = np.asarray(Image.open(io.BytesIO(stored[f"picture_{picture}"].tobytes())).convert("RGB"))
+    if f"picture_{picture}" in stored:
+        shown = np.asarray(Image.open(io.BytesIO(stored[f"picture_{picture}"].tobytes())).convert("RGB"))
     else: shown = np.full((CELL_SIDE, CELL_SIDE, 3), 128, np.uint8)
-    masks = [Cell("picture", "", jpeg(shown), "picture"),
-             Cell(f"labels at step {step}", "", jpeg(paint_mask(np.asarray(Image.fromarray(labels).resize(shown.shape[1::-1], Image.Resampling.NEAREST)), shown)), "labels")]
+    masks = [
+        Cell("picture", "", jpeg(shown), "picture"),
+        Cell(
+            f"labels at step {step}", "",
+            jpeg(
+                paint_mask(np.asarray(Image.fromarray(labels).resize(shown.shape[1::-1], Image.Resampling.NEAREST)),
+                           shown)), "labels")]
     if f"cam_{picture}" not in stored: return [], masks
     maps = torch.from_numpy(stored[f"cam_{picture}"].astype(np.float32))[None]
     names = [str(name) for name in stored.get(f"names_{picture}", [f"class {k + 1}" for k in range(maps.shape[1])])]
     columns = {"map": maps, **_bands(maps, view)}
-    drawn = {title: overlays(shown, normalise_cam(values)[0] if title != "map" else values[0], view.opacity, view.cmap) for title, values in columns.items()}
-    return [[Cell(title, name, jpeg(pictures[place]), f"{title} of {name} at step {step}") for title, pictures in drawn.items()] for place, name in enumerate(names)], masks
+    drawn = {
+        title: overlays(shown,
+                        normalise_cam(values)[0] if title != "map" else values[0], view.opacity, view.cmap)
+        for title, values in columns.items()}
+    return [[
+        Cell(title, name, jpeg(pictures[place]), f"{title} of {name} at step {step}")
+        for title, pictures in drawn.items()]
+            for place, name in enumerate(names)], masks
 
 # %% ../../nbs/faces/76_explorer.ipynb #205100a9
 def history_svg(
@@ -1008,11 +1145,15 @@ def history_svg(
     lines = {}
     for name in names:
         points = [(row["step"], value(row, name)) for row in losses if value(row, name) is not None]
-        if points and len(names) != 2 or name == "loss": lines[name] = [(at, .5*v/(abs(points[0][1]) or 1)) for at, v in points]
-    scored = [(row["step"], row["scores"]["miou"]) for row in history.rows if "scores" in row and row["scores"].get("miou") is not None]
+        if points and len(names) != 2 or name == "loss":
+            lines[name] = [(at, .5*v/(abs(points[0][1]) or 1)) for at, v in points]
+    scored = [(row["step"], row["scores"]["miou"])
+              for row in history.rows
+              if "scores" in row and row["scores"].get("miou") is not None]
     if scored: lines["mIoU"] = scored
     last = max([row["step"] for row in history.rows], default=step)
-    return svg_chart(lines, [(0, "0"), (last/2, f"{last//2}"), (last, f"{last}")], [(0, "0"), (.25, "25%"), (.5, "50%"), (.75, "75%"), (1, "100%")],
+    return svg_chart(lines, [(0, "0"), (last/2, f"{last//2}"), (last, f"{last}")], [(0, "0"), (.25, "25%"), (.5, "50%"),
+                                                                                    (.75, "75%"), (1, "100%")],
                      "step (losses: 50% = their first value)", (step, f"step {step}"), (330, 130))
 
 # %% ../../nbs/faces/76_explorer.ipynb #e6561bdc
@@ -1028,7 +1169,8 @@ def learned_taps(
     analysis : Analysis
         of `explore`
     """
-    found = [] if analysis.system is None else [part for part in analysis.system.modules() if isinstance(part, LearnableWavelet)]
+    found = [] if analysis.system is None else [
+        part for part in analysis.system.modules() if isinstance(part, LearnableWavelet)]
     return found[0].taps.detach() if found else None
 
 def wavelet_cells(
@@ -1038,7 +1180,8 @@ def wavelet_cells(
     wavelet: str|Tensor = "haar",   # a name, or taps (4, L)
     cmap: str = "inferno",          # a colour map of matplotlib, by name
 ) -> tuple[list[list[Cell]], list[Cell]]:
-    """The map and its four sub-bands, absolute values to the map's own maximum; and the taps, one picture each. Raises `InputError` for an unknown block or channel.
+    """The map and its four sub-bands, absolute values to the map's own maximum; and the taps, one picture each. Raises
+    `InputError` for an unknown block or channel.
 
     Parameters
     ----------
@@ -1055,16 +1198,21 @@ def wavelet_cells(
     """
     if block not in analysis.tokens: raise InputError(f"block {block}: the tower has blocks 0 to {analysis.depth - 1}.")
     tokens = analysis.tokens[block]
-    if channel is not None and not 0 <= channel < len(tokens): raise InputError(f"channel {channel}: block {block} has channels 0 to {len(tokens) - 1}.")
+    if channel is not None and not 0 <= channel < len(tokens):
+        raise InputError(f"channel {channel}: block {block} has channels 0 to {len(tokens) - 1}.")
     together = lambda maps: maps.square().mean(0).sqrt() if channel is None else maps[0].abs()
     chosen = tokens if channel is None else tokens[channel][None]
     chosen = chosen - chosen.mean((1, 2), keepdim=True)
     bands = sub_bands(chosen, wavelet)
-    maps = {"map": together(chosen)} | {title: together(bands[:, k]) for k, title in enumerate(("LL: smooth", "LH: detail across height", "HL: detail across width", "HH: both"))}
+    maps = {"map": together(chosen)} | {
+        title: together(bands[:, k])
+        for k, title in enumerate(("LL: smooth", "LH: detail across height", "HL: detail across width", "HH: both"))}
     cells = []
     for title, values in maps.items():
-        values = F.interpolate((values/values.max().clamp_min(1e-12))[None, None], (CELL_SIDE, CELL_SIDE), mode="nearest")[0, 0]
-        cells.append(Cell(title, "", jpeg(overlays(np.zeros((CELL_SIDE, CELL_SIDE, 3), np.uint8), values, 1., cmap)[0]), title))
+        values = F.interpolate((values/values.max().clamp_min(1e-12))[None, None], (CELL_SIDE, CELL_SIDE),
+                               mode="nearest")[0, 0]
+        cells.append(
+            Cell(title, "", jpeg(overlays(np.zeros((CELL_SIDE, CELL_SIDE, 3), np.uint8), values, 1., cmap)[0]), title))
     taps = filter_bank(wavelet) if isinstance(wavelet, str) else wavelet
     drawn = [Cell(title, "", jpeg(_drawn_taps(row)), f"{title}: {', '.join(f'{v:.3f}' for v in row.tolist())}")
              for title, row in zip(("analysis, low", "analysis, high", "synthesis, low", "synthesis, high"), taps)]
@@ -1077,7 +1225,8 @@ def _drawn_taps(taps: Tensor, side: int = CELL_SIDE) -> np.ndarray:
     picture[middle] = 160
     for place, value in enumerate(values):
         tip = middle - round(reach*value/max(1., max(map(abs, values))))
-        picture[min(tip, middle):max(tip, middle) + 1, round((place + .2)*step):round((place + .8)*step)] = (0, 114, 178) if value >= 0 else (213, 94, 0)
+        picture[min(tip, middle):max(tip, middle) + 1,
+                round((place + .2)*step):round((place + .8)*step)] = (0, 114, 178) if value >= 0 else (213, 94, 0)
     return picture
 
 # %% ../../nbs/faces/76_explorer.ipynb #76ace6cf
@@ -1093,7 +1242,8 @@ def prompt_tower(
     """
     tower = None if analysis.system is None else getattr(analysis.system, "tower", None)
     if tower is None or getattr(tower, "spectral", None) is None:
-        raise InputError(f"{analysis.model} has no spectral prompts: pick a run of sptseg, or of zegclip with spectral blocks.")
+        raise InputError(
+            f"{analysis.model} has no spectral prompts: pick a run of sptseg, or of zegclip with spectral blocks.")
     return tower
 
 @torch.no_grad()
@@ -1101,7 +1251,8 @@ def prompt_cells(
     analysis: Analysis,      # of `explore`
     cmap: str = "inferno",   # a colour map of matplotlib, by name
 ) -> tuple[list[list[Cell]], Drawing]:
-    """For each prompted block: the gain's magnitude on the spectrum, the constant in the middle, and the length of what it adds to every patch; and radial profiles.
+    """For each prompted block: the gain's magnitude on the spectrum, the constant in the middle, and the length of
+    what it adds to every patch; and radial profiles.
 
     Parameters
     ----------
@@ -1116,16 +1267,21 @@ def prompt_cells(
     blocks = tower.spectral.blocks
     for group in [blocks] if tower.spectral.shared else [(block,) for block in blocks]:   # one row for each filter
         block, name = group[0], f"block{'s'*(len(group) > 1)} {', '.join(str(index + 1) for index in group)}"
-        gain, own = tower.spectral.gain(block), tuple(tower.spectral.filters[0].grid)   # drawn as it was learned; used at the picture's grid
+        # drawn as it was learned; used at the picture's grid
+        gain, own = tower.spectral.gain(block), tuple(tower.spectral.filters[0].grid)
         size = filter_magnitude(gain, own)
         added = (tower.spectral(block, x[:, 1:], x[:, 0], grid) - x[:, 1:]).norm(dim=-1).view(grid)
-        shown = F.interpolate((size/size.max().clamp_min(1e-12))[None, None], (CELL_SIDE, CELL_SIDE), mode="nearest")[0, 0]
-        table.append([Cell("magnitude on the spectrum", name, jpeg(overlays(np.zeros((CELL_SIDE, CELL_SIDE, 3), np.uint8), shown, 1., cmap)[0]),
-                           f"magnitude of the filter of {name}, at most {float(size.max()):.3g}"),
-                      Cell("what it adds, on the first block's input", name, jpeg(overlays(small, added/added.max().clamp_min(1e-12), .6, cmap)[0]), "length of the prompt")])
+        shown = F.interpolate((size/size.max().clamp_min(1e-12))[None, None], (CELL_SIDE, CELL_SIDE), mode="nearest")[0,
+                                                                                                                      0]
+        table.append([
+            Cell("magnitude on the spectrum", name,
+                 jpeg(overlays(np.zeros((CELL_SIDE, CELL_SIDE, 3), np.uint8), shown, 1., cmap)[0]),
+                 f"magnitude of the filter of {name}, at most {float(size.max()):.3g}"),
+            Cell("what it adds, on the first block's input", name,
+                 jpeg(overlays(small, added/added.max().clamp_min(1e-12), .6, cmap)[0]), "length of the prompt")])
         frequencies, profile = radial_gain(gain, own)
         lines[name] = list(zip(frequencies.tolist(), profile[0].tolist()))
         top = max(top, float(profile.max()))
     lines = {name: [(f, v/top) for f, v in points] for name, points in lines.items()}
-    return table, svg_chart(lines, [(0, "0"), (.2, "0.2"), (.4, "0.4"), (.6, "0.6"), (.5**.5, "")], [(0, "0"), (.5, f"{top/2:.2g}"), (1, f"{top:.2g}")],
-                            "radial frequency, cycles per token")
+    return table, svg_chart(lines, [(0, "0"), (.2, "0.2"), (.4, "0.4"), (.6, "0.6"), (.5**.5, "")],
+                            [(0, "0"), (.5, f"{top/2:.2g}"), (1, f"{top:.2g}")], "radial frequency, cycles per token")

@@ -110,7 +110,8 @@ def save_figure(
     """
     path = Path(path)
     kind = path.suffix.lower().removeprefix(".")
-    if kind not in ("png", "pdf", "svg"): raise InputError(f"cannot save a figure as {path.name!r}: use .png, .pdf or .svg")
+    if kind not in ("png", "pdf", "svg"):
+        raise InputError(f"cannot save a figure as {path.name!r}: use .png, .pdf or .svg")
     with atomic_write(path) as part: figure.savefig(part, format=kind, dpi=dpi or figure.dpi)
     return path
 
@@ -118,7 +119,8 @@ def save_figure(
 def as_picture(
     image: Picturelike,   # the picture, (H, W, 3) or (H, W) uint8, or of PIL
 ) -> np.ndarray:
-    """The picture as uint8 `(H, W, 3)`; grey becomes RGB, transparency is dropped. Raises `InputError` for anything else.
+    """The picture as uint8 `(H, W, 3)`; grey becomes RGB, transparency is dropped. Raises `InputError` for anything
+    else.
 
     Parameters
     ----------
@@ -127,9 +129,11 @@ def as_picture(
     """
     if isinstance(image, Image.Image): image = image.convert("RGB")
     picture = np.asarray(image)
-    if picture.dtype != np.uint8: raise InputError(f"a picture is uint8, got {picture.dtype}: scale it to 0..255 and convert it")
+    if picture.dtype != np.uint8:
+        raise InputError(f"a picture is uint8, got {picture.dtype}: scale it to 0..255 and convert it")
     if picture.ndim == 2: picture = np.stack([picture] * 3, -1)
-    if picture.ndim != 3 or picture.shape[2] not in (3, 4): raise InputError(f"a picture is (H, W, 3), got {picture.shape}")
+    if picture.ndim != 3 or picture.shape[2] not in (3, 4):
+        raise InputError(f"a picture is (H, W, 3), got {picture.shape}")
     return picture[..., :3]
 
 # %% ../../nbs/faces/72_plots.ipynb #4d29bf75
@@ -139,17 +143,20 @@ def _as_maps(values: Array, name: str) -> np.ndarray:
     if maps.ndim == 2: maps = maps[None]
     if maps.ndim == 4 and len(maps) == 1: maps = maps[0]   # a batch of the one picture
     if maps.ndim != 3: raise InputError(f"{name} has shape {maps.shape}: give (h, w), (K, h, w) or (1, K, h, w)")
-    if not np.isfinite(maps).all(): raise InputError(f"{name} holds NaN or infinity in {(~np.isfinite(maps)).sum()} places")
+    if not np.isfinite(maps).all():
+        raise InputError(f"{name} holds NaN or infinity in {(~np.isfinite(maps)).sum()} places")
     return maps
 
 # %% ../../nbs/faces/72_plots.ipynb #cb61463b
 _PATCHES = 64   # along a side; with larger maps products are too much work
 
 def _resized(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    "Float maps `(K, h, w)` resized bilinearly to `size`; those of patches by two small products, which is many times faster."
+    """Float maps `(K, h, w)` resized bilinearly to `size`; those of patches by two small products, which is many times
+    faster."""
     if values.shape[-2:] == size: return values
     maps = torch.from_numpy(np.array(values))
-    if max(maps.shape[-2:]) > _PATCHES: return F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0].numpy()
+    if max(maps.shape[-2:]) > _PATCHES:
+        return F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0].numpy()
     rows, columns = (interpolation_matrix(new, old, old) for old, new in zip(maps.shape[-2:], size))
     return (rows @ maps @ columns.mT).numpy()
 
@@ -296,7 +303,8 @@ def _cell_size(columns: int, rows: int, aspect: float) -> tuple[float, float]:
 
 # %% ../../nbs/faces/72_plots.ipynb #efba0428
 class _Table(NamedTuple):
-    "A laid out table of pictures: axes `(rows, columns)` object array, where it lies, and the size of a cell in inches."
+    """A laid out table of pictures: axes `(rows, columns)` object array, where it lies, and the size of a cell in
+    inches."""
 
     figure: Sheet
     axes: np.ndarray
@@ -333,7 +341,8 @@ def _lay_out(
     figure = Sheet(figsize=(breadth, top + rows * (height + _GAP) - _GAP + bottom), dpi=100, facecolor="white")
     table = _Table(figure, np.empty((rows, columns), object), _Margins(left, right, top, bottom), (width, height))
     _place_cells(table, head, side)
-    if heading: table.write(breadth / 2, figure.get_figheight() - _MARGIN, _wrapped(heading, breadth - 2 * _MARGIN, _FONT + 2),
+    if heading:
+        table.write(breadth / 2, figure.get_figheight() - _MARGIN, _wrapped(heading, breadth - 2 * _MARGIN, _FONT + 2),
                             fontsize=_FONT + 2, ha="center", va="top")
     return table
 
@@ -348,7 +357,8 @@ def _place_cells(table: _Table, head: _Labels, side: _Side) -> None:
         table.axes[row, column] = axis = table.add(x, y, width, height)
         axis.set_axis_off()
         if row == 0 and head.texts:
-            table.write(x + width / 2, y + height + 0.05, head.texts[column], fontsize=head.size, ha="center", va="bottom")
+            table.write(x + width/2, y + height + 0.05, head.texts[column], fontsize=head.size, ha="center",
+                        va="bottom")
         if column == 0 and side.labels.texts:
             table.write(_MARGIN + side.strip / 2, y + height / 2, side.labels.texts[row],
                         fontsize=side.labels.size, ha="center", va="center", rotation=side.turn)
@@ -369,7 +379,8 @@ def _colour_bar(table: _Table, cmap: str, limits: tuple[float, float], label: st
     bar.locator = MaxNLocator(nbins=max(2, min(5, int(height / 0.35))), steps=[1, 2, 2.5, 5, 10])
     bar.update_ticks()
     size = _FONT * min(1.0, max(0.6, (inner + 0.2) / max(_text_width(label), 1e-6)))
-    table.write(width - 0.04, table.margins.bottom + inner / 2, label, rotation=90, ha="right", va="center", fontsize=size)
+    table.write(width - 0.04, table.margins.bottom + inner/2, label, rotation=90, ha="right", va="center",
+                fontsize=size)
 
 # %% ../../nbs/faces/72_plots.ipynb #ce7a6a5a
 def _show(axis: Axes, picture: np.ndarray) -> None:
@@ -434,7 +445,8 @@ def cam_panel(
     columns = {title: overlays(picture, values, alpha, cmap, limits) for title, values in maps.items()}
     if picture_title is not None: columns = {picture_title: [picture] * rows} | columns
     columns |= {title: [as_picture(one)] for title, one in beside.items()}
-    table = _lay_out(rows, len(columns), picture.shape[0] / picture.shape[1], list(columns), class_names or (), heading, right=_BAR)
+    table = _lay_out(rows, len(columns), picture.shape[0]/picture.shape[1], list(columns), class_names or (), heading,
+                     right=_BAR)
     for column, views in enumerate(columns.values()):
         for row, view in enumerate(views): _show(table.axes[row, column], view)
     _colour_bar(table, cmap, limits, label)
@@ -456,7 +468,8 @@ def paint_mask(
     palette: np.ndarray | None = None,  # uint8 (256, 3); default VOC's
     background: int | None = 0,  # the class that is only dimmed; None = no such class (COCO-Stuff)
 ) -> np.ndarray:
-    """A mask in colours with white contours, uint8 `(H, W, 3)`. Raises `InputError` when picture and mask differ in size.
+    """A mask in colours with white contours, uint8 `(H, W, 3)`. Raises `InputError` when picture and mask differ in
+    size.
 
     Parameters
     ----------
@@ -473,10 +486,12 @@ def paint_mask(
     """
     mask, weight = _as_mask(mask), np.full((256, 1), 1 if image is None else alpha, np.float32)   # of a class's colour
     if image is not None and background is not None: weight[background] = 0.2
-    colours = (weight * (voc_palette() if palette is None else palette)).astype(np.float32).take(mask, axis=0, mode="clip")
+    colours = (weight*(voc_palette() if palette is None else palette)).astype(np.float32).take(
+        mask, axis=0, mode="clip")
     if image is not None:
         picture = as_picture(image)
-        if picture.shape[:2] != mask.shape: raise InputError(f"mask {mask.shape} and picture {picture.shape[:2]} differ in size")
+        if picture.shape[:2] != mask.shape:
+            raise InputError(f"mask {mask.shape} and picture {picture.shape[:2]} differ in size")
         colours += (1 - weight).take(mask, axis=0, mode="clip") * picture
     painted = colours.round().astype(np.uint8)
     painted[_contours(mask)] = 255
@@ -486,7 +501,8 @@ def paint_mask(
 def _as_mask(mask: Array) -> np.ndarray:
     "Class ids `(H, W)` as integers 0..255."
     values = mask.detach().cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
-    if values.ndim != 2 or values.dtype.kind not in "iu": raise InputError(f"a mask is integer (H, W), got {values.dtype} {values.shape}")
+    if values.ndim != 2 or values.dtype.kind not in "iu":
+        raise InputError(f"a mask is integer (H, W), got {values.dtype} {values.shape}")
     if values.size and (values.min() < 0 or values.max() > 255):
         raise InputError(f"a mask holds class ids 0..255, got {values.min()}..{values.max()}")
     return values.astype(np.uint8)
@@ -512,7 +528,8 @@ def _flow(widths: Sequence[float], line: float) -> list[list[int]]:
 _SWATCH, _BETWEEN = 0.13, 0.2  # inches: side of a colour sample in a legend, room after its name
 
 # %% ../../nbs/faces/72_plots.ipynb #afd4204d
-def _legend(table: _Table, lines: list[list[int]], names: Sequence[str], colours: np.ndarray, widths: Sequence[float]) -> None:
+def _legend(table: _Table, lines: list[list[int]], names: Sequence[str], colours: np.ndarray,
+            widths: Sequence[float]) -> None:
     "Colour samples with names below a table, each line centred."
     sheet_width, sheet_height = table.figure.get_size_inches()
     for number, line in enumerate(lines):
@@ -535,7 +552,8 @@ def mask_panel(
     background: int | None = 0,                 # the class that is only dimmed; None = no such class (COCO-Stuff)
     heading: str | None = None,                 # title of the whole figure; None = none
 ) -> Sheet:
-    """Masks side by side over their picture, with a legend of the classes that occur. Raises `InputError` on sizes that differ.
+    """Masks side by side over their picture, with a legend of the classes that occur. Raises `InputError` on sizes
+    that differ.
 
     Parameters
     ----------
@@ -557,7 +575,9 @@ def mask_panel(
     if not masks: raise InputError("no masks to draw: give at least one title with its mask")
     painted = {title: paint_mask(mask, image, alpha, palette, background) for title, mask in masks.items()}
     if image is not None: painted = {"picture": as_picture(image), **painted}
-    labels = sorted({int(v) for mask in masks.values() for v in np.unique(_as_mask(mask))} - ({background} if image is not None else set()))
+    labels = sorted({int(v)
+                     for mask in masks.values()
+                     for v in np.unique(_as_mask(mask))} - ({background} if image is not None else set()))
     names = [_class_name(label, class_names) for label in labels]
     widths = [_SWATCH + 0.06 + _text_width(name) + _BETWEEN for name in names]
     first = next(iter(painted.values()))
@@ -621,14 +641,18 @@ def band_panel(
 def _grid_of(tokens: int, grid: tuple[int, int] | None) -> tuple[int, int]:
     "The patch grid of `tokens` tokens; square unless given."
     if grid is None: grid = (math.isqrt(tokens),) * 2
-    if grid[0] * grid[1] != tokens: raise InputError(f"{tokens} tokens do not fill a grid of {grid[0]} x {grid[1]}: give grid=(h, w)")
+    if grid[0] * grid[1] != tokens:
+        raise InputError(f"{tokens} tokens do not fill a grid of {grid[0]} x {grid[1]}: give grid=(h, w)")
     return tuple(grid)
 
 # %% ../../nbs/faces/72_plots.ipynb #8fd740e7
-def _affinity_view(affinity: Array, patch: tuple[int, int], grid: tuple[int, int] | None) -> tuple[np.ndarray, tuple[int, int]]:
+def _affinity_view(affinity: Array, patch: tuple[int, int],
+                   grid: tuple[int, int] | None) -> tuple[np.ndarray, tuple[int, int]]:
     "The row of `patch` as a map `(h, w)`, and the grid."
-    values = affinity.detach().float().cpu().numpy() if isinstance(affinity, Tensor) else np.asarray(affinity, np.float32)
-    if values.ndim != 2 or values.shape[0] != values.shape[1]: raise InputError(f"an affinity is (N, N), got {values.shape}")
+    values = affinity.detach().float().cpu().numpy() if isinstance(affinity, Tensor) else np.asarray(
+        affinity, np.float32)
+    if values.ndim != 2 or values.shape[0] != values.shape[1]:
+        raise InputError(f"an affinity is (N, N), got {values.shape}")
     height, width = _grid_of(len(values), grid)
     if not (0 <= patch[0] < height and 0 <= patch[1] < width):
         raise InputError(f"patch {tuple(patch)} lies outside the grid of {height} x {width}")
@@ -684,7 +708,7 @@ def affinity_row(
     """
     picture = as_picture(image)
     named = affinity if isinstance(affinity, Mapping) else {"affinity": affinity}
-    table = _lay_out(1, 1 + len(named), picture.shape[0] / picture.shape[1], ["picture", *named], (), heading, bottom=0.4)
+    table = _lay_out(1, 1 + len(named), picture.shape[0]/picture.shape[1], ["picture", *named], (), heading, bottom=0.4)
     for column, values in enumerate(named.values(), start=1):
         row, shape = _affinity_view(values, patch, grid)
         others = np.delete(row.ravel(), patch[0] * shape[1] + patch[1])
@@ -708,8 +732,10 @@ def _line_colours(count: int) -> list[Any]:
     return [matplotlib.colormaps["viridis"](v) for v in np.linspace(0, 0.92, count)]
 
 # %% ../../nbs/faces/72_plots.ipynb #2a4e5991
-def _chart(width: float, height: float, names: Sequence[str], xlabel: str, ylabel: str, title: str | None) -> tuple[Sheet, Axes]:
-    "One pair of axes about `width` inches wide, with thin lines, the fonts of the tables, and room for a legend of `names`."
+def _chart(width: float, height: float, names: Sequence[str], xlabel: str, ylabel: str,
+           title: str | None) -> tuple[Sheet, Axes]:
+    """One pair of axes about `width` inches wide, with thin lines, the fonts of the tables, and room for a legend of
+    `names`."""
     if len(names) > 1: width += math.ceil(len(names) / _KEY_LINES) * (0.55 + max(map(_text_width, names)))
     figure = Sheet(figsize=(width, height), dpi=100, facecolor="white", layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.07)
@@ -726,7 +752,9 @@ def _chart(width: float, height: float, names: Sequence[str], xlabel: str, ylabe
 # %% ../../nbs/faces/72_plots.ipynb #5af1b419
 def _key_beside(axis: Axes, count: int) -> None:
     "The legend at the right of the axes, in as many columns as it needs; a single line needs none."
-    if count > 1: axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=_FONT - 1, frameon=False, ncols=math.ceil(count / _KEY_LINES))
+    if count > 1:
+        axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=_FONT - 1, frameon=False,
+                    ncols=math.ceil(count/_KEY_LINES))
 
 # %% ../../nbs/faces/72_plots.ipynb #727592ae
 def radial_spectrum(
@@ -801,7 +829,8 @@ def curve(
         values = _line(points, getattr(given, "value", given), name)
         axis.plot(points, values, color=colour, linewidth=1.6, label=name)
         if hasattr(given, "low"):
-            axis.fill_between(points, _line(points, given.low, name), _line(points, given.high, name), color=colour, alpha=0.2, linewidth=0)
+            axis.fill_between(points, _line(points, given.low, name), _line(points, given.high, name), color=colour,
+                              alpha=0.2, linewidth=0)
         if mark_best: _mark_best(axis, points, values, colour)
     axis.margins(x=0.02)
     if (points % 1 == 0).all(): axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -815,12 +844,13 @@ def _mark_best(axis: Axes, points: np.ndarray, values: np.ndarray, colour: Any) 
     axis.plot(points[best], values[best], "o", color=colour, markersize=5)
     along = (points[best] - points.min()) / (np.ptp(points) or 1)
     side = "left" if along < 0.15 else "right" if along > 0.85 else "center"
-    axis.annotate(f"{values[best]:.3g} at {points[best]:.3g}", (points[best], values[best]), (0, 6), textcoords="offset points",
-                  fontsize=_FONT - 1, ha=side, va="bottom", color="0.15")
+    axis.annotate(f"{values[best]:.3g} at {points[best]:.3g}", (points[best], values[best]), (0, 6),
+                  textcoords="offset points", fontsize=_FONT - 1, ha=side, va="bottom", color="0.15")
     axis.margins(y=0.15)
 
 # %% ../../nbs/faces/72_plots.ipynb #0d42dd1b
-PAGE_COLOURS = ("#0a6ebd", "#d98200", "#0b8f6a", "#c2619a", "#4aa8e0", "#cf5a10", "#808080")   # Okabe-Ito, for white and black
+# Okabe-Ito, for white and black
+PAGE_COLOURS = ("#0a6ebd", "#d98200", "#0b8f6a", "#c2619a", "#4aa8e0", "#cf5a10", "#808080")
 
 class Drawing(str):
     "SVG source that a notebook displays as a picture."
@@ -902,15 +932,17 @@ def svg_line(
 
 # %% ../../nbs/faces/72_plots.ipynb #f916bb53
 def svg_chart(
-    lines: Mapping[str, Sequence[tuple[float, float]]],   # name -> points (x, y); NaN is left out
-    across: Sequence[tuple[float, str]],                  # ticks along x and their words; the first and last are the ends
-    up: Sequence[tuple[float, str]],                      # ticks along y, likewise
-    title: str,                                           # what x measures
-    mark: tuple[float, str] | None = None,                # a vertical line at x, and what it is
-    size: tuple[float, float] = (260, 130),               # of the area between the ends, pixels
-    intervals: Mapping[str, Sequence[tuple[float, Interval, str]]] | None = None,   # name -> x, interval, what the mouse is told
+        lines: Mapping[str, Sequence[tuple[float, float]]],   # name -> points (x, y); NaN is left out
+        across: Sequence[tuple[float, str]],   # ticks along x and their words; the first and last are the ends
+        up: Sequence[tuple[float, str]],   # ticks along y, likewise
+        title: str,   # what x measures
+        mark: tuple[float, str] | None = None,   # a vertical line at x, and what it is
+        size: tuple[float, float] = (260, 130),   # of the area between the ends, pixels
+        intervals: Mapping[str, Sequence[tuple[float, Interval, str]]]
+    | None = None,   # name -> x, interval, what the mouse is told
 ) -> Drawing:
-    """Lines over one axis in the page's own colours, with a key above them. What lies beyond the ends is drawn at the ends.
+    """Lines over one axis in the page's own colours, with a key above them. What lies beyond the ends is drawn at the
+    ends.
 
     Parameters
     ----------
@@ -931,7 +963,9 @@ def svg_chart(
     """
     left, top, (width, height), inset = 46, 26, size, 10 if intervals else 0
     x, y, far = _scale(across, left + inset, left + width - inset), _scale(up, top + height, top), left
-    parts = [svg_line(left, y(at), left + width, y(at)) + svg_text(left - 6, y(at) + 4, text, 11, "end") for at, text in up]
+    parts = [
+        svg_line(left, y(at), left + width, y(at)) + svg_text(left - 6,
+                                                              y(at) + 4, text, 11, "end") for at, text in up]
     parts += [svg_text(x(at), top + height + 16, text, 11, "middle") for at, text in across]
     for place, (name, points) in enumerate(lines.items()):
         colour = PAGE_COLOURS[place % len(PAGE_COLOURS)]
@@ -958,7 +992,8 @@ def _interval_marks(intervals: Iterable[tuple[float, Interval, str]], colour: st
     for at, (value, low, high), text in intervals:
         if math.isnan(value): continue
         yield svg_line(x(at), y(low), x(at), y(high), f'stroke="{colour}" stroke-width="1.2" stroke-opacity=".7"')
-        yield f'<circle cx="{x(at):.1f}" cy="{y(value):.1f}" r="3" fill="{colour}"><title>{escape(text)}</title></circle>'
+        yield (f'<circle cx="{x(at):.1f}" cy="{y(value):.1f}" r="3" '
+               f'fill="{colour}"><title>{escape(text)}</title></circle>')
 
 # %% ../../nbs/faces/72_plots.ipynb #7925c970
 def _ends(given: Any) -> tuple[float, float, float]:
@@ -991,7 +1026,7 @@ def bar_chart(
     thickness, scale = 0.8 / max(1.5, len(kinds)), 100 if percent else 1
     sheet, axis = _chart(5.2, 0.9 + len(figures) * (0.2 + 0.2 * len(kinds)), kinds, label, "", title)
     for index, (kind, colour) in enumerate(zip(kinds, _line_colours(len(kinds)))):
-        places = [p + (index - (len(kinds) - 1) / 2) * thickness for p, row in enumerate(figures.values()) if kind in row]
+        places = [p + (index - (len(kinds) - 1)/2)*thickness for p, row in enumerate(figures.values()) if kind in row]
         ends = np.array([_ends(row[kind]) for row in figures.values() if kind in row]) * scale
         _bars(axis, np.array(places), ends, thickness, colour, kind)
     axis.set_yticks(range(len(figures)), [_wrapped(name, 1.6) for name in figures], fontsize=_FONT)
@@ -1033,7 +1068,8 @@ def gallery(
     """
     titles = list(dict.fromkeys(title for row in rows for title in row))
     if not titles: raise InputError("no pictures to draw: give at least one row with one picture")
-    if row_names is not None and len(row_names) != len(rows): raise InputError(f"{len(row_names)} row names for {len(rows)} rows")
+    if row_names is not None and len(row_names) != len(rows):
+        raise InputError(f"{len(row_names)} row names for {len(rows)} rows")
     pictures = [{title: as_picture(image) for title, image in row.items()} for row in rows]
     aspect = float(np.median([p.shape[0] / p.shape[1] for row in pictures for p in row.values()]))
     table = _lay_out(len(rows), len(titles), aspect, titles, row_names or (), heading)

@@ -84,10 +84,12 @@ def caption(
     if crf: lines.append(f"Dense CRF: {crf if isinstance(crf, str) else 'own settings'}.")
     if "seed" in report.figures: lines.append(_threshold_sentence(report))
     if "band_cutoff" in settings:
-        lines.append(f"Bands of the frozen tokens are cut at {settings['band_cutoff']:g} cycles per token (square region).")
+        lines.append(
+            f"Bands of the frozen tokens are cut at {settings['band_cutoff']:g} cycles per token (square region).")
     labels = "Masks" if report.zero_shot else "Image labels come from the label table, masks"
     lines.append(f"Brackets: {report.level:.0%} bootstrap interval over pictures. {labels} are used for scoring alone.")
-    if worse := settings.get("corrupt"): lines.append(f"Pictures made worse: {worse['kind']}, strength {worse['strength']}.")
+    if worse := settings.get("corrupt"):
+        lines.append(f"Pictures made worse: {worse['kind']}, strength {worse['strength']}.")
     if count := len(report.skipped):
         lines.append(f"{count} picture{' was' if count == 1 else 's were'} left out because of damage: see the list.")
     if settings["limit"]: lines.append(f"Only the first {settings['limit']} pictures of the split.")
@@ -96,7 +98,8 @@ def caption(
 def _threshold_sentence(report: SystemReport) -> str:
     "Where the seed's threshold comes from."
     what, seed = report.settings["background"], report.figures["seed"]
-    where = f"on split {report.threshold_split}" if report.threshold_split != report.split else "on this same split, as is usual for seeds"
+    other = report.threshold_split != report.split
+    where = f"on split {report.threshold_split}" if other else "on this same split, as is usual for seeds"
     return f"The seeds' background {what} {seed.threshold:.3g} is the best {where}."
 
 # %% ../../nbs/faces/74_report.ipynb #e7e76bf6
@@ -171,7 +174,8 @@ def markdown(
                for row, name in enumerate(_class_titles(report)))
     near = ([name, *(percent(one.trimap_ends[width]) for width in widths)] for name, one in figures.items())
     where = plain(measured_on(report))
-    conditions = (f"- {name}: " + (f"`{' '.join(text.split())}`" if name == "command" and "`" not in text else plain(text))
+    conditions = (f"- {name}: " +
+                  (f"`{' '.join(text.split())}`" if name == "command" and "`" not in text else plain(text))
                   for name, text in _conditions(report).items())
     parts = [f"# {plain(report.system)} on {plain(report.dataset)}", f"{where[0].upper()}{where[1:]}.",
              markdown_table(*_headline(report)), " ".join(map(plain, caption(report))),
@@ -267,21 +271,32 @@ def confusion_svg(
     shares = np.divide(counts, totals, out=np.zeros_like(counts), where=totals > 0)
     margin = 22 + 0.56 * size * max(map(len, names))
     side = cell * len(names)
-    parts = [f'<rect x="{margin:.0f}" y="{margin:.0f}" width="{side}" height="{side}" fill="currentColor" fill-opacity=".05"/>']
+    parts = [
+        f'<rect x="{margin:.0f}" y="{margin:.0f}" width="{side}" height="{side}" fill="currentColor" '
+        'fill-opacity=".05"/>'
+    ]
     for place, name in enumerate(names):
         middle = margin + cell * (place + 0.5)
-        parts.append(svg_text(margin - 6, middle + size * 0.35, name, size, "end", "" if totals[place] else 'fill-opacity=".45"'))
-        parts.append(svg_text(0, 0, name, size, more=f'transform="translate({middle + size * .35:.1f} {margin - 6:.1f}) rotate(-90)"'))
-    parts += [_cell(margin, cell, row, column, shares[row, column], names) for row, column in zip(*np.nonzero(shares >= 0.005))]
+        parts.append(
+            svg_text(margin - 6, middle + size*0.35, name, size, "end", "" if totals[place] else 'fill-opacity=".45"'))
+        parts.append(
+            svg_text(0, 0, name, size,
+                     more=f'transform="translate({middle + size * .35:.1f} {margin - 6:.1f}) rotate(-90)"'))
+    parts += [
+        _cell(margin, cell, row, column, shares[row, column], names)
+        for row, column in zip(*np.nonzero(shares >= 0.005))]
     return svg_picture(margin + side + 6, margin + side + 6, parts, "confusion matrix, rows are true classes")
 
 def _cell(margin: float, cell: int, row: int, column: int, share: float, names: Sequence[str]) -> str:
     "One cell; strong ones carry white numbers, weak ones the page's own colour."
     x, y, colour = margin + cell * column, margin + cell * row, PAGE_COLOURS[0] if row == column else PAGE_COLOURS[5]
-    square = (f'<rect x="{x:.1f}" y="{y:.1f}" width="{cell - 1}" height="{cell - 1}" fill="{colour}" fill-opacity="{0.12 + 0.88 * share:.2f}">'
-              f'<title>{escape(names[row])} as {escape(names[column])}: {100 * share:.1f} %</title></rect>')
+    square = (
+        f'<rect x="{x:.1f}" y="{y:.1f}" width="{cell - 1}" height="{cell - 1}" fill="{colour}" '
+        f'fill-opacity="{0.12 + 0.88 * share:.2f}">'
+        f'<title>{escape(names[row])} as {escape(names[column])}: {100 * share:.1f} %</title></rect>')
     if cell < 20: return square
-    return square + svg_text(x + cell / 2, y + cell / 2 + 4, f"{100 * share:.0f}", 11, "middle", 'pointer-events="none"' + ' fill="#fff"' * int(share > 0.5))
+    return square + svg_text(x + cell/2, y + cell/2 + 4, f"{100 * share:.0f}", 11, "middle",
+                             'pointer-events="none"' + ' fill="#fff"'*int(share > 0.5))
 
 # %% ../../nbs/faces/74_report.ipynb #06f42491
 def data_uri(
@@ -329,7 +344,9 @@ def gallery_sheet(
     report : SystemReport
         of `evaluate_system`
     """
-    rows = {f"{one.id}: {percent(one.miou)}%": example_pictures(one, _background(report)) for one in report.best + report.worst}
+    rows = {
+        f"{one.id}: {percent(one.miou)}%": example_pictures(one, _background(report))
+        for one in report.best + report.worst}
     return gallery(list(rows.values()), list(rows), heading="best and worst pictures, by their own mIoU")
 
 def _background(report: SystemReport) -> int | None:
@@ -338,27 +355,39 @@ def _background(report: SystemReport) -> int | None:
 
 # %% ../../nbs/faces/74_report.ipynb #a34e0fda
 STYLE = """
-:root{--page:#fff;--ink:#1b1f24;--soft:#5a6370;--rule:#d9dee5;--card:#f6f7f9;--bar:#bcdcf5;--warn:#fff3d6;color-scheme:light dark}
-@media(prefers-color-scheme:dark){:root{--page:#14171b;--ink:#e4e8ed;--soft:#9aa5b1;--rule:#333a43;--card:#1d2127;--bar:#1d4a6e;--warn:#3a2f14}}
+:root{--page:#fff;--ink:#1b1f24;--soft:#5a6370;--rule:#d9dee5;--card:#f6f7f9;--bar:#bcdcf5;--warn:#fff3d6;
+color-scheme:light dark}
+@media(prefers-color-scheme:dark){:root{--page:#14171b;--ink:#e4e8ed;--soft:#9aa5b1;--rule:#333a43;--card:#1d2127;
+--bar:#1d4a6e;--warn:#3a2f14}}
 *{box-sizing:border-box}
-body{margin:0 auto;padding:1.5rem clamp(.8rem,3vw,2rem) 3rem;max-width:1080px;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,sans-serif}
-h1{font-size:1.6rem;margin:0 0 .3rem}h2{font-size:1.15rem;margin:2.2rem 0 .6rem}h3{font-size:.95rem;margin:1.2rem 0 .3rem}
+body{margin:0 auto;padding:1.5rem clamp(.8rem,3vw,2rem) 3rem;max-width:1080px;background:var(--page);color:var(--ink);
+font:15px/1.5 system-ui,sans-serif}
+h1{font-size:1.6rem;margin:0 0 .3rem}h2{font-size:1.15rem;margin:2.2rem 0 .6rem}h3{font-size:.95rem;
+margin:1.2rem 0 .3rem}
 p{max-width:46rem;margin:.5rem 0}.soft{color:var(--soft)}
-.data{display:inline-block;margin:.2rem 0;padding:.15rem .7rem;border:1px solid var(--rule);border-radius:1rem}.world{background:var(--warn)}
+.data{display:inline-block;margin:.2rem 0;padding:.15rem .7rem;border:1px solid var(--rule);border-radius:1rem}
+.world{background:var(--warn)}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.25rem .6rem;border-bottom:1px solid var(--rule);text-align:right;white-space:nowrap}
-th{font-weight:600;vertical-align:bottom;white-space:normal}th:first-child,td:first-child{text-align:left}td.words{white-space:normal;min-width:11rem}
+th{font-weight:600;vertical-align:bottom;white-space:normal}th:first-child,td:first-child{text-align:left}
+td.words{white-space:normal;min-width:11rem}
 td small{color:var(--soft)}td.bar,th.bars{min-width:6rem;text-align:left;border-left:.5rem solid var(--page)}
 td.bar{background:linear-gradient(90deg,var(--bar) var(--v),transparent 0) no-repeat left center/100% 1.15em}
 .key{display:flex;flex-wrap:wrap;gap:.2rem 1.1rem;margin:.4rem 0;padding:0;list-style:none}
-.key i{display:inline-block;width:.9em;height:.9em;margin-right:.35em;border-radius:2px;vertical-align:-.08em;outline:1px solid var(--rule)}
+.key i{display:inline-block;width:.9em;height:.9em;margin-right:.35em;border-radius:2px;vertical-align:-.08em;
+outline:1px solid var(--rule)}
 .wide svg{display:block}.fit svg{width:100%;height:auto;max-width:660px;display:block}
-figure{margin:.4rem 0 1.3rem;break-inside:avoid}.four{display:grid;grid-template-columns:repeat(auto-fit,minmax(140px,1fr));gap:.5rem;max-width:1016px}
-.four div{color:var(--soft);font-size:.85rem}.four img{width:100%;height:auto;display:block;border-radius:3px}figcaption{margin-bottom:.3rem}
-dl{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:.25rem 1rem;margin:0}dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
-pre{background:var(--card);padding:.8rem;border-radius:6px;overflow-x:auto;font-size:.82rem}code{font-size:.9em}summary{cursor:pointer;color:var(--soft)}
+figure{margin:.4rem 0 1.3rem;break-inside:avoid}.four{display:grid;
+grid-template-columns:repeat(auto-fit,minmax(140px,1fr));gap:.5rem;max-width:1016px}
+.four div{color:var(--soft);font-size:.85rem}.four img{width:100%;height:auto;display:block;border-radius:3px}
+figcaption{margin-bottom:.3rem}
+dl{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:.25rem 1rem;margin:0}dt{color:var(--soft)}
+dd{margin:0;overflow-wrap:anywhere}
+pre{background:var(--card);padding:.8rem;border-radius:6px;overflow-x:auto;font-size:.82rem}code{font-size:.9em}
+summary{cursor:pointer;color:var(--soft)}
 @media(max-width:560px){dl{grid-template-columns:1fr}dd{margin-bottom:.4rem}.four{grid-template-columns:1fr 1fr}}
-@media print{@page{margin:14mm}:root{--page:#fff;--ink:#000;--soft:#444;--rule:#bbb;--card:#f4f4f4;--bar:#cfe3f5;--warn:#fff}body{max-width:none;padding:0;font-size:11px}
+@media print{@page{margin:14mm}:root{--page:#fff;--ink:#000;--soft:#444;--rule:#bbb;--card:#f4f4f4;--bar:#cfe3f5;
+--warn:#fff}body{max-width:none;padding:0;font-size:11px}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}h2,h3,h2+p{break-after:avoid}tr,svg{break-inside:avoid}
 .wide{overflow:visible}.wide svg{max-width:100%;height:auto}th,td{padding:.12rem .3rem}}
 """
@@ -374,7 +403,10 @@ def _figures_table(report: SystemReport) -> str:
     body = []
     for (words, *cells), one in zip(rows, report.figures.values()):
         marked = "".join(f"<td>{_cell_html(cell)}</td>" for cell in cells)
-        body.append(f'<tr><td class="words"><b>{escape(one.name)}</b><br><span class="soft">{escape(one.title)}</span></td>{marked}</tr>')
+        body.append(
+            f'<tr><td class="words"><b>{escape(one.name)}</b><br><span '
+            f'class="soft">{escape(one.title)}</span></td>{marked}</tr>'
+        )
     return _table("".join(f"<th>{escape(name)}</th>" for name in head), body)
 
 def _cell_html(text: str) -> str:
@@ -388,26 +420,33 @@ def _classes_table(report: SystemReport) -> str:
     rows = []
     for row, name in enumerate(_class_titles(report)):
         values = [one.scores.iou[row].item() for one in report.figures.values()]
-        cells = "".join(f'<td class="bar" style="--v:{0 if math.isnan(v) else 100 * v:.1f}%">{percent(v)}</td>' for v in values)
+        cells = "".join(
+            f'<td class="bar" style="--v:{0 if math.isnan(v) else 100 * v:.1f}%">{percent(v)}</td>' for v in values)
         rows.append(f"<tr><td>{escape(name)}</td>{cells}</tr>")
     return _table(head, rows)
 
 # %% ../../nbs/faces/74_report.ipynb #393ea77f
 def _colour_key(pairs: Iterable[tuple[str, str]]) -> str:
     "Names with their colours."
-    return f'<ul class="key">{"".join(f"<li><i style=background:{colour}></i>{escape(name)}</li>" for name, colour in pairs)}</ul>'
+    items = "".join(f"<li><i style=background:{colour}></i>{escape(name)}</li>" for name, colour in pairs)
+    return f'<ul class="key">{items}</ul>'
 
 def _mask_colours(report: SystemReport, one: Example) -> str:
     "The classes that a picture of the gallery shows, in the colours of the masks."
     shown = set(np.unique(one.truth).tolist()) | set(np.unique(one.labels).tolist())
-    return _colour_key((report.names[value], "rgb({},{},{})".format(*palette()[value])) for value in sorted(shown - {IGNORE, _background(report)}))
+    return _colour_key((report.names[value], "rgb({},{},{})".format(*palette()[value]))
+                       for value in sorted(shown - {IGNORE, _background(report)}))
 
 def _example(report: SystemReport, one: Example) -> str:
     "One picture of the gallery with all that is shown of it."
-    pictures = (f'<div><img src="{data_uri(picture)}" alt="{escape(name)} of {escape(one.id)}" width="{picture.shape[1]}" '
-                f'height="{picture.shape[0]}">{escape(name)}</div>' for name, picture in example_pictures(one, _background(report)).items())
-    return (f'<figure><figcaption><b>{escape(one.id)}</b> <span class="soft">mIoU {percent(one.miou)} %</span>{_mask_colours(report, one)}'
-            f'</figcaption><div class="four">{"".join(pictures)}</div></figure>')
+    pictures = (
+        f'<div><img src="{data_uri(picture)}" alt="{escape(name)} of {escape(one.id)}" width="{picture.shape[1]}" '
+        f'height="{picture.shape[0]}">{escape(name)}</div>'
+        for name, picture in example_pictures(one, _background(report)).items())
+    return (
+        f'<figure><figcaption><b>{escape(one.id)}</b> <span class="soft">mIoU {percent(one.miou)} '
+        f'%</span>{_mask_colours(report, one)}'
+        f'</figcaption><div class="four">{"".join(pictures)}</div></figure>')
 
 def _gallery(report: SystemReport) -> Iterator[str]:
     "Best and worst pictures."
@@ -417,8 +456,9 @@ def _gallery(report: SystemReport) -> Iterator[str]:
 
 def _conditions_list(report: SystemReport) -> str:
     "Conditions, settings and what was left out."
-    rows = "".join(f"<dt>{escape(name)}</dt><dd>{f'<code>{escape(text)}</code>' if name == 'command' else escape(text)}</dd>"
-                   for name, text in _conditions(report).items())
+    rows = "".join(
+        f"<dt>{escape(name)}</dt><dd>{f'<code>{escape(text)}</code>' if name == 'command' else escape(text)}</dd>"
+        for name, text in _conditions(report).items())
     both = {"settings": report.settings, "system": report.config}
     settings = json.dumps(both, indent=1, ensure_ascii=False, default=str)
     left_out = "".join(f"<li>{escape(text)}</li>" for text in report.skipped)
@@ -450,25 +490,31 @@ def html(
     title, main = f"{report.system} on {report.dataset}", report.main
     sections = {
         "Figures": _figures_table(report) + "".join(map(_note, caption(report))),
-        **({} if report.zero_shot is None else {"Seen and unseen classes": _zero_shot_section(report)}),
-        "Near boundaries": _note("Mean IoU in percent of the pixels up to so far from a true boundary.")
-                           + f'<div class="fit">{trimap_svg(report)}</div>',
-        "Classes": _note("IoU in percent. A dash: the class occurs neither in the truth nor in the prediction.") + _classes_table(report),
-        f"Confusions of {main.name}": _note("Rows are true classes and add up to 100 %; below half a percent nothing is drawn.")
-                                      + f'<div class="wide">{confusion_svg(main, report.names)}</div>',
-        f"Pictures of {main.name}": "".join(_gallery(report)) or "<p>None.</p>",
-        "Conditions": _conditions_list(report)}
+        **({} if report.zero_shot is None else {
+               "Seen and unseen classes": _zero_shot_section(report)}), "Near boundaries": _note(
+            "Mean IoU in percent of the pixels up to so far from a true boundary.") +
+        f'<div class="fit">{trimap_svg(report)}</div>',
+        "Classes": _note("IoU in percent. A dash: the class occurs neither in the truth nor in the prediction.") +
+        _classes_table(report), f"Confusions of {main.name}": _note(
+            "Rows are true classes and add up to 100 %; below half a percent nothing is drawn.") +
+        f'<div class="wide">{confusion_svg(main, report.names)}</div>',
+        f"Pictures of {main.name}": "".join(_gallery(report)) or "<p>None.</p>", "Conditions": _conditions_list(report)}
     body = "".join(f"<section><h2>{escape(name)}</h2>{content}</section>" for name, content in sections.items())
     data = f'<span class="data{" world" * bool(report.caveat)}">{escape(measured_on(report))}</span>'
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-            f'<title>{escape(title)}</title><style>{STYLE}</style></head><body><header><h1>{escape(title)}</h1>{data}</header>{body}</body></html>\n')
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        'content="width=device-width,initial-scale=1">'
+        f'<title>{escape(title)}</title><style>{STYLE}</style></head>'
+        f'<body><header><h1>{escape(title)}</h1>{data}</header>{body}</body></html>\n'
+    )
 
 # %% ../../nbs/faces/74_report.ipynb #2cd88903
 def write_report(
     report: SystemReport,   # of `evaluate_system`
     folder: str | Path,     # for the three files, made when missing
 ) -> tuple[Path, ...]:
-    """Write report.html, report.md and report.json, each whole or not at all. Raises `InputError` for a folder that cannot be written.
+    """Write report.html, report.md and report.json, each whole or not at all. Raises `InputError` for a folder that
+    cannot be written.
 
     Parameters
     ----------
@@ -478,7 +524,8 @@ def write_report(
         for the three files, made when missing
     """
     written = []
-    for name, text in (("report.html", html(report)), ("report.md", markdown(report)), ("report.json", to_json(report))):
+    for name, text in (("report.html", html(report)), ("report.md", markdown(report)), ("report.json",
+                                                                                        to_json(report))):
         with atomic_write(Path(folder)/name) as partial: partial.write_text(text, encoding="utf-8")
         written.append(Path(folder)/name)
     return tuple(written)
@@ -488,7 +535,8 @@ def as_scored(
     system: Predictor,          # trained
     data: SegmentationFolder,   # what it is scored on
 ) -> SegmentationFolder:
-    """The data as a system is scored on it: for a zero-shot system without background, classes told apart into seen and unseen if there are both.
+    """The data as a system is scored on it: for a zero-shot system without background, classes told apart into seen
+    and unseen if there are both.
 
     Parameters
     ----------
@@ -503,20 +551,20 @@ def as_scored(
     return SegmentationFolder(view if split.seen and split.unseen else replace(view, zero_shot=None))
 
 def evaluate_run(
-    system: Predictor,                       # trained
-    data: str | Path | SegmentationFolder,   # a folder, or what `open_dataset` gives
-    out: str | Path,                         # folder for the report, made when missing
-    *,
-    split: str = "val",                      # of the folder
-    dataset: str = "auto",                   # kind of the folder, see `open_dataset`
-    save_masks: str | Path | None = None,    # folder for masks in VOC's colours
-    skip_existing: bool = False,             # masks that are there are not made again; only where there is nothing to score
-    **options: Any,                          # of `evaluate_system`
+        system: Predictor,   # trained
+        data: str | Path | SegmentationFolder,   # a folder, or what `open_dataset` gives
+        out: str | Path,   # folder for the report, made when missing
+        *,
+        split: str = "val",   # of the folder
+        dataset: str = "auto",   # kind of the folder, see `open_dataset`
+        save_masks: str | Path | None = None,   # folder for masks in VOC's colours
+        skip_existing: bool = False,   # masks that are there are not made again; only where there is nothing to score
+        **options: Any,   # of `evaluate_system`
 ) -> SystemReport | None:
     """Evaluate a system and write the report to `out`; None, and masks only, for a split without ground truth.
 
-    Raises `InputError` as `evaluate_system` does, for a folder that cannot be written, and for a split without masks when there
-    is nothing to save.
+    Raises `InputError` as `evaluate_system` does, for a folder that cannot be written, and for a split without masks
+    when there is nothing to save.
 
     Parameters
     ----------
@@ -542,13 +590,17 @@ def evaluate_run(
     for folder in (out, save_masks):
         if folder is not None: require_writable(folder)
     if any(data.listing.masks):
-        if skip_existing: raise InputError("skip_existing: every picture counts where there is ground truth to score against. Leave it away.")
+        if skip_existing:
+            raise InputError(
+                "skip_existing: every picture counts where there is ground truth to score against. Leave it away.")
         report = evaluate_system(system, SegmentationFolder(data.listing, masks=True), save_masks=save_masks, **options)
         write_report(report, out)
         return report
     if save_masks is None:
-        raise InputError(f"split {data.listing.split!r} of {data.listing.root} has no masks to score against: name a folder with save_masks "
-                         "to have the system's masks written.")
+        raise InputError(
+            f"split {data.listing.split!r} of {data.listing.root} has no masks to score against: name a folder with "
+            "save_masks "
+            "to have the system's masks written.")
     write_masks(system, data, save_masks, _inference_of(options), skip_existing=skip_existing, **_mask_options(options))
     return None
 
@@ -557,9 +609,11 @@ _FOR_MASKS = ("limit", "crf", "crf_workers", "workers", "progress")
 
 def _mask_options(options: Mapping[str, Any]) -> dict[str, Any]:
     "Those options of an evaluation that writing masks has, too."
-    return {name: options[name] for name in _FOR_MASKS if name in options} | ({"skipped": []} if options.get("skip_bad") else {})
+    return {name: options[name] for name in _FOR_MASKS if name in options
+            } | ({"skipped": []} if options.get("skip_bad") else {})
 
 def _inference_of(options: Mapping[str, Any]) -> Any:
     "The way pictures are shown that the options of an evaluation mean."
     if options.get("inference") is not None: return named_inference(options["inference"])
-    return Inference(**{name: options[name] for name in ("scales", "flip", "side", "batch", "precision") if name in options})
+    return Inference(
+        **{name: options[name] for name in ("scales", "flip", "side", "batch", "precision") if name in options})

@@ -28,29 +28,35 @@ def _numeric_axis(sweep: Sweep) -> str | None:
 def _heading(sweep: Sweep) -> str:
     "What is shown, measured on what, over how many seeds."
     counts = sorted({len(row.seeds) for row in sweep.rows if row.seeds})
-    seeds = "1 seed" if counts == [1] else f"mean and {LEVEL:.0%} interval over {'–'.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} seeds"
+    seeds = "1 seed" if counts == [
+        1] else f"mean and {LEVEL:.0%} interval over {'–'.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} seeds"
     return f"{sweep.design.system}, {seeds}; {'; '.join(sweep.data) or 'unnamed data'}"
 
 def _short(name: str) -> str: return TITLES[name].replace(" mIoU", "")
 
 # %% ../../nbs/faces/75_sweep_plots.ipynb #de511ad7
 def _with_seeds(axes: Any, line: Any, estimates: Sequence[Estimate], shift: float) -> None:
-    "Add intervals and single seeds to a line, all of it moved sideways by `shift` points, so that figures do not hide one another."
+    """Add intervals and single seeds to a line, all of it moved sideways by `shift` points, so that figures do not
+    hide one another."""
     moved = lambda points: axes.transData + ScaledTranslation(points / 72, 0, axes.figure.dpi_scale_trans)
     x, colour = line.get_xdata(), line.get_color()
     ends = 100 * np.array([(one.value, one.low, one.high) for one in estimates])
     dots = [(place, 100 * value) for place, one in zip(x, estimates) for value in one.values.values() if one.n > 1]
     line.set_transform(moved(shift))
     spread = np.abs(ends[:, 1:] - ends[:, :1]).T
-    axes.errorbar(x, ends[:, 0], spread, fmt="o", color=colour, markersize=3.5, elinewidth=1.1, capsize=2.5, transform=moved(shift))
-    if dots: axes.scatter(*zip(*dots), s=8, color=[colour], linewidths=0, alpha=0.55, transform=moved(shift + 4), clip_on=False)
+    axes.errorbar(x, ends[:, 0], spread, fmt="o", color=colour, markersize=3.5, elinewidth=1.1, capsize=2.5,
+                  transform=moved(shift))
+    if dots:
+        axes.scatter(*zip(*dots), s=8, color=[colour], linewidths=0, alpha=0.55, transform=moved(shift + 4),
+                     clip_on=False)
     # What is moved does not widen the axes by itself.
     axes.update_datalim([(place, end) for place, row in zip(x, ends) for end in row if math.isfinite(end)] + dots)
 
 def _curves(sweep: Sweep, axis: str) -> Sheet:
     "Figures over a numeric parameter; logarithmic where it spans more than a factor of 20."
     rows = sorted((row for row in sweep.rows if row.seeds), key=lambda row: row.point[axis])
-    x, names = [row.point[axis] for row in rows], [name for name in sweep.measures if name not in ("boundary", *NOT_IN_TABLES)]
+    x, names = [row.point[axis]
+                for row in rows], [name for name in sweep.measures if name not in ("boundary", *NOT_IN_TABLES)]
     lines = {_short(name): [100 * row.measures[name].value for row in rows] for name in names}
     sheet = curve(x, lines, axis, "mIoU (%)", title=_heading(sweep))
     axes, = sheet.axes
@@ -67,7 +73,8 @@ def _curves(sweep: Sweep, axis: str) -> Sheet:
 def sweep_plot(
     sweep: Sweep,   # of `run_sweep` or `read_sweep`
 ) -> Sheet:
-    """A curve with intervals and single seeds over the one numeric parameter that varies, else bars. Raises `InputError` when no run has finished.
+    """A curve with intervals and single seeds over the one numeric parameter that varies, else bars. Raises
+    `InputError` when no run has finished.
 
     Parameters
     ----------
@@ -76,7 +83,13 @@ def sweep_plot(
     """
     if not sweep.measures: raise InputError(f"no run of {sweep.out} has figures yet: there is nothing to draw.")
     if (axis := _numeric_axis(sweep)) is not None: return _curves(sweep, axis)
-    bars = {row.title: {_short(name): one for name, one in row.measures.items() if one.n and name not in ("boundary", *NOT_IN_TABLES)} for row in sweep.rows if row.seeds}
+    bars = {
+        row.title: {
+            _short(name): one
+            for name, one in row.measures.items()
+            if one.n and name not in ("boundary", *NOT_IN_TABLES)}
+        for row in sweep.rows
+        if row.seeds}
     return bar_chart(bars, title=_heading(sweep))
 
 def save_sweep_plot(
@@ -92,4 +105,5 @@ def save_sweep_plot(
     out : str | Path | None
         a folder; None = the sweep's own
     """
-    return save_figure(sweep_plot(sweep), Path(sweep.out if out is None else out)/"sweep.png", dpi=150) if sweep.measures else None
+    return save_figure(sweep_plot(sweep),
+                       Path(sweep.out if out is None else out)/"sweep.png", dpi=150) if sweep.measures else None

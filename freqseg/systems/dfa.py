@@ -66,7 +66,7 @@ class AffinityOptions(SegmenterOptions):
     relation_scale : str
         scale of the affinity that L_r pulls
     vote_window : int | None
-        side of the voting window, patches, or none
+        side of the voting window, or none
     agreement : bool
         the vote promotes only pairs of the same label
     """
@@ -85,7 +85,7 @@ class AffinityOptions(SegmenterOptions):
     align_within: str = same_option(DualAffinitySettings, "align_within")   # what the softmax in L_a runs over
     align_reduction: str = same_option(DualAffinitySettings, "align_reduction")   # what L_a is a mean over
     relation_scale: str = same_option(DualAffinitySettings, "relation_scale")   # scale of the affinity that L_r pulls
-    vote_window: int | None = same_option(DualAffinitySettings, "vote_window")   # side of the voting window, patches, or none
+    vote_window: int | None = same_option(DualAffinitySettings, "vote_window")   # side of the voting window, or none
     agreement: bool = same_option(DualAffinitySettings, "agreement")   # the vote promotes only pairs of the same label
 
     def affinities(self, source: str | None) -> DualAffinitySettings:
@@ -199,7 +199,8 @@ class DualSegmenter(Segmenter, abstract=True):
 
     def request(self) -> dict[str, Any]:
         "Tokens, relations (per head where asked for) and what the similarity S is made of."
-        similarity = {} if self.options.similarity == "gradcam" else similarity_request(self.backbone, self.options.similarity)
+        similarity = {} if self.options.similarity == "gradcam" else similarity_request(
+            self.backbone, self.options.similarity)
         return merge_requests(super().request(), self.dual.request(self.backbone.depth), similarity)
 
     def similarity(self, forward: ForwardPass) -> Tensor:
@@ -220,13 +221,17 @@ class DFA(DualSegmenter):
         "Maps (B, K + 1, h, w) in [0, 1] from both affinities, the background last."
         o = self.options
         if o.maps == "propagate":
-            return with_background(refine_cam(combine_affinities(smoothed, inverse, o.combine, o.lambda_l, 1.), self.grad_cam(forward), o.walk_steps, o.box))
-        return transport_maps(self.similarity(forward), smoothed, inverse, forward.features.grid, forward.present, lambda_l=o.lambda_l, lambda_h=o.lambda_h,
-                              score=o.score, epsilon=o.epsilon, temperature=o.temperature).float()
+            return with_background(
+                refine_cam(combine_affinities(smoothed, inverse, o.combine, o.lambda_l, 1.), self.grad_cam(forward),
+                           o.walk_steps, o.box))
+        return transport_maps(self.similarity(forward), smoothed, inverse, forward.features.grid, forward.present,
+                              lambda_l=o.lambda_l, lambda_h=o.lambda_h, score=o.score, epsilon=o.epsilon,
+                              temperature=o.temperature).float()
 
     @torch.no_grad()
     def activation_maps(self, forward: ForwardPass, progress: float) -> Tensor:
-        "Maps of the classes, (B, K, h, w) in [0, 1]; the background's own after them where pseudo-labels are to compete with it."
+        """Maps of the classes, (B, K, h, w) in [0, 1]; the background's own after them where pseudo-labels are to
+        compete with it."""
         affinities = self.dual(forward.features)
         return self.competing(self.maps(forward, affinities.smoothed, affinities.inverse))
 
@@ -241,7 +246,8 @@ class DFA(DualSegmenter):
         affinities = self.dual.output(paths)
         with torch.no_grad(): maps = self.maps(forward, affinities.smoothed, affinities.inverse)
         labels = self.assign(self.competing(maps), forward, batch.valid)
-        dual = self.dual.losses(paths, forward.features.grid, forward.decoded.features, nearest_labels(labels, forward.features.grid))
+        dual = self.dual.losses(paths, forward.features.grid, forward.decoded.features,
+                                nearest_labels(labels, forward.features.grid))
         weights = dict(alignment=self.options.lambda_align, rectification=self.options.lambda_relation)
         return {"seg": balanced_cross_entropy(enlarged(forward.decoded.logits, labels), labels),
                 **{name: weights[name]*loss for name, loss in dual.losses.items()},

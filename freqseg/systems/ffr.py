@@ -140,7 +140,8 @@ class TwoHeads(Segmenter, abstract=True):
         classes: Sequence[str],   # K foreground names, without background
         options: FFROptions,      # of bands, both heads and their losses
     ):
-        super().__init__(backbone if options.unfreeze is None else unfreeze(backbone, options.unfreeze), classes, options)
+        super().__init__(backbone if options.unfreeze is None else unfreeze(backbone, options.unfreeze), classes,
+                         options)
         if not -backbone.depth <= options.middle < backbone.depth:
             raise InputError(f"middle={options.middle}: the tower has {backbone.depth} blocks, 0 to "
                              f"{backbone.depth - 1}, or -1 for the last, -2 ...")
@@ -148,13 +149,16 @@ class TwoHeads(Segmenter, abstract=True):
         self.rectification = FrequencyRectification(options.mu, options.shape, options.threshold)
         self.classifier = TokenClassifier(options.dim, known, order=options.order)
         self.middle = TokenClassifier(self.backbone.width, known, order=options.order, normalise=True)
-        self.decoder.classifier = torch.nn.Identity()   # the two heads take its place: the decoder's "logits" are what they read
+        # the two heads take its place: the decoder's "logits" are what they read
+        self.decoder.classifier = torch.nn.Identity()
         self.head = DualHead(options.dim, self.num_classes, options.hidden, start=options.start)
-        self.rectifies_tokens = options.rectified == "tokens" or (options.rectified is None and options.unfreeze is not None)
+        self.rectifies_tokens = options.rectified == "tokens" or (options.rectified is None
+                                                                  and options.unfreeze is not None)
 
     def request(self) -> dict[str, Any]:
         "Also the tokens of the middle block, and of the last where they are rectified."
-        return merge_requests(super().request(), {"tokens": (self.middle_block, *[self.backbone.depth - 1]*self.rectifies_tokens)})
+        return merge_requests(super().request(),
+                              {"tokens": (self.middle_block, *[self.backbone.depth - 1]*self.rectifies_tokens)})
 
     def encode(self, images: Tensor, request: Mapping[str, Any]|None = None) -> Features:
         "One pass through the tower; with gradients when it learns."
@@ -171,13 +175,15 @@ class TwoHeads(Segmenter, abstract=True):
 class FFR(TwoHeads):
     "FFR: rectified tokens, and a second head for high frequencies taught by an intermediate classifier."
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "voc": dict(iterations=20_000, batch=4, lr=6e-5, warmup=2000, lr_power=.9),
-        "coco": dict(iterations=80_000, batch=8, lr=6e-5, warmup=2000, lr_power=.9),
-        **dict.fromkeys(("world", "smoke"), dict(lr=1e-4, dim=64, hidden=128, maps="smoothed", background_power=2., lambda_seg=1.))}
+        "voc": dict(iterations=20_000, batch=4, lr=6e-5, warmup=2000,
+                    lr_power=.9), "coco": dict(iterations=80_000, batch=8, lr=6e-5, warmup=2000, lr_power=.9),
+        **dict.fromkeys(("world", "smoke"),
+                        dict(lr=1e-4, dim=64, hidden=128, maps="smoothed", background_power=2., lambda_seg=1.))}
 
     @torch.no_grad()
     def activation_maps(self, forward: ForwardPass, progress: float) -> Tensor:
-        "Activation maps (B, K, h, w) in [0, 1]: CLIP's, these walked over its attention, or those of the classifier on the decoder's features."
+        """Activation maps (B, K, h, w) in [0, 1]: CLIP's, these walked over its attention, or those of the classifier
+        on the decoder's features."""
         o = self.options
         if o.maps == "classifier": return self.classifier.cam(forward.decoded.features, forward.present).float()
         cam = self.grad_cam(forward)
@@ -195,7 +201,9 @@ class FFR(TwoHeads):
         o, forward = self.options, self.forward_pass(self.backbone.normalise(batch.images), require_labels(batch))
         middle = forward.features.tokens[self.middle_block]
         cam = self.activation_maps(forward, progress)
-        with torch.no_grad(): labels, high_labels = (self.assign(x, forward, batch.valid) for x in (cam, self.middle.cam(middle, forward.present).float()))
+        with torch.no_grad():
+            labels, high_labels = (self.assign(x, forward, batch.valid)
+                                   for x in (cam, self.middle.cam(middle, forward.present).float()))
         logits = enlarged(forward.decoded.logits, labels)
         high_logits = enlarged(cast(Tensor, forward.decoded.high_logits), labels)
         losses = {"cls": multilabel_loss(self.classifier(forward.decoded.features), forward.present),
@@ -203,12 +211,15 @@ class FFR(TwoHeads):
                   "seg": o.lambda_seg*balanced_cross_entropy(logits, labels),
                   "seg_high": o.lambda_seg*o.lambda_head*balanced_cross_entropy(high_logits, high_labels),
                   "rectify": o.lambda_1*self.rectify(forward, cam), **self.common_losses(forward, cam)}
-        if o.lambda_energy: losses["energy"] = o.lambda_energy*dense_energy_loss(batch.images, forward.decoded.logits.softmax(1), labels, batch.valid)
+        if o.lambda_energy:
+            losses["energy"] = o.lambda_energy*dense_energy_loss(batch.images, forward.decoded.logits.softmax(1),
+                                                                 labels, batch.valid)
         return losses
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         "Everything new at `head_scale` times the rate; before it the tower at the rate itself, where it learns."
         tower = [p for p in self.backbone.parameters() if p.requires_grad]
         known = set(map(id, tower))
-        new = dict(params=[p for p in self.parameters() if p.requires_grad and id(p) not in known], lr_scale=self.options.head_scale)
+        new = dict(params=[p for p in self.parameters() if p.requires_grad and id(p) not in known],
+                   lr_scale=self.options.head_scale)
         return [dict(params=tower, lr_scale=1.), new] if tower else [new]

@@ -85,9 +85,12 @@ class SegmenterOptions(Options):
         "cut-off of FFR's rectification of the decoder's features, cycles per token; none: no rectification", low=0,
         high=.5)
     rectify_weight: float = option(1., "weight of that rectification (FFR's lambda_1)", low=0)
-    background: tuple[str, ...] | None = option(None, "prompts that compete with the classes; none: the usual ones", least=0)
+    background: tuple[str, ...] | None = option(None, "prompts that compete with the classes; none: the usual ones",
+                                                least=0)
     source: str | None = option(None, "relations that the affinity is made of", choices=SOURCE_CHOICES)
-    background_power: float = option(1., "exponent of the background's score (1 - max)^power in pseudo-labels: above 1 it claims less", above=0, high=100)
+    background_power: float = option(
+        1., "exponent of the background's score (1 - max)^power in pseudo-labels: above 1 it claims less", above=0,
+        high=100)
     par_iterations: int = option(20, "rounds of pixel-adaptive refinement (PAR); 0: no refinement", low=0, high=1000)
 
     def check(self) -> None:
@@ -106,7 +109,8 @@ class SegmenterOptions(Options):
 _Kind = type[Options]   # inside the class, `Options` is its attribute
 
 class System(nn.Module):
-    """What trainer, evaluator and checkpoints know of a system: a frozen backbone, classes, options, and what of it all learns.
+    """What trainer, evaluator and checkpoints know of a system: a frozen backbone, classes, options, and what of it
+    all learns.
 
     Systems add `training_step(batch, progress)`, losses by name, and `predict(images)`, logits at token resolution. A
     subclass is known by its `name`, without one by the name of its class in lower case.
@@ -124,10 +128,12 @@ class System(nn.Module):
     Options: ClassVar[_Kind] = SegmenterOptions
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}   # preset -> values of its parameters; parents' come first
     supervision: ClassVar[str] = "labels"      # what it learns from: image "labels", or "masks"
-    activation: ClassVar[str] = "softmax"      # what makes scores of logits: classes compete, or "sigmoid", each by itself
+    # what makes scores of logits: classes compete, or "sigmoid", each by itself
+    activation: ClassVar[str] = "softmax"
 
     def __init_subclass__(cls, abstract: bool = False, **others: Any) -> None:
-        "Name a system, `abstract` if it is a base of systems, and make it known. Raises `InputError` when its name is taken."
+        """Name a system, `abstract` if it is a base of systems, and make it known. Raises `InputError` when its name
+        is taken."""
         super().__init_subclass__(**others)
         if "name" not in vars(cls): cls.name = cls.__name__.lower()
         if not abstract: _register(cls)
@@ -160,7 +166,10 @@ class System(nn.Module):
     def trainable_state(self) -> dict[str, Tensor]:
         "Everything a checkpoint must hold: parameters and buffers, but nothing of the backbone that is frozen."
         learning = {f"backbone.{name}" for name, value in self.backbone.named_parameters() if value.requires_grad}
-        return {name: value for name, value in self.state_dict().items() if name in learning or not name.startswith("backbone.")}
+        return {
+            name: value
+            for name, value in self.state_dict().items()
+            if name in learning or not name.startswith("backbone.")}
 
     def labels(self, logits: Tensor) -> Tensor:
         "What logits (B, C, h, w) say: 0 for the background, 1 + its place for a class, (B, h, w)."
@@ -169,9 +178,14 @@ class System(nn.Module):
     def load_trainable(self, state: Mapping[str, Tensor]) -> None:
         "Take over a `trainable_state`. Raises `InputError` when it belongs to another system."
         missing = self.trainable_state().keys() ^ state.keys()
-        if missing: raise InputError(f"the weights do not fit {self.name}: {len(missing)} tensors differ, {', '.join(sorted(missing)[:3])} ...")
+        if missing:
+            raise InputError(
+                f"the weights do not fit {self.name}: {len(missing)} tensors differ, {', '.join(sorted(missing)[:3])} "
+                "..."
+            )
         try: self.load_state_dict(dict(state), strict=False)
-        except RuntimeError as error: raise InputError(f"the weights do not fit {self.name}: {str(error).splitlines()[1].strip()}") from error
+        except RuntimeError as error:
+            raise InputError(f"the weights do not fit {self.name}: {str(error).splitlines()[1].strip()}") from error
 
 # %% ../../nbs/systems/40_segmenter.ipynb #182becc1
 SYSTEMS: dict[str, type[System]] = {}   # name -> class, of all that were defined; `known_systems` completes it
@@ -181,7 +195,8 @@ def known_systems() -> list[str]:
     package = importlib.import_module("freqseg.systems")
     for room in pkgutil.iter_modules(package.__path__): importlib.import_module(f"freqseg.systems.{room.name}")
     load_inherited()
-    failed = [name for name, kind in SYSTEMS.items() if kind.__module__ not in sys.modules]   # further down in their files
+    # further down in their files
+    failed = [name for name, kind in SYSTEMS.items() if kind.__module__ not in sys.modules]
     for name in failed: del SYSTEMS[name]
     return sorted(SYSTEMS)
 
@@ -212,8 +227,9 @@ def _register(kind: type[System]) -> None:
     if not kind.__module__.startswith("freqseg.systems."): known_systems()   # the package's own names are taken first
     other = SYSTEMS.get(kind.name)
     if other is not None and not _same_again(other, kind):
-        raise InputError(f"two systems are called {kind.name!r}: {_place(other)} and {_place(kind)}. Give one of them a name "
-                         f'of its own: name = "{kind.name}_2" in the class.')
+        raise InputError(
+            f"two systems are called {kind.name!r}: {_place(other)} and {_place(kind)}. Give one of them a name "
+            f'of its own: name = "{kind.name}_2" in the class.')
     SYSTEMS[kind.name] = kind
 
 def _same_again(old: type, new: type) -> bool:
@@ -233,7 +249,8 @@ def _place(kind: type) -> str:
 def plugin_record(
     kind: type,   # a class
 ) -> dict[str, str] | None:
-    """File name, SHA-256 and class of what a user's file defined, as that file was when it was run; None for other classes.
+    """File name, SHA-256 and class of what a user's file defined, as that file was when it was run; None for other
+    classes.
 
     Parameters
     ----------
@@ -278,7 +295,8 @@ def assign_labels(
     Tensor
         (B, H, W) int64: 0 background, k + 1 for class k, 255 outside the picture
     """
-    labels = pseudo_labels(cam.float(), present, images.shape[-2:], background_power=background_power, background=background_score,
+    labels = pseudo_labels(cam.float(), present, images.shape[-2:], background_power=background_power,
+                           background=background_score,
                            refine=None if refine is None else lambda scores: refine(images, scores))
     return labels if valid is None else labels.masked_fill(~valid, IGNORE)
 
@@ -303,9 +321,11 @@ def build_decoder(
         name the decoder and its size
     """
     if options.decoder == "transformer":
-        return TransformerDecoder(width, blocks, classes, dim=options.dim, layers=options.decoder_layers, dropout=options.dropout)
-    return wtclip_decoder(width, blocks, classes, levels=options.levels, wavelet=options.wavelet, learn_filters=options.learn_filters,
-                          gate=options.gate, dim=options.dim, layers=options.decoder_layers, dropout=options.dropout)
+        return TransformerDecoder(width, blocks, classes, dim=options.dim, layers=options.decoder_layers,
+                                  dropout=options.dropout)
+    return wtclip_decoder(width, blocks, classes, levels=options.levels, wavelet=options.wavelet,
+                          learn_filters=options.learn_filters, gate=options.gate, dim=options.dim,
+                          layers=options.decoder_layers, dropout=options.dropout)
 
 # %% ../../nbs/systems/40_segmenter.ipynb #bd73f724
 @dataclass(frozen=True, eq=False)
@@ -362,8 +382,10 @@ class DecodedSystem(System, abstract=True):
         self.par = PAR(options.par_iterations) if options.par_iterations else None
 
     def request(self) -> dict[str, Any]:
-        "What one pass must give: tokens for the decoder, relations for the affinity, the last block's input for GradCAM."
-        return merge_requests({"tokens": self.token_blocks}, affinity_request(self.backbone.depth, self.source, self.relation_blocks()),
+        """What one pass must give: tokens for the decoder, relations for the affinity, the last block's input for
+        GradCAM."""
+        return merge_requests({"tokens": self.token_blocks},
+                              affinity_request(self.backbone.depth, self.source, self.relation_blocks()),
                               {"joint": False, "last_input": True, "qkv": (self.backbone.depth - 1,)})
 
     def relation_blocks(self) -> Sequence[int]:
@@ -375,7 +397,8 @@ class DecodedSystem(System, abstract=True):
         with torch.no_grad(): return self.backbone.encode(images, **(self.request() if request is None else request))
 
     def decode(self, features: Features, keep: Callable[[Tensor], Tensor]|None = None) -> Decoded:
-        "The decoder's features and logits at token resolution; `keep` filters each block's tokens (B, D, h, w), or gives versions of them."
+        """The decoder's features and logits at token resolution; `keep` filters each block's tokens (B, D, h, w), or
+        gives versions of them."""
         tokens = [features.of(features.tokens, block, "tokens") for block in self.token_blocks]
         return self.decoder(tokens if keep is None else [keep(x) for x in tokens])
 
@@ -396,7 +419,8 @@ class Segmenter(DecodedSystem, abstract=True):
         return grad_cam(self.backbone, forward.features, self.text, forward.present, self.background).float()
 
     def activation_maps(self, forward: ForwardPass, progress: float) -> Tensor:
-        "The system's activation maps (B, K, h, w) in [0, 1] at this share of the training; here CLIP's own. One more is a map of the background."
+        """The system's activation maps (B, K, h, w) in [0, 1] at this share of the training; here CLIP's own. One more
+        is a map of the background."""
         return self.grad_cam(forward)
 
     def assign(self, maps: Tensor, forward: ForwardPass, valid: Tensor|None = None) -> Tensor:
@@ -406,10 +430,12 @@ class Segmenter(DecodedSystem, abstract=True):
                              background_score if background_score.shape[1] else None, self.options.background_power)
 
     def common_losses(self, forward: ForwardPass, cam: Tensor) -> dict[str, Tensor]:
-        "Weighted losses of the parts that any system may carry: FFR's rectification, the wavelet's perfect reconstruction."
+        """Weighted losses of the parts that any system may carry: FFR's rectification, the wavelet's perfect
+        reconstruction."""
         losses = {}
         if self.options.rectify is not None and self.rectification is not None:
-            losses["rectify"] = self.options.rectify_weight*self.rectification(forward.decoded.features, cam, forward.present).loss
+            losses["rectify"] = self.options.rectify_weight*self.rectification(forward.decoded.features, cam,
+                                                                               forward.present).loss
         if self.options.reconstruction:
             refine = cast(WaveletConv2d, self.decoder.refine)
             losses["reconstruct"] = self.options.reconstruction*refine.reconstruction_penalty()
@@ -417,19 +443,22 @@ class Segmenter(DecodedSystem, abstract=True):
 
     @torch.no_grad()
     def cam(self, images: Tensor, labels: Tensor) -> Tensor:
-        "Activation maps (B, K, h, w) in [0, 1] of normalised images, for the classes that `labels` (B, K) says are there; no gradients."
+        """Activation maps (B, K, h, w) in [0, 1] of normalised images, for the classes that `labels` (B, K) says are
+        there; no gradients."""
         return self.activation_maps(self.forward_pass(images, labels), 1.)[:, :len(self.classes)]
 
     @torch.no_grad()
     def explain(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        "From one pass: what `cam` gives, and the pseudo-labels (B, H, W) int64 that the decoder would be taught at the end of training."
+        """From one pass: what `cam` gives, and the pseudo-labels (B, H, W) int64 that the decoder would be taught at
+        the end of training."""
         forward = self.forward_pass(images, labels)
         maps = self.activation_maps(forward, 1.)
         return maps[:, :len(self.classes)], self.assign(maps, forward)
 
     @torch.no_grad()
     def predict(self, images: Tensor, keep: Callable[[Tensor], Tensor]|None = None) -> Tensor:
-        "Logits (B, C, h, w) at token resolution, background first, of n times as many for n versions of the tokens; nothing but tokens is computed."
+        """Logits (B, C, h, w) at token resolution, background first, of n times as many for n versions of the tokens;
+        nothing but tokens is computed."""
         return self.decode(self.encode(images, {"tokens": self.token_blocks, "joint": False}), keep).logits
 
 # %% ../../nbs/systems/40_segmenter.ipynb #196af773
@@ -443,7 +472,11 @@ def require_labels(
     batch : Batch
         of a loader
     """
-    if batch.labels is None: raise InputError(f"no image labels for {', '.join(batch.ids[:3])} ...: weakly supervised training starts from them. Write labels.txt, one line \"id class,class\" per picture.")
+    if batch.labels is None:
+        raise InputError(
+            f"no image labels for {', '.join(batch.ids[:3])} ...: weakly supervised training starts from them. Write "
+            "labels.txt, one line \"id class,class\" per picture."
+        )
     return batch.labels
 
 # %% ../../nbs/systems/40_segmenter.ipynb #cc7720c4

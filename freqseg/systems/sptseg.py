@@ -23,8 +23,11 @@ class SPTSEGOptions(ZegCLIPOptions):
     ssim: float = same_option(ZegCLIPOptions, "ssim", 1.)
 
 class SPTSEG(ZegCLIP):
-    """SPT-SEG (Xu et al., 2024): spectral prompts in the first blocks and a spectral-guided decoder, under focal and structural similarity loss.
+    """SPT-SEG (Xu et al., 2024): spectral prompts in the first blocks and a spectral-guided decoder, under focal and
+    structural similarity loss.
 
-    The paper leaves the weights of its losses open; 100 and 1 are ZegCLIP's weight of the same focal loss and the weight in SPT-SEG's code."""
+    The paper leaves the weights of its losses open; 100 and 1 are ZegCLIP's weight of the same focal loss and the
+    weight in SPT-SEG's code."""
     Options: ClassVar[type[SPTSEGOptions]] = SPTSEGOptions
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"coco_stuff": dict(iterations=96_000)}   # the rest is ZegCLIP's
+    # the rest is ZegCLIP's
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"coco_stuff": dict(iterations=96_000)}

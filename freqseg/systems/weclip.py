@@ -61,7 +61,8 @@ class WeCLIPOptions(SegmenterOptions):
 
 # %% ../../nbs/systems/41_weclip.ipynb #4010725a
 class WeCLIP(Segmenter):
-    "WeCLIP (Zhang et al., 2024): segmentation loss and 0.1 of an affinity loss on pseudo-labels that a decoder helps to refine."
+    """WeCLIP (Zhang et al., 2024): segmentation loss and 0.1 of an affinity loss on pseudo-labels that a decoder helps
+    to refine."""
     Options: ClassVar[type[WeCLIPOptions]] = WeCLIPOptions
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "voc": dict(iterations=30_000, batch=4, lr=2e-3, side=512, scales=(1., .75)),
@@ -75,18 +76,22 @@ class WeCLIP(Segmenter):
         return range(max(0, self.backbone.depth - most), self.backbone.depth)
 
     def affinity(self, forward: ForwardPass, progress: float) -> Tensor:
-        "Affinity (B, N, N) at this share of the training: the mean of attention maps, later of those that the decoder selects."
+        """Affinity (B, N, N) at this share of the training: the mean of attention maps, later of those that the
+        decoder selects."""
         o, late = self.options, progress >= self.options.switch
-        return smoothed_affinity(forward.features, self.source, o.late_layers if late else o.early_layers, normalise=o.normalise,
+        return smoothed_affinity(forward.features, self.source, o.late_layers if late else o.early_layers,
+                                 normalise=o.normalise,
                                  reference=token_affinity(forward.decoded.features.float()) if late else None)
 
     @torch.no_grad()
     def activation_maps(self, forward: ForwardPass, progress: float) -> Tensor:
         "GradCAM after a walk over the affinity, (B, K, h, w) in [0, 1]."
-        return refine_cam(self.affinity(forward, progress), self.grad_cam(forward), self.options.walk_steps, self.options.box)
+        return refine_cam(self.affinity(forward, progress), self.grad_cam(forward), self.options.walk_steps,
+                          self.options.box)
 
     def training_step(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        "Weighted losses of one batch; `progress` is the share of the training that is done. Raises `InputError` without image labels."
+        """Weighted losses of one batch; `progress` is the share of the training that is done. Raises `InputError`
+        without image labels."""
         forward = self.forward_pass(self.backbone.normalise(batch.images), require_labels(batch))
         cam = self.activation_maps(forward, progress)
         labels, related = self.assign(cam, forward, batch.valid), token_affinity(forward.decoded.features.float())

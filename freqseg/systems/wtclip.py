@@ -41,7 +41,8 @@ def edge_map(
     levels: int = 3,         # of the wavelet transform
     wavelet: str = "haar",   # any name that `filter_bank` takes
 ) -> Tensor:                 # (B, 1, h, w) in [0, 1]
-    """Where the picture has edges: mean over levels of the magnitude of its wavelet details (our reading of WTCLIP's figure).
+    """Where the picture has edges: mean over levels of the magnitude of its wavelet details (our reading of WTCLIP's
+    figure).
 
     Parameters
     ----------
@@ -65,7 +66,8 @@ def edge_map(
 
 # %% ../../nbs/systems/42_wtclip.ipynb #f285ec13
 class WTCLIP(WeCLIP):
-    "WTCLIP: WeCLIP with a wavelet decoder, a fusion gate and, as an option, activation maps weighted by the picture's edges."
+    """WTCLIP: WeCLIP with a wavelet decoder, a fusion gate and, as an option, activation maps weighted by the
+    picture's edges."""
     Options: ClassVar[type[WTCLIPOptions]] = WTCLIPOptions
 
     @torch.no_grad()

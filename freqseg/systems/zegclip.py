@@ -83,7 +83,10 @@ class PromptedOptions(Options):
     similarity : str
         how the spectral decoder weighs its heads' answers
     """
-    unseen: tuple[str, ...] | None = option(None, "classes without masks in training; none: the published split of VOC or COCO-Stuff, or of the CLIP's domain", least=1)
+    unseen: tuple[str, ...] | None = option(
+        None,
+        "classes without masks in training; none: the published split of VOC or COCO-Stuff, or of the CLIP's domain",
+        least=1)
     seen: tuple[str, ...] | None = option(None, "classes with masks in training; none: all others", least=1)
     wording: str = option("single", "how a class name is put", choices={"single": "one sentence",
         "scene": "the mean of fifteen, COCO-Stuff"})
@@ -172,7 +175,8 @@ class ZegCLIPOptions(PromptedOptions):
             raise InputError(f"spectral={self.spectral!r}: name blocks by a range such as 1-2, by one number such as "
                              "3, or all of them by all.") from error
 
-DEEPEST = 64   # blocks of the deepest tower that options are checked for; what a shorter one lacks, building the system says
+# blocks of the deepest tower that options are checked for; what a shorter one lacks, building the system says
+DEEPEST = 64
 
 # %% ../../nbs/systems/45_zegclip.ipynb #daeb89ca
 _Zero = TypeVar("_Zero", bound="ZeroShotSystem")
@@ -191,13 +195,15 @@ def build_text_decoder(
         name the decoder and its size
     """
     o = options
-    if o.decoder == "cross": return CrossAttentionDecoder(dim, o.decoder_layers, o.heads, dropout=o.decoder_dropout, self_attention=o.self_attention,
-                                                           whole_last=o.whole_last)
+    if o.decoder == "cross":
+        return CrossAttentionDecoder(dim, o.decoder_layers, o.heads, dropout=o.decoder_dropout,
+                                     self_attention=o.self_attention, whole_last=o.whole_last)
     return SpectralGuidedDecoder(dim, o.decoder_layers, o.heads, o.high_heads, o.head_window, o.mask_padding,
                                  o.similarity, dropout=o.decoder_dropout, reads=o.reads, residual=o.residual)
 
-_PUBLISHED = dict(batch=16, lr=2e-4, warmup=1500, lr_power=.9, validate_every=0, crop=512, largest=.75, vary_colours=True,
-                  filter_size=512, short=512, flip=False, window=512, stride=426, average="probabilities", crf=None)
+_PUBLISHED = dict(batch=16, lr=2e-4, warmup=1500, lr_power=.9, validate_every=0, crop=512, largest=.75,
+                  vary_colours=True, filter_size=512, short=512, flip=False, window=512, stride=426,
+                  average="probabilities", crf=None)
 _SMALL = dict(lr=3e-3, grad_clip=1., flip=False, average="probabilities", filter_size=128, residual=True)
 
 # %% ../../nbs/systems/45_zegclip.ipynb #863a64dc
@@ -228,21 +234,28 @@ class ZeroShotSystem(System, abstract=True):
         o, self.num_classes = options, len(self.classes)
         self.split = self.trained = seen_and_unseen(self.classes, o.unseen, o.seen, backbone.domain)
         blocks = () if o.spectral is None else prompt_blocks(o.spectral, backbone.depth)
-        grid = None if o.filter_size is None else (nearest_multiple(o.filter_size, backbone.patch_size)//backbone.patch_size,)*2
+        grid = None if o.filter_size is None else (nearest_multiple(o.filter_size, backbone.patch_size) //
+                                                   backbone.patch_size,)*2
         self.tower = PromptedTower(backbone, o.prompts, blocks, o.shared_filter, dropout=o.prompt_dropout,
                                    drop_path=o.drop_path, grid=grid)
-        self.describe, self.decoder = RelationshipDescriptor(backbone.embed_dim), build_text_decoder(backbone.embed_dim, o)
+        self.describe, self.decoder = RelationshipDescriptor(backbone.embed_dim), build_text_decoder(
+            backbone.embed_dim, o)
         self._learn_names(self.classes)
 
     def _learn_names(self, names: Sequence[str]) -> None:
         "Embed the names that answer from now on."
         self.vocabulary = tuple(names)
-        self.register_buffer("text", embed_wording(self.backbone, plain_wording(self.backbone, names, self.options.wording)).text, persistent=False)
+        self.register_buffer(
+            "text",
+            embed_wording(self.backbone, plain_wording(self.backbone, names, self.options.wording)).text,
+            persistent=False)
 
     def with_vocabulary(self: _Zero, names: Sequence[str]) -> _Zero:
-        """This system, weights shared, answering for other names. A name seen in training keeps its handicap, all others count as unseen.
+        """This system, weights shared, answering for other names. A name seen in training keeps its handicap, all
+        others count as unseen.
 
-        Raises `InputError` for no names, one that is empty or comes twice, and for words that a closed vocabulary lacks."""
+        Raises `InputError` for no names, one that is empty or comes twice, and for words that a closed vocabulary
+        lacks."""
         other = copy.copy(self)
         other._buffers = dict(self._buffers)
         other._learn_names(names)
@@ -267,41 +280,50 @@ class ZeroShotSystem(System, abstract=True):
         return torch.tensor([bias*(folded(name) in seen) for name in self.vocabulary])
 
     def labels(self, logits: Tensor) -> Tensor:
-        "The best name of logits (B, K, h, w), seen ones handicapped: 1 + its place, (B, h, w). These systems know no background."
+        """The best name of logits (B, K, h, w), seen ones handicapped: 1 + its place, (B, h, w). These systems know no
+        background."""
         return 1 + best_class(logits.sigmoid() - self.handicap.to(logits).view(-1, 1, 1))
 
 # %% ../../nbs/systems/45_zegclip.ipynb #4f869c54
 class ZegCLIP(ZeroShotSystem):
-    """ZegCLIP (Zhou et al., 2023): deep visual prompts, a relationship descriptor and a cross-attention decoder under focal and dice loss.
+    """ZegCLIP (Zhou et al., 2023): deep visual prompts, a relationship descriptor and a cross-attention decoder under
+    focal and dice loss.
 
-    Learns from masks of seen classes. 8,039,168 trainable parameters for ViT-B/16 and 10 prompts, all of which get gradients. The published count, 13,821,184, has
-    two more groups that never do: 3,154,944 of self-attentions that no forward pass runs (`self_attention=True` creates and runs them), and 2,627,072 of
-    the last layer behind its scores, which are the answer (`whole_last=True` creates them). Raises `InputError` for options that cannot be."""
+    Learns from masks of seen classes. 8,039,168 trainable parameters for ViT-B/16 and 10 prompts, all of which get
+    gradients. The published count, 13,821,184, has two more groups that never do: 3,154,944 of self-attentions that no
+    forward pass runs (`self_attention=True` creates and runs them), and 2,627,072 of the last layer behind its scores,
+    which are the answer (`whole_last=True` creates them). Raises `InputError` for options that cannot be."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "voc": dict(_PUBLISHED, iterations=20_000),
         "coco_stuff": dict(_PUBLISHED, iterations=80_000, prompts=100, wording="scene"),
         **dict.fromkeys(("world", "smoke"), _SMALL)}
 
     def masks(self, images: Tensor, text: Tensor, keep: Callable[[Tensor], Tensor]|None = None) -> Tensor:
-        "Logits (B, C, h, w) of normalised images for C embedded names (C, E); `keep` filters the patches (B, E, h, w), or gives versions of them."
+        """Logits (B, C, h, w) of normalised images for C embedded names (C, E); `keep` filters the patches (B, E, h,
+        w), or gives versions of them."""
         prompted = self.tower(self.backbone, images)
         patches = prompted.patches if keep is None else keep(prompted.patches)
         queries = self.describe(text, prompted.cls)
         return self.decoder(queries.repeat(len(patches)//len(queries), 1, 1), patches)
 
     def training_step(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        "Weighted losses of one batch; `progress` is the share of the training that is done. Raises `InputError` without masks."
+        """Weighted losses of one batch; `progress` is the share of the training that is done. Raises `InputError`
+        without masks."""
         o = self.options
-        if batch.masks is None: raise InputError(f"no masks for {', '.join(batch.ids[:3])} ...: zero-shot training learns from masks of seen classes.")
+        if batch.masks is None:
+            raise InputError(
+                f"no masks for {', '.join(batch.ids[:3])} ...: zero-shot training learns from masks of seen classes.")
         late = o.transductive and progress >= .5
         known = torch.tensor(range(len(self.classes)) if late else self.split.seen_index, device=self.text.device)
         logits = enlarged(self.masks(self.backbone.normalise(batch.images), self.text[known]), batch.masks)
         labels = self.self_labelled(logits, batch.masks) if late else batch.masks
-        return mask_losses(logits, labels, known, focal=o.focal, dice=o.dice, ssim=o.ssim, ignored_as_negative=o.ignored_as_negative, over=o.ssim_over)
+        return mask_losses(logits, labels, known, focal=o.focal, dice=o.dice, ssim=o.ssim,
+                           ignored_as_negative=o.ignored_as_negative, over=o.ssim_over)
 
     @torch.no_grad()
     def self_labelled(self, logits: Tensor, masks: Tensor) -> Tensor:
-        "Masks (B, H, W) in which pixels without labels have the best unseen class of logits (B, K, H, W) (ZegCLIP, transductive)."
+        """Masks (B, H, W) in which pixels without labels have the best unseen class of logits (B, K, H, W) (ZegCLIP,
+        transductive)."""
         unseen = torch.tensor(self.split.unseen_index, device=logits.device)
         return torch.where(masks == UNLABELLED, unseen[best_class(logits[:, unseen])], masks)
 
@@ -311,13 +333,22 @@ class ZegCLIP(ZeroShotSystem):
         return self.masks(images, self.text, keep)
 
     def load_trainable(self, state: Mapping[str, Tensor]) -> None:
-        "Take over a `trainable_state`; spectral filters made for another grid are carried over, with a notice. Raises `InputError` for another system's."
+        """Take over a `trainable_state`; spectral filters made for another grid are carried over, with a notice.
+        Raises `InputError` for another system's."""
         own, state = self.trainable_state(), dict(state)
         for name, value in state.items():
-            if ".spectral.filters." not in name or name not in own or value.shape == own[name].shape or value.shape[2:] != own[name].shape[2:]: continue
-            wanted, stored = (2*(shape[1] - 1) if shape[0] % 2 == 0 else 2*shape[1] - 1 for shape in (own[name].shape, value.shape))
-            state[name] = torch.view_as_real(resize_response(torch.view_as_complex(value.contiguous()), (value.shape[0], stored), (own[name].shape[0], wanted)))
-            warnings.warn(f"{name}: made for {value.shape[0]} x {stored} patches, carried over to {own[name].shape[0]} x {wanted}.")
+            if ".spectral.filters." not in name or name not in own or value.shape == own[name].shape or value.shape[
+                    2:] != own[name].shape[2:]:
+                continue
+            wanted, stored = (2*(shape[1] - 1) if shape[0] % 2 == 0 else 2*shape[1] - 1
+                              for shape in (own[name].shape, value.shape))
+            state[name] = torch.view_as_real(
+                resize_response(torch.view_as_complex(value.contiguous()), (value.shape[0], stored),
+                                (own[name].shape[0], wanted)))
+            warnings.warn(
+                f"{name}: made for {value.shape[0]} x {stored} patches, carried over to {own[name].shape[0]} x "
+                f"{wanted}."
+            )
         super().load_trainable(state)
 
     def parameter_groups(self) -> list[dict[str, Any]]:

@@ -39,13 +39,13 @@ class Checkpoint:
     classes : tuple[str, ...]
         foreground names
     moments : dict[int, dict[str, Tensor]]
-        of the optimiser, by parameter number; empty in `best`
+        of the optimiser; empty in `best`
     """
     weights: dict[str, Tensor]                   # for `load_trainable`
     state: dict[str, Any]                        # step, seconds, best, ...
     config: dict[str, Any]                       # of the system
     classes: tuple[str, ...]                     # foreground names
-    moments: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # of the optimiser, by parameter number; empty in `best`
+    moments: dict[int, dict[str, Tensor]] = field(default_factory=dict)   # of the optimiser; empty in `best`
 
     @property
     def step(self) -> int: return self.state["step"]
@@ -64,9 +64,15 @@ def write_checkpoint(
         weights, state and moments; tensors on any device
     """
     from safetensors.torch import save
-    moments = {f"{_MOMENTS}{number}/{name}": value for number, its in checkpoint.moments.items() for name, value in its.items()}
-    if clash := [name for name in checkpoint.weights if name.startswith(_MOMENTS)]: raise ValueError(f"{clash[0]}: reserved name")
-    tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in {**checkpoint.weights, **moments}.items()}
+    moments = {
+        f"{_MOMENTS}{number}/{name}": value
+        for number, its in checkpoint.moments.items()
+        for name, value in its.items()}
+    if clash := [name for name in checkpoint.weights if name.startswith(_MOMENTS)]:
+        raise ValueError(f"{clash[0]}: reserved name")
+    tensors = {
+        name: value.detach().to("cpu", copy=True).contiguous()
+        for name, value in {**checkpoint.weights, **moments}.items()}
     header = dict(format="freqseg 1", state=json.dumps(checkpoint.state), config=json.dumps(checkpoint.config),
                   classes=json.dumps(checkpoint.classes))
     # Not save_file: its errors do not say that the disk is full.
@@ -84,7 +90,8 @@ def read_checkpoint(
     """
     from safetensors import SafetensorError, safe_open
     try:
-        with safe_open(path, "pt") as file: header, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+        with safe_open(path, "pt") as file:
+            header, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
         state, config, classes = (json.loads(header[name]) for name in ("state", "config", "classes"))
     except FileNotFoundError as error: raise InputError(f"there is no checkpoint {path}.") from error
     except (OSError, SafetensorError, KeyError, ValueError) as error:
@@ -125,7 +132,8 @@ SHIPPED = _shipped_weights()   # trained on the embedded world
 def checkpoint_path(
     path: str|Path,   # a checkpoint, a run's folder, or a name in SHIPPED
 ) -> Path:
-    """The file itself; of a run's folder the best checkpoint, else the last; of a system's name in SHIPPED the weights that ship.
+    """The file itself; of a run's folder the best checkpoint, else the last; of a system's name in SHIPPED the weights
+    that ship.
 
     Raises `InputError` when there is none.
 
@@ -137,10 +145,17 @@ def checkpoint_path(
     if str(path) in SHIPPED and not Path(path).exists(): return shipped(f"systems/{path}.safetensors")
     path = Path(path)
     if path.is_file(): return path
-    if not path.exists(): raise InputError(f"there is no {path}: name the folder of a training, a checkpoint in it, or one of {', '.join(SHIPPED)}, trained on the embedded world.")
+    if not path.exists():
+        raise InputError(
+            f"there is no {path}: name the folder of a training, a checkpoint in it, or one of {', '.join(SHIPPED)}, "
+            "trained on the embedded world."
+        )
     for name in ("best.safetensors", "last.safetensors"):
         if (path/name).is_file(): return path/name
-    raise InputError(f"{path} holds no checkpoint: there is neither best.safetensors nor last.safetensors. Is it the folder of a training?")
+    raise InputError(
+        f"{path} holds no checkpoint: there is neither best.safetensors nor last.safetensors. Is it the folder of a "
+        "training?"
+    )
 
 # %% ../../nbs/work/57_checkpoints.ipynb #7b5157a8
 def load_system(
@@ -152,8 +167,8 @@ def load_system(
 ) -> System:
     """The system of a checkpoint, in eval mode.
 
-    Raises `InputError` for a file that cannot be read, another class list, a backbone that does not fit, and a system that
-    was trained by a file of the user's which is not given or has changed since.
+    Raises `InputError` for a file that cannot be read, another class list, a backbone that does not fit, and a system
+    that was trained by a file of the user's which is not given or has changed since.
 
     Parameters
     ----------
@@ -170,7 +185,8 @@ def load_system(
     """
     path = checkpoint_path(path)
     stored = read_checkpoint(path)
-    if "system" not in stored.config: raise InputError(f"{path} is a checkpoint of something that is no system of freqseg.")
+    if "system" not in stored.config:
+        raise InputError(f"{path} is a checkpoint of something that is no system of freqseg.")
     kind, others = _trained_class(path, stored.config, plugin), classes is not None and stored.classes != tuple(classes)
     if others and kind.supervision == "labels": raise _other_classes(path, stored.classes, tuple(classes))
     backbone = load_clip(**stored.config["backbone"]) if backbone is None else backbone
@@ -181,7 +197,8 @@ def load_system(
     return system.with_vocabulary(classes) if others else system
 
 def _trained_class(path: Path, config: Mapping[str, Any], plugin: str | Path | None) -> type[System]:
-    "The class that trained a checkpoint. The package, this session or `plugin` defines it, never a path in the checkpoint."
+    """The class that trained a checkpoint. The package, this session or `plugin` defines it, never a path in the
+    checkpoint."""
     record = config.get("plugin")
     if plugin is not None and (record is None or Path(plugin).is_file()): load_plugin(plugin)
     kind = SYSTEMS[config["system"]] if config["system"] in known_systems() else None
@@ -200,14 +217,19 @@ def _require_same_file(
         raise InputError(f"{trained}, {missing}: name that file, as load_system(..., plugin=\"{record['file']}\") or "
                          f"--plugin {record['file']}.")
     if loaded["sha256"] != record["sha256"]:
-        raise InputError(f"{trained}; {loaded['file']} is now another, SHA-256 {loaded['sha256'][:12]}: give the version that "
-                         "trained it, or train anew.")
+        raise InputError(
+            f"{trained}; {loaded['file']} is now another, SHA-256 {loaded['sha256'][:12]}: give the version that "
+            "trained it, or train anew.")
 
 def _other_classes(path: Path, stored: tuple[str, ...], wanted: tuple[str, ...]) -> InputError:
     "Say how two class lists differ."
-    sides = (("only the checkpoint has", [name for name in stored if name not in wanted]), ("only the data have", [name for name in wanted if name not in stored]))
+    sides = (("only the checkpoint has", [name for name in stored if name not in wanted]), ("only the data have", [
+        name for name in wanted if name not in stored]))
     said = "; ".join(f"{what} {', '.join(names[:3])}{' ...' * (len(names) > 3)}" for what, names in sides if names)
-    return InputError(f"{path} was trained on {len(stored)} classes, the data have {len(wanted)}: {said or 'the same ones in another order'}. Take those that belong together.")
+    return InputError(
+        f"{path} was trained on {len(stored)} classes, the data have {len(wanted)}: "
+        f"{said or 'the same ones in another order'}. Take those that belong together."
+    )
 
 # %% ../../nbs/work/57_checkpoints.ipynb #98631d34
 def weights_title(
@@ -227,7 +249,8 @@ def weights_title(
 def training_title(
     path: str|Path,   # a checkpoint, or the folder of a run
 ) -> str:
-    """How far the weights of a checkpoint, or of a run's folder, were trained, and without which pictures; empty where it does not say.
+    """How far the weights of a checkpoint, or of a run's folder, were trained, and without which pictures; empty where
+    it does not say.
 
     Parameters
     ----------
@@ -250,4 +273,5 @@ def left_out(
         ids of pictures
     """
     names = sorted(skipped)
-    return f"without {len(names)} picture{'s' * (len(names) > 1)} that could not be read ({', '.join(names[:5])}{', ...' * (len(names) > 5)})"
+    return (f"without {len(names)} picture{'s' * (len(names) > 1)} that could not be read "
+            f"({', '.join(names[:5])}{', ...' * (len(names) > 5)})")

@@ -37,7 +37,8 @@ from ..world.scenes import WORLD_CLASSES
 
 # %% ../../nbs/work/68_cost.ipynb #11244707
 def _transform(shape: Sequence[int], dims: Sequence[int], real: bool) -> int:
-    "Operations of Fourier transforms over `dims` of an array: 5 n log2 n each, half for real values (FFTW's benchmark)."
+    """Operations of Fourier transforms over `dims` of an array: 5 n log2 n each, half for real values (FFTW's
+    benchmark)."""
     n = math.prod(shape[dim] for dim in dims)
     return round(math.prod(shape)*(2.5 if real else 5)*math.log2(n)) if n else 0
 
@@ -56,14 +57,15 @@ FORMULAS: dict[Any, Callable[..., int]] = {
     _aten._fft_c2r: lambda x, dims, *_, out_shape, **__: _transform(out_shape, dims, True),
     _aten._fft_c2c: lambda x, dims, *_, **__: _transform(x, dims, False),
     _aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, *_, **__: _attention(2, query, key),
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, query, key, *_, **__: _attention(5, query, key),
-    _aten.convolution_backward: _convolution_gradient}
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, query, key, *_, **__: _attention(
+        5, query, key), _aten.convolution_backward: _convolution_gradient}
 
 # %% ../../nbs/work/68_cost.ipynb #42e8d91d
 TOWER_STEPS = ("encode", "embed", "block", "last_block", "project", "pool")   # of a backbone
 
 class _Everywhere(nullcontext[None]):
-    "For a counter that need not tell module from module. PyTorch's own tracker fails where a module is handed a parameter and no gradient is kept."
+    """For a counter that need not tell module from module. PyTorch's own tracker fails where a module is handed a
+    parameter and no gradient is kept."""
     parents = frozenset({"Global"})
 
 class FlopTally:
@@ -100,10 +102,12 @@ class FlopTally:
     def kinds(self) -> Counter[str]:
         "Operations by kind of operator."
         kinds = Counter()
-        for operator, count in self.counter.get_flop_counts().get("Global", {}).items(): kinds[_kind(str(operator))] += count
+        for operator, count in self.counter.get_flop_counts().get("Global", {}).items():
+            kinds[_kind(str(operator))] += count
         return kinds
 
-_KINDS = {"attention": "fused attention", "conv": "convolutions", "fft": "Fourier transforms"}   # by what is in an operator's name
+# by what is in an operator's name
+_KINDS = {"attention": "fused attention", "conv": "convolutions", "fft": "Fourier transforms"}
 
 def _kind(operator: str) -> str:
     "What an operator does, from its name."
@@ -131,9 +135,12 @@ def peak_memory(
 
 def _recorded_peak(work: Callable[[], Any]) -> int:
     "The same on a CPU, from the profiler's record."
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")   # its library greets on stderr, and complains where there is no GPU
+    # its library greets on stderr, and complains where there is no GPU
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record: work()
-    return max(accumulate((event.nbytes() for event in record.profiler.kineto_results.events() if event.name() == "[memory]"), initial=0))
+    return max(
+        accumulate((event.nbytes() for event in record.profiler.kineto_results.events() if event.name() == "[memory]"),
+                   initial=0))
 
 # %% ../../nbs/work/68_cost.ipynb #b79e4f8f
 class Spread(NamedTuple):
@@ -227,7 +234,7 @@ class Cost:
     step : Effort|None
         forward and backward of a training step
     unseen : str|None
-        the class that was taken as the one without masks, as no split of these classes is published
+        the class taken as the one without masks, where no split is published
     """
     system: str               # its name
     model: str                # the CLIP that it stands on, and where its weights come from
@@ -241,7 +248,7 @@ class Cost:
     trainable: int            # of them
     predict: Effort           # effort of `system.predict`
     step: Effort|None = None  # forward and backward of a training step
-    unseen: str|None = None   # the class that was taken as the one without masks, as no split of these classes is published
+    unseen: str|None = None   # the class taken as the one without masks, where no split is published
 
     def as_dict(self) -> dict[str, Any]:
         "Plain values for JSON."
@@ -257,7 +264,8 @@ def _effort(system: Segmenter, work: Callable[[FlopTally], Any], pictures: int, 
     share = lambda counts: {name: round(count/pictures) for name, count in counts.items() if count}
     memory = peak_memory(lambda: work(idle), device)
     milliseconds = Spread(*(value/pictures for value in wall_clock(lambda: work(idle), device, repeats)))
-    return Effort(round(tally.parts.total()/pictures), share(tally.parts), share(tally.kinds), milliseconds, round(memory/pictures))
+    return Effort(round(tally.parts.total()/pictures), share(tally.parts), share(tally.kinds), milliseconds,
+                  round(memory/pictures))
 
 # %% ../../nbs/work/68_cost.ipynb #68b933ee
 def _learned(system: Segmenter) -> Tensor:
@@ -266,13 +274,17 @@ def _learned(system: Segmenter) -> Tensor:
     return torch.tensor((split and split.seen_index) or range(len(system.classes)))
 
 def _pictures(system: Segmenter, size: int, batch: int) -> Batch:
-    "Random pictures (B, 3, H, W) with two classes each (one, if there is but one) of those that are learned, and masks of these."
+    """Random pictures (B, 3, H, W) with two classes each (one, if there is but one) of those that are learned, and
+    masks of these."""
     device, known, learned = system.backbone.device, len(system.classes), _learned(system)
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(batch, 3, size, size, generator=generator)
     chosen = torch.stack([learned[torch.randperm(len(learned), generator=generator)[:2]] for _ in range(batch)])
     labels = torch.zeros(batch, known, dtype=torch.bool).scatter(1, chosen, True)
-    masks = (chosen + system.num_classes - known)[:, torch.arange(size) % chosen.shape[1]][:, None].expand(-1, size, -1).contiguous()
+    masks = (chosen + system.num_classes - known)[:,
+                                                  torch.arange(size) % chosen.shape[1]][:,
+                                                                                        None].expand(-1, size,
+                                                                                                     -1).contiguous()
     return Batch(tuple(map(str, range(batch))), images, masks, labels).to(device)
 
 @contextmanager
@@ -305,7 +317,8 @@ def _step_effort(system: Segmenter, batch: Batch, repeats: int, autocast: Callab
 def _check(size: int, batch: int = 1, repeats: int = 5, training: bool = False, precision: str|None = None) -> None:
     "Raise `InputError` for the first value that cannot be."
     for name, value in (("size", size), ("batch", batch), ("repeats", repeats)):
-        if not isinstance(value, int) or value < 1: raise InputError(f"{name}={value!r}: give a whole number of 1 or more.")
+        if not isinstance(value, int) or value < 1:
+            raise InputError(f"{name}={value!r}: give a whole number of 1 or more.")
     if precision not in (None, "fp32", "bf16"): raise InputError(f"precision={precision!r}: use 'fp32' or 'bf16'.")
 
 def _require_whole_patches(size: int, patch: int) -> None:
@@ -313,7 +326,10 @@ def _require_whole_patches(size: int, patch: int) -> None:
     below = size//patch*patch
     if below == size: return
     fit = " or ".join(str(side) for side in (below, below + patch) if side)
-    raise InputError(f"size={size}: this model cuts a picture into patches of {patch} x {patch} pixels, and {size} is not a whole number of them. Take {fit}.")
+    raise InputError(
+        f"size={size}: this model cuts a picture into patches of {patch} x {patch} pixels, and {size} is not a whole "
+        f"number of them. Take {fit}."
+    )
 
 def measure_cost(
     system: Segmenter,
@@ -323,7 +339,8 @@ def measure_cost(
     training: bool = False,       # a training step, too
     precision: str|None = None,   # "fp32" or "bf16"; None = bf16 on CUDA
 ) -> Cost:
-    """What `system.predict` takes per picture, where the system is, and if asked for a training step; the system is left as it was.
+    """What `system.predict` takes per picture, where the system is, and if asked for a training step; the system is
+    left as it was.
 
     Raises `InputError` for a size that is not whole patches, for numbers below 1, and when memory runs out.
 
@@ -351,10 +368,14 @@ def measure_cost(
         predict = _predict_effort(system, pictures, repeats, autocast)
         step = _step_effort(system, pictures, repeats, autocast) if training else None
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise InputError(f"{system.name} runs out of memory on {device} with {batch} picture{'s'*(batch > 1)} of {size} x {size}: lower batch or size.") from error
+        raise InputError(
+            f"{system.name} runs out of memory on {device} with {batch} picture{'s'*(batch > 1)} of {size} x {size}: "
+            "lower batch or size."
+        ) from error
     parameters = list(system.parameters())
-    return Cost(system.name, weights_title(system), system.num_classes, system.num_classes > len(system.classes), size, batch, precision, _device(device),
-                sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad), predict, step)
+    return Cost(system.name, weights_title(system), system.num_classes, system.num_classes > len(system.classes), size,
+                batch, precision, _device(device), sum(p.numel() for p in parameters),
+                sum(p.numel() for p in parameters if p.requires_grad), predict, step)
 
 def _device(device: torch.device) -> str:
     "The device, with what else a time depends on."
@@ -362,13 +383,15 @@ def _device(device: torch.device) -> str:
     return device_name(device) + (f", {threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else "")
 
 # %% ../../nbs/work/68_cost.ipynb #7ba01e12
-CLASS_LISTS: dict[str, tuple[str, ...]] = {"voc": VOC_CLASSES, "coco": COCO_CLASSES, "cocostuff": COCOSTUFF_CLASSES, "world": WORLD_CLASSES}
+CLASS_LISTS: dict[str, tuple[str, ...]] = {
+    "voc": VOC_CLASSES, "coco": COCO_CLASSES, "cocostuff": COCOSTUFF_CLASSES, "world": WORLD_CLASSES}
 
 def cost_classes(
     names: Sequence[str] | None,   # class names, or one name of CLASS_LISTS; None = the domain's, else VOC's
     domain: Domain = Domain(),     # what the CLIP was trained for
 ) -> tuple[str, ...]:
-    """Class names, or those of the one list of CLASS_LISTS that is named; by default those of the CLIP's domain, else VOC's. Raises `InputError` for a bare text.
+    """Class names, or those of the one list of CLASS_LISTS that is named; by default those of the CLIP's domain, else
+    VOC's. Raises `InputError` for a bare text.
 
     Parameters
     ----------
@@ -377,20 +400,24 @@ def cost_classes(
     domain : Domain
         what the CLIP was trained for
     """
-    if isinstance(names, str): raise InputError(f"classes={names!r}: give a list of names, or of one name in {', '.join(CLASS_LISTS)}.")
+    if isinstance(names, str):
+        raise InputError(f"classes={names!r}: give a list of names, or of one name in {', '.join(CLASS_LISTS)}.")
     if names is None: return domain.classes or VOC_CLASSES
     return CLASS_LISTS.get(names[0].lower(), tuple(names)) if len(names) == 1 else tuple(names)
 
 def _class_without_masks(kind: type[System], classes: tuple[str, ...], domain: Domain) -> str | None:
-    "The last class, for a system that learns from masks of some classes, where no split of these is published. Raises `InputError` for one class alone."
+    """The last class, for a system that learns from masks of some classes, where no split of these is published.
+    Raises `InputError` for one class alone."""
     if kind.supervision != "masks": return None
     try: seen_and_unseen(classes, domain=domain)
     except InputError: pass
     else: return None
     if len(classes) > 1: return classes[-1]
     others = ", ".join(name for name in known_systems() if system_named(name).supervision != "masks")
-    raise InputError(f"{kind.name} learns from masks of some classes and none of others, so it needs two classes or more; {classes[0]!r} is one. "
-                     f"Name another, or measure only systems that learn from image labels: {others}.")
+    raise InputError(
+        f"{kind.name} learns from masks of some classes and none of others, so it needs two classes or more; "
+        f"{classes[0]!r} is one. "
+        f"Name another, or measure only systems that learn from image labels: {others}.")
 
 def measure_costs(
     names: Sequence[str] = (),     # of systems, or FILE.py:CLASS, each measured once; none = all
@@ -400,10 +427,11 @@ def measure_costs(
     size: int = 512,               # side of a picture, pixels; whole patches
     **options: Any,                # of `measure_cost`
 ) -> list[Cost]:
-    """Costs of systems with random weights; of classes without a published split the last is unseen by systems that learn from masks.
+    """Costs of systems with random weights; of classes without a published split the last is unseen by systems that
+    learn from masks.
 
-    Raises `InputError`, before any system is measured, for an unknown system or model, naming the nearest, for a single class where two are
-    needed, and as `measure_cost` does.
+    Raises `InputError`, before any system is measured, for an unknown system or model, naming the nearest, for a
+    single class where two are needed, and as `measure_cost` does.
 
     Parameters
     ----------
@@ -426,8 +454,11 @@ def measure_costs(
     known = cost_classes(classes, backbone.domain)
     unseen = [_class_without_masks(kind, known, backbone.domain) for kind in kinds]
     _require_whole_patches(size, backbone.patch_size)
-    systems = [kind.build(backbone, known, **({"unseen": (name,)} if name else {})).to(backbone.device) for kind, name in zip(kinds, unseen)]
-    bar = tqdm(systems, desc="measuring", unit="system", delay=2, leave=False, disable=None)   # shown in a terminal only
+    systems = [
+        kind.build(backbone, known, **({"unseen": (name,)} if name else {})).to(backbone.device)
+        for kind, name in zip(kinds, unseen)]
+    # shown in a terminal only
+    bar = tqdm(systems, desc="measuring", unit="system", delay=2, leave=False, disable=None)
     return [replace(measure_cost(system, size, **options), unseen=name) for system, name in zip(bar, unseen)]
 
 # %% ../../nbs/work/68_cost.ipynb #801b8389
@@ -445,7 +476,8 @@ def _aspects(cost: Cost) -> tuple[str, ...]:
     "Under which conditions a cost was measured."
     names = cost.classes - cost.background
     return (cost.model, f"{names} class{'es'*(names > 1)}{' and background'*cost.background}",
-            f"{cost.batch} picture{'s'*(cost.batch > 1)} of {cost.size} x {cost.size} at a time", f"{cost.precision} on {cost.device}")
+            f"{cost.batch} picture{'s'*(cost.batch > 1)} of {cost.size} x {cost.size} at a time",
+            f"{cost.precision} on {cost.device}")
 
 def _by_system(texts: Sequence[tuple[str, str]]) -> list[str]:
     "Texts of systems (system, text), systems with the same text together and those without one left out."
@@ -456,7 +488,8 @@ def _by_system(texts: Sequence[tuple[str, str]]) -> list[str]:
 def conditions(
     costs: Sequence[Cost],   # of one or several systems, at least one
 ) -> str:
-    """What was measured, in sentences; what differs between systems is aspects_of of each. Raises `InputError` for no costs.
+    """What was measured, in sentences; what differs between systems is aspects_of of each. Raises `InputError` for no
+    costs.
 
     Parameters
     ----------
@@ -466,12 +499,26 @@ def conditions(
     if not costs: raise InputError("no costs to show: measure at least one system.")
     aspects_of = [(cost.system, _aspects(cost)) for cost in costs]
     shared = [aspect for aspect in aspects_of[0][1] if all(aspect in aspects for _, aspects in aspects_of)]
-    own = _by_system([(system, ", ".join(aspect for aspect in aspects if aspect not in shared)) for system, aspects in aspects_of])
-    lines = [f"Figures per picture: {'; '.join([*([', '.join(shared)] if shared else []), *own])}; PyTorch {torch.__version__}.",
-             "One multiply-add is two FLOP, a Fourier transform 5 n log2 n (half for real values); elementwise operations are not counted.",
-             "ms: median and quartiles. MB: peak of PyTorch's allocator beyond the weights. Parameters: both towers of CLIP and everything on top."]
-    if any(cost.step for cost in costs): lines.append("step: forward and backward, two classes per picture (one, where only one is learned), without the optimiser.")
-    unseen = [(cost.system, f"no split of these classes is published, so the last, {cost.unseen}, is taken as unseen (without masks in training)" if cost.unseen else "") for cost in costs]
+    own = _by_system([
+        (system, ", ".join(aspect for aspect in aspects if aspect not in shared)) for system, aspects in aspects_of])
+    lines = [
+        f"Figures per picture: {'; '.join([*([', '.join(shared)] if shared else []), *own])}; PyTorch "
+        f"{torch.__version__}.",
+        "One multiply-add is two FLOP, a Fourier transform 5 n log2 n (half for real values); elementwise operations "
+        "are not counted.",
+        "ms: median and quartiles. MB: peak of PyTorch's allocator beyond the weights. Parameters: both towers of CLIP "
+        "and everything on top."
+    ]
+    if any(cost.step for cost in costs):
+        lines.append(
+            "step: forward and backward, two classes per picture (one, where only one is learned), without the "
+            "optimiser."
+        )
+    unseen = [(
+        cost.system,
+        f"no split of these classes is published, so the last, {cost.unseen}, is taken as unseen (without masks in "
+        "training)"
+        if cost.unseen else "") for cost in costs]
     lines += [f"{text}." for text in _by_system(unseen)]
     return " ".join(lines)
 
@@ -487,18 +534,23 @@ def cost_markdown(
         of one or several systems: a row each
     """
     above, steps = conditions(costs), any(cost.step for cost in costs)
-    head = ["system", "parameters M", "trainable M", "GFLOP", "ms", "MB", *(["step GFLOP", "step ms", "step MB"] if steps else [])]
+    head = [
+        "system", "parameters M", "trainable M", "GFLOP", "ms", "MB",
+        *(["step GFLOP", "step ms", "step MB"] if steps else [])]
     rows = [[cost.system, f"{cost.parameters/1e6:.1f}", f"{cost.trainable/1e6:.3f}", *_cells(cost.predict),
              *((_cells(cost.step) if cost.step else ["–"]*3) if steps else [])] for cost in costs]
     return f"{above}\n\n{markdown_table(head, rows)}\n"
 
-_PARTS = {"tower": "CLIP on the picture", "rest": "what no module does (transforms, losses)", "backward": "gradients of all parts"}
+_PARTS = {
+    "tower": "CLIP on the picture", "rest": "what no module does (transforms, losses)",
+    "backward": "gradients of all parts"}
 
 def parts_markdown(
     costs: Sequence[Cost],   # of one or several systems; those with operations by part are shown
     of: str = "predict",     # or "step"
 ) -> str:
-    """A table of operations by part, GFLOP and share, and which parts these are. Raises `InputError` when no such pass was measured.
+    """A table of operations by part, GFLOP and share, and which parts these are. Raises `InputError` when no such pass
+    was measured.
 
     Parameters
     ----------
@@ -510,7 +562,9 @@ def parts_markdown(
     efforts = {cost.system: effort for cost in costs if (effort := getattr(cost, of))}
     if not efforts: raise InputError(f"no {of} was measured: measure with training=True.")
     parts = list(dict.fromkeys(part for effort in efforts.values() for part in effort.parts))
-    cell = lambda effort, part: f"{_short(effort.parts[part]/1e9)} ({effort.parts[part]/effort.flops:.0%})" if part in effort.parts else "–"
-    table = markdown_table([f"GFLOP, {of}", *parts], [[name, *(cell(effort, part) for part in parts)] for name, effort in efforts.items()])
+    share = lambda effort, part: f"{_short(effort.parts[part]/1e9)} ({effort.parts[part]/effort.flops:.0%})"
+    cell = lambda effort, part: share(effort, part) if part in effort.parts else "–"
+    table = markdown_table([f"GFLOP, {of}", *parts],
+                           [[name, *(cell(effort, part) for part in parts)] for name, effort in efforts.items()])
     known = "; ".join(f"{part}: {text}" for part, text in _PARTS.items() if part in parts)
     return f"{table}\n\n{known}; other columns: the system's own modules.\n"

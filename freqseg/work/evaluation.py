@@ -26,12 +26,14 @@ from ..data import Listing, SegmentationFolder
 from ..files import InputError, Spool, finite, unknown_name
 from ..lists import Domain, ZeroShotSplit
 from ..memory import keep_memory
-from ..metrics import (ConfusionMeter, Interval, Scores, best_threshold, bootstrap_average_precision, bootstrap_interval, boundary_confusion, confusion_matrix,
-                             gzss_figures, iou_scores, mean_iou, sweep_bias, trimap_confusion)
+from ..metrics import (ConfusionMeter, Interval, Scores, best_threshold, bootstrap_average_precision,
+                             bootstrap_interval, boundary_confusion, confusion_matrix, gzss_figures, iou_scores,
+                             mean_iou, sweep_bias, trimap_confusion)
 from ..pictures import fitted_size, write_mask
 from .corruptions import Corruption
-from .inference import (Bands, Inference, Job, LabelledPicture, Picture, SeedMaps, Predictor, check_system, label, mask_path, named_inference, picture_indices, read_truth,
-                                    refined, require_keep, shown_image, stream)
+from .inference import (Bands, Inference, Job, LabelledPicture, Picture, SeedMaps, Predictor, check_system,
+                                    label, mask_path, named_inference, picture_indices, read_truth, refined,
+                                    require_keep, shown_image, stream)
 from .thresholds import add_sweep, seed_labels, sweep_levels, tuning_split
 
 # %% ../../nbs/work/54_evaluation.ipynb #d4349031
@@ -68,7 +70,8 @@ class Counts:
         self.scores: list[Tensor] = []                                     # (K,) per picture
 
     def add(self, labels: np.ndarray, truth: np.ndarray) -> float:
-        "Count one picture, labels and truth (H, W) uint8; its own mean IoU. Raises `InputError` for labels that are no class."
+        """Count one picture, labels and truth (H, W) uint8; its own mean IoU. Raises `InputError` for labels that are
+        no class."""
         one = confusion_matrix(labels, truth, self.classes)
         band = trimap_confusion(labels, truth, self.classes, TRIMAP)
         self.region.add(one[None])
@@ -129,10 +132,16 @@ class FigureScores:
 
     def as_dict(self, names: Sequence[str]) -> dict[str, Any]:
         "Plain values for JSON: figures by class name, counts as lists."
-        plain = {name: finite(getattr(self, name)) for name in ("miou", "boundary", "images", "threshold", "tuned_miou", "class_map")}
-        by_class = {kind: finite(dict(zip(names, self.scores[kind].tolist()))) for kind in ("iou", "precision", "recall")}
-        return {"title": self.title, **plain, "pixel_accuracy": finite(self.scores.pixel_accuracy), **by_class, "trimap": [finite(value) for value in self.trimap],
-                "trimap_intervals": {str(width): finite(ends) for width, ends in self.trimap_ends.items()}, "confusion": self.confusion.tolist()}
+        plain = {
+            name: finite(getattr(self, name))
+            for name in ("miou", "boundary", "images", "threshold", "tuned_miou", "class_map")}
+        by_class = {
+            kind: finite(dict(zip(names, self.scores[kind].tolist()))) for kind in ("iou", "precision", "recall")}
+        return {
+            "title": self.title, **plain, "pixel_accuracy": finite(self.scores.pixel_accuracy),
+            **by_class, "trimap": [finite(value) for value in self.trimap],
+            "trimap_intervals": {str(width): finite(ends) for width, ends in self.trimap_ends.items()},
+            "confusion": self.confusion.tolist()}
 
 def figure_scores(
     name: str,        # the figure: "seed", "mask", "seg", ...
@@ -159,11 +168,14 @@ def figure_scores(
     """
     pick = lambda ends, place: Interval(*(float(end[place]) for end in ends))
     bands = bootstrap_interval(counts.bands, samples=samples, seed=seed)
-    border = bootstrap_interval(counts.border, lambda total: mean_iou(total, average=range(counts.classes)), samples, seed=seed)
-    if counts.scores and truth is not None: extra["class_map"] = bootstrap_average_precision(torch.stack(counts.scores), truth, samples, seed=seed)
-    return FigureScores(name, bootstrap_interval(counts.region, samples=samples, seed=seed), border, iou_scores(counts.region.total),
-                        tuple(mean_iou(counts.trimap).tolist()), {width: pick(bands, place) for place, width in enumerate(TRIMAP_ENDS)},
-                        counts.region.total, counts.region, len(counts.region), **extra)
+    border = bootstrap_interval(counts.border, lambda total: mean_iou(total, average=range(counts.classes)), samples,
+                                seed=seed)
+    if counts.scores and truth is not None:
+        extra["class_map"] = bootstrap_average_precision(torch.stack(counts.scores), truth, samples, seed=seed)
+    return FigureScores(name, bootstrap_interval(counts.region, samples=samples, seed=seed), border,
+                        iou_scores(counts.region.total), tuple(mean_iou(counts.trimap).tolist()),
+                        {width: pick(bands, place) for place, width in enumerate(TRIMAP_ENDS)}, counts.region.total,
+                        counts.region, len(counts.region), **extra)
 
 # %% ../../nbs/work/54_evaluation.ipynb #84d1e869
 @dataclass(frozen=True, eq=False)
@@ -187,7 +199,7 @@ class ZeroShotScores:
     curve : tuple[tuple[float, float, float, float], ...]
         (bias beyond it, mIoU seen, mIoU unseen, hIoU)
     confused : Tensor
-        (2, 3): of true pixels seen, unseen, the share that is right, another seen, another unseen class
+        (2, 3): of true pixels seen, unseen, shares right, other seen, other unseen
     """
     split: ZeroShotSplit                              # which classes are seen and which unseen
     pixel_accuracy: Interval                          # pAcc
@@ -196,16 +208,21 @@ class ZeroShotScores:
     hiou: Interval                                    # harmonic mean of the two
     handicap: float                                   # of seen classes, the system's own
     curve: tuple[tuple[float, float, float, float], ...]   # (bias beyond it, mIoU seen, mIoU unseen, hIoU)
-    confused: Tensor                                  # (2, 3): of true pixels seen, unseen, the share that is right, another seen, another unseen class
+    confused: Tensor   # (2, 3): of true pixels seen, unseen, shares right, other seen, other unseen
 
     def as_dict(self) -> dict[str, Any]:
         "Plain values for JSON."
-        values = {name: finite(getattr(self, name)) for name in ("pixel_accuracy", "miou_seen", "miou_unseen", "hiou", "handicap")}
-        return {**values, "seen": list(self.split.seen), "unseen": list(self.split.unseen), "curve": [[finite(value) for value in point] for point in self.curve],
-                "confused": [[finite(value) for value in row] for row in self.confused.tolist()]}
+        values = {
+            name: finite(getattr(self, name))
+            for name in ("pixel_accuracy", "miou_seen", "miou_unseen", "hiou", "handicap")}
+        return {
+            **values, "seen": list(self.split.seen), "unseen": list(self.split.unseen),
+            "curve": [[finite(value) for value in point] for point in self.curve],
+            "confused": [[finite(value) for value in row] for row in self.confused.tolist()]}
 
 def _confused(total: Tensor, split: ZeroShotSplit) -> Tensor:
-    "Shares (2, 3) of the true pixels of seen and of unseen classes: right, taken for another seen class, for another unseen class."
+    """Shares (2, 3) of the true pixels of seen and of unseen classes: right, taken for another seen class, for another
+    unseen class."""
     groups, rows = (split.seen_index, split.unseen_index), []
     for own in groups:
         counts = total[own].double()
@@ -214,7 +231,8 @@ def _confused(total: Tensor, split: ZeroShotSplit) -> Tensor:
         rows.append(torch.stack([right, *parts])/counts[:, groups[0] + groups[1]].sum())
     return torch.stack(rows)
 
-BIASES: tuple[float, ...] = tuple(step / 20 for step in range(-10, 21))   # added to the system's own handicap of seen classes
+# added to the system's own handicap of seen classes
+BIASES: tuple[float, ...] = tuple(step / 20 for step in range(-10, 21))
 
 def zero_shot_scores(
     counts: Counts,         # of the network's labels
@@ -241,10 +259,14 @@ def zero_shot_scores(
     seed : int
         of the bootstrap
     """
-    figures = [bootstrap_interval(counts.region, lambda total, which=which: gzss_figures(total, split.seen_index, split.unseen_index)[..., which], samples, seed=seed)
-               for which in range(4)]
+    figures = [
+        bootstrap_interval(
+            counts.region,
+            lambda total, which=which: gzss_figures(total, split.seen_index, split.unseen_index)[..., which], samples,
+            seed=seed) for which in range(4)]
     curve = gzss_figures(biases, split.seen_index, split.unseen_index)[..., 1:].tolist()
-    return ZeroShotScores(split, *figures, handicap, tuple((bias, *point) for bias, point in zip(BIASES, curve)), _confused(counts.region.total, split))
+    return ZeroShotScores(split, *figures, handicap, tuple((bias, *point) for bias, point in zip(BIASES, curve)),
+                          _confused(counts.region.total, split))
 
 # %% ../../nbs/work/54_evaluation.ipynb #012474b6
 @dataclass(frozen=True, eq=False)
@@ -286,16 +308,23 @@ class Extremes:
         self.best = sorted([*self.best, kept], key=lambda one: (-one[0], one[1]))[:self.count]
         self.worst = sorted([*self.worst, kept], key=lambda one: (one[0], one[1]))[:self.count]
 
-    def examples(self, listing: Listing, corrupt: Corruption | None = None) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    def examples(self, listing: Listing,
+                 corrupt: Corruption | None = None) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
         "Best and worst, read again; with few pictures none is both."
         taken = {index for _, index, *_ in self.best}
-        return tuple(tuple(_example(listing, corrupt, *one) for one in side) for side in (self.best, [one for one in self.worst if one[1] not in taken]))
+        return tuple(
+            tuple(_example(listing, corrupt, *one)
+                  for one in side)
+            for side in (self.best, [one for one in self.worst if one[1] not in taken]))
 
-def _example(listing: Listing, corrupt: Corruption | None, miou: float, index: int, labels: np.ndarray, cams: SeedMaps | None) -> Example:
+def _example(listing: Listing, corrupt: Corruption | None, miou: float, index: int, labels: np.ndarray,
+             cams: SeedMaps | None) -> Example:
     "One picture of the gallery, as it was shown."
     image = shown_image(listing, index, corrupt)
     size = fitted_size(labels.shape, min(GALLERY_SIDE, max(labels.shape)))[::-1]
-    small = [np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)) for mask in (read_truth(listing, index, labels.shape), labels)]
+    small = [
+        np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
+        for mask in (read_truth(listing, index, labels.shape), labels)]
     cam = None if cams is None else cams.enlarged(size[::-1])[0].amax(0).numpy()
     return Example(listing.ids[index], miou, np.asarray(image.resize(size)), *small, cam)
 
@@ -382,12 +411,17 @@ class SystemReport:
 
     def as_dict(self) -> dict[str, Any]:
         "Everything but pictures, as plain values; NaN becomes None."
-        values = {name: getattr(self, name) for name in ("system", "dataset", "split", "threshold_split", "caveat", "images", "device", "software",
-                                                       "settings", "config", "weights", "training", "command", "level")}
-        gallery = {side: [{"id": one.id, "miou": one.miou} for one in getattr(self, side)] for side in ("best", "worst")}
+        values = {
+            name: getattr(self, name)
+            for name in ("system", "dataset", "split", "threshold_split", "caveat", "images", "device", "software",
+                         "settings", "config", "weights", "training", "command", "level")}
+        gallery = {
+            side: [{"id": one.id, "miou": one.miou} for one in getattr(self, side)] for side in ("best", "worst")}
         if self.zero_shot is not None: values["zero_shot"] = self.zero_shot.as_dict()
-        return {**values, "names": list(self.names), "skipped": list(self.skipped), "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
-                "figures": {name: figure.as_dict(self.names) for name, figure in self.figures.items()}, **gallery}
+        return {
+            **values, "names": list(self.names), "skipped": list(self.skipped),
+            "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
+            "figures": {name: figure.as_dict(self.names) for name, figure in self.figures.items()}, **gallery}
 
 def main_figure(
     names: Iterable[str],   # of the figures there are
@@ -411,17 +445,20 @@ class _Seeds:
     totals: Tensor = field(init=False)
     maps: Spool = field(default_factory=Spool)
 
-    def __post_init__(self) -> None: self.totals = torch.zeros(1, len(self.levels), self.classes, self.classes, dtype=torch.int64)
+    def __post_init__(self) -> None:
+        self.totals = torch.zeros(1, len(self.levels), self.classes, self.classes, dtype=torch.int64)
 
     def add(self, maps: SeedMaps, truth: np.ndarray, keep: bool = True) -> None:
         "Count one picture at every threshold."
         add_sweep(self.totals, maps, torch.from_numpy(truth), self.levels, self.variant)
         if keep: self.maps.append(maps)
 
-    def counted(self, threshold: float, listing: Listing, sizes: Mapping[int, tuple[int, int]], extremes: Extremes | None, progress: bool) -> Counts:
+    def counted(self, threshold: float, listing: Listing, sizes: Mapping[int, tuple[int, int]],
+                extremes: Extremes | None, progress: bool) -> Counts:
         "Counts of the labels at one threshold; the truth is read again."
         counts = Counts(self.classes)
-        for maps in tqdm(self.maps, total=len(self.maps), desc="seeds at their threshold", unit="picture", delay=2, disable=not progress):
+        for maps in tqdm(self.maps, total=len(self.maps), desc="seeds at their threshold", unit="picture", delay=2,
+                         disable=not progress):
             labels = seed_labels(maps, sizes[maps.index], [threshold], self.variant)[0].numpy()
             value = counts.add(labels, read_truth(listing, maps.index, sizes[maps.index]))
             if extremes is not None: extremes.add(value, maps.index, labels, maps)
@@ -433,15 +470,20 @@ def _tuned(job: Job, seeds: _Seeds, tuning: SegmentationFolder | None, limit: in
     if tuning is not None:
         swept = _Seeds(seeds.levels, seeds.variant, seeds.classes)
         _require_labels(tuning)
-        other = replace(job, figures=("seed",), skipped=[], corrupt=None)   # a threshold is chosen before pictures get worse
-        for prediction in stream(other, tuning, picture_indices(tuning, limit), masks=True): swept.add(prediction.cams, prediction.picture.mask, keep=False)
+        # a threshold is chosen before pictures get worse
+        other = replace(job, figures=("seed",), skipped=[], corrupt=None)
+        for prediction in stream(other, tuning, picture_indices(tuning, limit), masks=True):
+            swept.add(prediction.cams, prediction.picture.mask, keep=False)
         job.skipped += other.skipped
     return best_threshold(swept.totals[0], swept.levels)[:2]
 
 def _require_labels(dataset: SegmentationFolder) -> None:
     "Raise `InputError` without a label table, or without a background."
     if not dataset.listing.background:
-        raise InputError(f"{dataset.listing.dataset} has no background class, which seeds and pseudo-labels are cut from: ask for the figure seg alone.")
+        raise InputError(
+            f"{dataset.listing.dataset} has no background class, which seeds and pseudo-labels are cut from: ask for "
+            "the figure seg alone."
+        )
     dataset.labels
 
 # %% ../../nbs/work/54_evaluation.ipynb #f66525c5
@@ -460,10 +502,12 @@ class _Tally:
     sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     @classmethod
-    def begun(cls, names: tuple[str, ...], classes: int, levels: tuple[float, ...], variant: str, examples: int) -> "_Tally":
+    def begun(cls, names: tuple[str, ...], classes: int, levels: tuple[float, ...], variant: str,
+              examples: int) -> "_Tally":
         "Nothing counted yet."
         seeds = _Seeds(levels, variant, classes) if "seed" in names else None
-        return cls(names, {name: Counts(classes) for name in names if name != "seed"}, seeds, Extremes(examples), main_figure(names))
+        return cls(names, {name: Counts(classes) for name in names if name != "seed"}, seeds, Extremes(examples),
+                   main_figure(names))
 
     def sweep(self, picture: Picture, strip: slice, ranked: Tensor) -> None:
         "Count a strip (C, strip, W) of one picture at every bias."
@@ -488,26 +532,31 @@ def _figure_names(figures: Sequence[str], crf: bool, answers: Iterable[str]) -> 
     for name in figures:
         if name not in ("seed", "mask", "seg"): raise unknown_name(name, ("seed", "mask", "seg"), "figure")
     if not figures: raise InputError("no figure to evaluate: name at least one of seed, mask, seg.")
-    wanted = {*figures, *(f"{name}_crf" for name in figures if crf and name != "seed"), *(answers if "seg" in figures else ())}
+    wanted = {
+        *figures, *(f"{name}_crf" for name in figures if crf and name != "seed"), *(answers if "seg" in figures else
+                                                                                    ())}
     return tuple(name for name in FIGURES if name in wanted)
 
 # %% ../../nbs/work/54_evaluation.ipynb #9731886e
-def _evaluation_job(system: Predictor, dataset: SegmentationFolder, inference: Inference, figures: Sequence[str], crf: Any, bands: float | None,
-                    cams: Sequence[float], **options: Any) -> Job:
+def _evaluation_job(system: Predictor, dataset: SegmentationFolder, inference: Inference, figures: Sequence[str],
+                    crf: Any, bands: float | None, cams: Sequence[float], **options: Any) -> Job:
     "The job of an evaluation. Raises `InputError` for what does not fit together."
     check_system(system, dataset)
     if {"seed", "mask"} & set(figures): _require_labels(dataset)
-    if bands is not None and "seg" not in figures: raise InputError(f"bands={bands}: bands are taken from the network's answer; add the figure seg.")
+    if bands is not None and "seg" not in figures:
+        raise InputError(f"bands={bands}: bands are taken from the network's answer; add the figure seg.")
     if bands is not None: require_keep(system)
-    if crf is not None and figures == ("seed",): raise InputError(f"crf={crf!r}: there is nothing to refine; add the figure mask or seg.")
+    if crf is not None and figures == ("seed",):
+        raise InputError(f"crf={crf!r}: there is nothing to refine; add the figure mask or seg.")
     single = replace(inference, scales=tuple(cams), flip=False, window=None, stride=None)
-    return Job(system, inference, tuple(figures), single, None if bands is None else Bands(bands), None if crf is None else crf_settings(crf),
-               dataset.listing.background, **options)
+    return Job(system, inference, tuple(figures), single, None if bands is None else Bands(bands),
+               None if crf is None else crf_settings(crf), dataset.listing.background, **options)
 
 def _settings_record(job: Job, crf: Any, seeds: _Seeds | None, limit: int | None) -> dict[str, Any]:
     "Conditions of a run, plain."
     shown = {**asdict(job.inference), "scales": list(job.inference.scales), "stride": job.inference.step}
-    record = {"inference": shown, "crf": (crf if isinstance(crf, str) else asdict(crf)) if job.crf else None, "limit": limit}
+    record = {
+        "inference": shown, "crf": (crf if isinstance(crf, str) else asdict(crf)) if job.crf else None, "limit": limit}
     if seeds is not None: record |= {"cam_scales": list(job.cams.scales), "background": seeds.variant}
     if job.bands: record["band_cutoff"] = job.bands.mu
     if job.corrupt: record["corrupt"] = job.corrupt.as_dict()
@@ -544,11 +593,13 @@ def evaluate_system(
     training: str = "",   # how far the system was trained, for the report
     command: str = "",                                         # the command line that makes it again, for the report
 ) -> SystemReport:
-    """Seed, mask and seg of a system in one pass over a data set: mIoU, boundary IoU and trimap with intervals, classes, confusions, examples.
+    """Seed, mask and seg of a system in one pass over a data set: mIoU, boundary IoU and trimap with intervals,
+    classes, confusions, examples.
 
-    Masks are read for scoring alone; which classes a picture has comes from its image label. Memory does not grow with the data
-    set but for some hundred bytes of counts per picture and figure. Raises `InputError` for a system with other classes, a split
-    that is empty or lacks masks or labels, damaged pictures (unless skipped), answers of a wrong shape, and when memory runs out.
+    Masks are read for scoring alone; which classes a picture has comes from its image label. Memory does not grow with
+    the data set but for some hundred bytes of counts per picture and figure. Raises `InputError` for a system with
+    other classes, a split that is empty or lacks masks or labels, damaged pictures (unless skipped), answers of a
+    wrong shape, and when memory runs out.
 
     Parameters
     ----------
@@ -611,38 +662,48 @@ def evaluate_system(
     """
     keep_memory()
     begin, levels = time.perf_counter(), sweep_levels(thresholds, variant)
-    inference = Inference(tuple(scales), flip, side, batch=batch, precision=precision) if inference is None else named_inference(inference)
-    job = _evaluation_job(system, dataset, inference, tuple(figures), crf, bands, cam_scales, corrupt=corrupt, workers=workers, skip_bad=skip_bad, progress=progress)
-    tally = _Tally.begun(_figure_names(figures, job.crf is not None, job.answers), dataset.num_classes, levels, variant, examples)
+    inference = Inference(tuple(scales), flip, side, batch=batch,
+                          precision=precision) if inference is None else named_inference(inference)
+    job = _evaluation_job(system, dataset, inference, tuple(figures), crf, bands, cam_scales, corrupt=corrupt,
+                          workers=workers, skip_bad=skip_bad, progress=progress)
+    tally = _Tally.begun(_figure_names(figures, job.crf is not None, job.answers), dataset.num_classes, levels, variant,
+                         examples)
     if "seg" in figures and (split := dataset.listing.zero_shot): tally.zero_shot, job.on_strip = split, tally.sweep
     tuning, indices = tuning_split(dataset, threshold_split), picture_indices(dataset, limit)
-    for item in refined((label(job, prediction) for prediction in stream(job, dataset, indices, masks=True)), job.crf, crf_workers):
+    for item in refined((label(job, prediction) for prediction in stream(job, dataset, indices, masks=True)), job.crf,
+                        crf_workers):
         with job.watch.measure("counting"): tally.add(item)
-        if save_masks is not None: write_mask(mask_path(save_masks, item.picture.id), dataset.listing.file_values(_main_labels(item, tally.main)))
+        if save_masks is not None:
+            write_mask(mask_path(save_masks, item.picture.id),
+                       dataset.listing.file_values(_main_labels(item, tally.main)))
     scored = _scored(job, tally, dataset, tuning, limit, samples, seed)
-    zero_shot = tally.zero_shot and zero_shot_scores(tally.counts["seg"], tally.biases, tally.zero_shot, _handicap(job), samples, seed)
+    zero_shot = tally.zero_shot and zero_shot_scores(tally.counts["seg"], tally.biases, tally.zero_shot, _handicap(job),
+                                                     samples, seed)
     seconds = {**job.watch.seconds, "in all": time.perf_counter() - begin}
-    return _report(job, tally, dataset, tuning, figures=scored, settings=_settings_record(job, crf, tally.seeds, limit), seconds=seconds, weights=weights, training=training, command=command,
-                   zero_shot=zero_shot)
+    return _report(job, tally, dataset, tuning, figures=scored, settings=_settings_record(job, crf, tally.seeds, limit),
+                   seconds=seconds, weights=weights, training=training, command=command, zero_shot=zero_shot)
 
 # %% ../../nbs/work/54_evaluation.ipynb #150afddc
 def _handicap(job: Job) -> float:
     "How far the system holds seen classes back."
     return 0. if job.scoring.handicap is None else job.scoring.handicap.max().item()
 
-def _report(job: Job, tally: _Tally, dataset: SegmentationFolder, tuning: SegmentationFolder | None, **parts: Any) -> SystemReport:
+def _report(job: Job, tally: _Tally, dataset: SegmentationFolder, tuning: SegmentationFolder | None,
+            **parts: Any) -> SystemReport:
     "The report, with what the job and the data set say of themselves."
     listing = dataset.listing.with_domain(getattr(job.system.backbone, "domain", Domain()))
     best, worst = tally.extremes.examples(listing, job.corrupt)
     return SystemReport(system=type(job.system).__name__, dataset=listing.title, split=listing.split,
-                        threshold_split=(tuning or dataset).listing.split, names=listing.value_names, caveat=listing.domain.caveat,
-                        images=tally.images, skipped=tuple(job.skipped), best=best, worst=worst, config=dict(getattr(job.system, "config", {})),
+                        threshold_split=(tuning or dataset).listing.split, names=listing.value_names,
+                        caveat=listing.domain.caveat, images=tally.images, skipped=tuple(job.skipped), best=best,
+                        worst=worst, config=dict(getattr(job.system, "config", {})),
                         device=device_name(job.system.backbone.device), software=software(), **parts)
 
 def _main_labels(item: LabelledPicture, main: str) -> np.ndarray:
     "The labels to save. Raises `InputError` when there are only seeds."
     if main in item.labels: return item.labels[main]
-    raise InputError("save_masks: seeds have no labels before their threshold is known; evaluate the figure mask or seg, too.")
+    raise InputError(
+        "save_masks: seeds have no labels before their threshold is known; evaluate the figure mask or seg, too.")
 
 def _scored(job: Job, tally: _Tally, dataset: SegmentationFolder, tuning: SegmentationFolder | None, limit: int | None,
             samples: int, seed: int) -> dict[str, FigureScores]:
@@ -653,6 +714,7 @@ def _scored(job: Job, tally: _Tally, dataset: SegmentationFolder, tuning: Segmen
     for name in tally.names:
         if name != "seed": scores[name] = figure_scores(name, tally.counts[name], truth, samples, seed); continue
         threshold, tuned = _tuned(job, tally.seeds, tuning, limit)
-        counts = tally.seeds.counted(threshold, dataset.listing, tally.sizes, tally.extremes if tally.main == "seed" else None, job.progress)
+        counts = tally.seeds.counted(threshold, dataset.listing, tally.sizes,
+                                     tally.extremes if tally.main == "seed" else None, job.progress)
         scores[name] = figure_scores(name, counts, None, samples, seed, threshold=threshold, tuned_miou=tuned)
     return scores

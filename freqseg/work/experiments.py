@@ -39,7 +39,8 @@ from ..world.scenes import SPLITS, write_domain, write_world
 # %% ../../nbs/work/60_experiments.ipynb #5161bf43
 @dataclass(frozen=True)
 class Preset(Options):
-    """Everything an experiment needs to know that is not the system's own. Raises `InputError` for a value that cannot be meant.
+    """Everything an experiment needs to know that is not the system's own. Raises `InputError` for a value that cannot
+    be meant.
 
     Attributes
     ----------
@@ -132,15 +133,20 @@ class Preset(Options):
     def check(self) -> None:
         "Raise `InputError` for options that contradict each other."
         self.inference   # says what is wrong with it
-        if self.resize_range[0] > self.resize_range[1]: raise InputError(f"resize_range={self.resize_range}: give the least and then the largest factor, such as 0.5,2.0.")
-        if self.data == "world" and 0 in self.scenes: raise InputError(f"scenes={self.scenes}: draw at least one each for train, val and test.")
+        if self.resize_range[0] > self.resize_range[1]:
+            raise InputError(
+                f"resize_range={self.resize_range}: give the least and then the largest factor, such as 0.5,2.0.")
+        if self.data == "world" and 0 in self.scenes:
+            raise InputError(f"scenes={self.scenes}: draw at least one each for train, val and test.")
 
 # %% ../../nbs/work/60_experiments.ipynb #c9290cc8
 _VOC = Preset("", train_split="train_aug", settings=TrainSettings(30_000), crf="weclip")
-_LARGE = replace(_VOC, train_split="train", settings=TrainSettings(80_000, validate_every=5000))   # what is common to COCO and COCO-Stuff
-_WORLD = Preset("world", "world", "", test_split="test", scenes=(3200, 100, 200), crop=128, resize_range=(.6, 1.1),
-                settings=TrainSettings(400, batch=8, lr=1e-3, warmup=20, validate_every=200, save_every=100, log_every=20,
-                                       workers=1))
+# what is common to COCO and COCO-Stuff
+_LARGE = replace(_VOC, train_split="train", settings=TrainSettings(80_000, validate_every=5000))
+_WORLD = Preset(
+    "world", "world", "", test_split="test", scenes=(3200, 100, 200), crop=128, resize_range=(.6, 1.1),
+    settings=TrainSettings(400, batch=8, lr=1e-3, warmup=20, validate_every=200, save_every=100, log_every=20,
+                           workers=1))
 _SMOKE = replace(_WORLD, scenes=(16, 8, 8), crop=80,
                  settings=TrainSettings(6, batch=2, lr=1e-3, warmup=2, validate_every=0, save_every=3, log_every=2,
                                         workers=0))
@@ -188,9 +194,11 @@ class Plan:
 
 def _spelt(value: Any) -> str:
     "A value as the command line takes it."
-    return shlex.quote("none" if value is None else ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value))
+    return shlex.quote("none" if value is None else ",".join(map(str, value)) if isinstance(value, (
+        tuple, list)) else str(value))
 
-_OPTIONS = ("out", "data", "device", "limit")   # those with a name of their own on the command line; the rest go through -p
+# those with a name of their own on the command line; the rest go through -p
+_OPTIONS = ("out", "data", "device", "limit")
 
 # %% ../../nbs/work/60_experiments.ipynb #90f5327b
 @dataclass(frozen=True)
@@ -261,10 +269,12 @@ def _flat(parameters: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in {**options, **parameters}.items() if value is not None and name != "options"}
 
 def plan(
-    system: str,                     # a name, or FILE.py:CLASS
-    parameters: Mapping[str, Any],   # flat, or the system's in `options`; None = what the preset says, "none" = no value
+        system: str,   # a name, or FILE.py:CLASS
+        parameters: Mapping[str,
+                            Any],   # flat, or the system's in `options`; None = what the preset says, "none" = no value
 ) -> Plan:
-    """Resolve parameters. Raises `InputError` for an unknown system, preset or parameter, naming the nearest, and for values that cannot be.
+    """Resolve parameters. Raises `InputError` for an unknown system, preset or parameter, naming the nearest, and for
+    values that cannot be.
 
     Parameters
     ----------
@@ -380,8 +390,12 @@ def parameters_cell(
     """
     papers = ", ".join(name for name in (BASES if general else presets_of(system)) if name not in ("smoke", "world"))
     groups = [_lines(kind, _homes(system)[kind], names, papers) for kind, names in known_parameters(system).items()]
-    if general: groups = [[(f"system = {json.dumps(system)}", _WHICH), *groups[0]], *groups[1:3], [("options = None", 'of the system, a dictionary such as {"dim": 64}')]]
-    aligned = [[f"{line:<{max(len(line) for line, _ in group)}}  # {comment}" for line, comment in group] for group in groups]
+    if general:
+        groups = [[(f"system = {json.dumps(system)}", _WHICH), *groups[0]], *groups[1:3],
+                  [("options = None", 'of the system, a dictionary such as {"dim": 64}')]]
+    aligned = [[f"{line:<{max(len(line) for line, _ in group)}}  # {comment}"
+                for line, comment in group]
+               for group in groups]
     return "\n\n".join("\n".join(lines) for lines in aligned)
 
 def training_notebook(
@@ -403,8 +417,9 @@ def training_notebook(
     kind, home = system_named(system), Path(freqseg.__file__).resolve().parent.parent/"nbs"/"train"
     if (home/f"{system}.ipynb").exists(): return home/f"{system}.ipynb"
     if not (home/"system.ipynb").exists():
-        raise InputError(f"there is no {home/'system.ipynb'}: freqseg was installed without its notebooks. Clone its repository "
-                         "and run this there, or train from Python: freqseg.work.experiments.experiment(...).")
+        raise InputError(
+            f"there is no {home/'system.ipynb'}: freqseg was installed without its notebooks. Clone its repository "
+            "and run this there, or train from Python: freqseg.work.experiments.experiment(...).")
     notebook = nbformat.read(home/"system.ipynb", as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code": cell.outputs, cell.execution_count = [], None
@@ -419,7 +434,8 @@ def draw_scenes(
     folder: str|Path,               # made when missing; kept when it holds as many scenes
     scenes: tuple[int, int, int],   # train, val, test
 ) -> Path:
-    """A folder with so many scenes of the embedded world; kept when it is there. Raises `InputError` when it holds other numbers.
+    """A folder with so many scenes of the embedded world; kept when it is there. Raises `InputError` when it holds
+    other numbers.
 
     Parameters
     ----------
@@ -430,8 +446,11 @@ def draw_scenes(
     """
     folder, counts = Path(folder), dict(zip(SPLITS, scenes))
     if folder.exists():
-        there = {split: len(read_ids(path)) if (path := folder/"ImageSets"/"Segmentation"/f"{split}.txt").exists() else 0 for split in SPLITS}
-        if there != counts: raise InputError(f"{folder} holds {there}, not {counts}, scenes: choose another out, or the same scenes.")
+        there = {
+            split: len(read_ids(path)) if (path := folder/"ImageSets"/"Segmentation"/f"{split}.txt").exists() else 0
+            for split in SPLITS}
+        if there != counts:
+            raise InputError(f"{folder} holds {there}, not {counts}, scenes: choose another out, or the same scenes.")
         if not (folder/"domain.json").exists(): write_domain(folder)   # drawn by an earlier version
         return folder
     partial = folder.with_name(folder.name + ".partial")
@@ -445,7 +464,8 @@ def first_readable(
     pictures: SegmentationFolder,   # a split of a data set
     count: int,                     # at most so many
 ) -> list[Sample]:
-    """The first pictures that can be read; to show a few, a damaged one is passed over. Raises `InputError` when none can be.
+    """The first pictures that can be read; to show a few, a damaged one is passed over. Raises `InputError` when none
+    can be.
 
     Parameters
     ----------
@@ -481,25 +501,28 @@ class _ExperimentData:
     @cached_property
     def folder(self) -> Path:
         "Where the pictures are; scenes of the embedded world are drawn first."
-        return draw_scenes(self.plan.out/"world", self.plan.chosen.scenes) if self.plan.chosen.data == "world" else Path(self.plan.chosen.data)
+        return draw_scenes(self.plan.out/"world",
+                           self.plan.chosen.scenes) if self.plan.chosen.data == "world" else Path(self.plan.chosen.data)
 
     @cached_property
     def zero_shot(self) -> ZeroShotSplit|None:
         "Which classes have masks in training; None where no class has any."
         if system_named(self.plan.system).supervision == "labels": return None
         listing = list_dataset(self.folder, self._split_name(self.plan.chosen.test_split))
-        return seen_and_unseen(listing.classes, *(self.plan.options.get(name) for name in ("unseen", "seen")), listing.domain)
+        return seen_and_unseen(listing.classes, *(self.plan.options.get(name) for name in ("unseen", "seen")),
+                               listing.domain)
 
     def _split_name(self, name: str) -> str:
         "The split itself; train_aug gives way to train where there is none."
         return "train" if name == "train_aug" and name not in dataset_splits(self.folder) else name
 
     def split(
-        self, name: str,                           # of the split
-        transform: TrainTransform | None = None,   # None = pictures as they are
-        masks: bool = True,                        # open masks, too
-        unseen: int | None = None,                 # mask value of unseen classes in zero-shot segmentation; None = their own
-        share: float = 1.,                         # of the pictures, above 0 and up to 1
+            self,
+            name: str,   # of the split
+            transform: TrainTransform | None = None,   # None = pictures as they are
+            masks: bool = True,   # open masks, too
+            unseen: int | None = None,   # mask value of unseen classes in zero-shot segmentation; None = their own
+            share: float = 1.,   # of the pictures, above 0 and up to 1
     ) -> SegmentationFolder:
         "One split of the data, or a share of it; for a zero-shot system without background."
         listing = thinned(list_dataset(self.folder, self._split_name(name)), share)
@@ -508,7 +531,8 @@ class _ExperimentData:
 
     @cached_property
     def train(self) -> SegmentationFolder:
-        "What is learned from: crops with image labels, whose masks are not opened; or for a zero-shot system with masks of seen classes."
+        """What is learned from: crops with image labels, whose masks are not opened; or for a zero-shot system with
+        masks of seen classes."""
         c = self.plan.chosen
         crops = TrainTransform(c.crop, c.resize_range, short=c.short, largest=c.largest, colours=c.vary_colours)
         return self.split(c.train_split, crops, self.zero_shot is not None, UNLABELLED, c.share)
@@ -525,13 +549,16 @@ class _ExperimentData:
         return self.val if c.test_split == c.val_split and self.zero_shot is None else self.split(c.test_split)
 
     def check(self) -> None:
-        "Raise `InputError` for what would be missing hours later: pictures, masks, image labels, a background class, the CRF's package."
+        """Raise `InputError` for what would be missing hours later: pictures, masks, image labels, a background class,
+        the CRF's package."""
         if self.plan.chosen.crf is not None: require_densecrf()
         for pictures in (self.train, self.val, self.test):   # opening them says what is missing
             pictures.labels if self.zero_shot is None else pictures.ids
         if self.zero_shot is None and not self.train.listing.background:
-            raise InputError(f"{self.train.listing.dataset} has no background class, which pseudo-labels from image labels are cut from: "
-                             "these systems cannot be trained on it.")
+            raise InputError(
+                f"{self.train.listing.dataset} has no background class, which pseudo-labels from image labels are cut "
+                "from: "
+                "these systems cannot be trained on it.")
 
 # %% ../../nbs/work/60_experiments.ipynb #880572fb
 class _ExperimentSystem(_ExperimentData):
@@ -541,14 +568,17 @@ class _ExperimentSystem(_ExperimentData):
         "The frozen CLIP. It may be a download: whatever else is missing is said first."
         self.check()
         c, device = self.plan.chosen, usable_device(self.plan.device)
-        return load_clip(c.model, None if c.pretrained in ("", "none") else c.pretrained, normalise=c.colours, device=device)
+        return load_clip(c.model, None if c.pretrained in ("", "none") else c.pretrained, normalise=c.colours,
+                         device=device)
 
     @cached_property
     def system(self) -> System:
         "The system, with weights that depend on the seed alone."
         with torch.random.fork_rng():
             torch.manual_seed(self.plan.chosen.settings.seed)
-            own = dict(unseen=self.zero_shot.unseen) if self.zero_shot and self.train.listing.domain.unseen and not self.backbone.domain.unseen else {}
+            own = dict(
+                unseen=self.zero_shot.unseen
+            ) if self.zero_shot and self.train.listing.domain.unseen and not self.backbone.domain.unseen else {}
             return system_named(self.plan.system).build(self.backbone, self.train.classes, **own | self.plan.options)
 
     @property
@@ -561,10 +591,12 @@ class _ExperimentSystem(_ExperimentData):
 
     def check_folder(self) -> None:
         "Raise `InputError` for a folder with a run of other parameters. Builds the system only where a run was begun."
-        if (self.plan.out/"run.json").exists(): require_own_folder(self.system, self.train, self.plan.out, self._settings(), self.identity)
+        if (self.plan.out/"run.json").exists():
+            require_own_folder(self.system, self.train, self.plan.out, self._settings(), self.identity)
 
     def _settings(self) -> TrainSettings:
-        "The schedule as this process can keep it: what many devices have trained, one can show, with as many pictures a step."
+        """The schedule as this process can keep it: what many devices have trained, one can show, with as many
+        pictures a step."""
         settings, device = self.plan.chosen.settings, self.plan.device
         if device != "auto": settings = replace(settings, accelerator=device)
         processes = max(1, settings.devices)*max(1, settings.nodes)
@@ -594,21 +626,22 @@ class _ExperimentTraining(_ExperimentSystem):
     def result(self) -> TrainResult:
         "The training: begun, continued, or already done."
         with plain_warnings():
-            return fit(self.system, self.train, self.plan.out, self._settings(), self.val, None if self.zero_shot is None else self._seen_scores,
-                       self._snapshot, self.identity)
+            return fit(self.system, self.train, self.plan.out, self._settings(), self.val,
+                       None if self.zero_shot is None else self._seen_scores, self._snapshot, self.identity)
 
     @property
     def outcome(self) -> str:
         "How the training went, in a sentence."
         r, split = self.result, self.val.listing.split
-        best = f"best mIoU on {split} {100*r.best['miou']:.1f} at step {r.best['step']}" if r.best else f"no mIoU on {split}"
+        best = f"no mIoU on {split}"
+        if r.best: best = f"best mIoU on {split} {100*r.best['miou']:.1f} at step {r.best['step']}"
         went_on = f", gone on from step {r.resumed}" if r.resumed else ""
         return f"{len(r.history)} lines of losses{went_on}, {best}" + (f", {left_out(r.skipped)}" if r.skipped else "")
 
     def _seen_scores(self, system: System, pictures: SegmentationFolder) -> dict[str, float]:
         "Mean IoU of the seen classes alone: nobody may choose a checkpoint by masks of unseen ones."
-        scores = evaluate_system(system, pictures, figures=("seg",), inference=self.inference, samples=1, examples=0, progress=False,
-                                workers=self.plan.chosen.settings.workers)["seg"].scores
+        scores = evaluate_system(system, pictures, figures=("seg",), inference=self.inference, samples=1, examples=0,
+                                 progress=False, workers=self.plan.chosen.settings.workers)["seg"].scores
         return dict(miou=scores.iou[self.zero_shot.seen_index].nanmean().item(), pixel_accuracy=scores.pixel_accuracy)
 
     def _snapshot(self, system: System, step: int) -> dict[str, np.ndarray]:
@@ -626,7 +659,8 @@ class _ExperimentTraining(_ExperimentSystem):
 
 # %% ../../nbs/work/60_experiments.ipynb #9ffabcca
 class Experiment(_ExperimentTraining):
-    """One training and its evaluation. Everything is opened when first used, and what was trained already is not trained again.
+    """One training and its evaluation. Everything is opened when first used, and what was trained already is not
+    trained again.
 
     Raises `InputError` for whatever a user can get wrong, naming the parameter.
 
@@ -643,16 +677,21 @@ class Experiment(_ExperimentTraining):
 
     def __repr__(self) -> str:
         p = self.plan
-        return f"{p.system}, preset {p.preset}: {p.chosen.model} on {p.chosen.data}, {p.chosen.settings.iterations} steps of {p.chosen.settings.batch}"
+        return (f"{p.system}, preset {p.preset}: {p.chosen.model} on {p.chosen.data}, {p.chosen.settings.iterations} "
+                f"steps of {p.chosen.settings.batch}")
 
     @cached_property
     def record(self) -> dict[str, str]:
-        "What figures depend on besides the parameters: when and on what device, precision, versions, the revision of the code."
+        """What figures depend on besides the parameters: when and on what device, precision, versions, the revision of
+        the code."""
         return dict(begun=time.strftime("%Y-%m-%d %H:%M:%S %z"), device=device_name(self.backbone.device),
                     precision=self.plan.chosen.settings.precision) | software()
 
     def _repr_markdown_(self) -> str:
-        cells = {"experiment": repr(self), "options": ", ".join(f"{name} = {value}" for name, value in self.plan.options.items()) or "as they are", **self.record}
+        cells = {
+            "experiment": repr(self),
+            "options": ", ".join(f"{name} = {value}" for name, value in self.plan.options.items()) or "as they are",
+            **self.record}
         return "\n".join(["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in cells.items())])
 
     @cached_property
@@ -663,20 +702,26 @@ class Experiment(_ExperimentTraining):
 
     @cached_property
     def report(self) -> SystemReport:
-        "The system's figures on the reported split; the seeds' threshold comes from the validation split where that is another one."
+        """The system's figures on the reported split; the seeds' threshold comes from the validation split where that
+        is another one."""
         c = self.plan.chosen
-        own = dict(figures=("seg",)) if self.zero_shot else dict(threshold_split=None if c.test_split == c.val_split else self.val)
-        return evaluate_system(self.trained, self.test, inference=self.inference, crf=c.crf, limit=self.plan.limit, bands=.25, **own,
-                               workers=c.settings.workers, skip_bad=c.settings.skip_bad, weights=weights_title(self.trained),
-                               training=training_title(self.result.out), command=self.plan.command)
+        own = dict(figures=("seg",)) if self.zero_shot else dict(
+            threshold_split=None if c.test_split == c.val_split else self.val)
+        return evaluate_system(self.trained, self.test, inference=self.inference, crf=c.crf, limit=self.plan.limit,
+                               bands=.25, **own, workers=c.settings.workers, skip_bad=c.settings.skip_bad,
+                               weights=weights_title(self.trained), training=training_title(self.result.out),
+                               command=self.plan.command)
 
     def save(self) -> Path:
         "Write metrics.json: figures, parameters, what they depend on, steps and time. Gives its path."
         p, figures = self.plan, self.report.as_dict()
-        metrics = dict(system=self.system.name, preset=p.preset, options=p.options, settings=asdict(p.chosen.settings), record=self.record,
-                       data={f.name: getattr(p.chosen, f.name) for f in fields(p.chosen) if f.name not in ("settings", "options")},
-                       best=self.result.best, seconds=self.result.seconds, skipped=self.result.skipped, report=figures)
-        with atomic_write(p.out/"metrics.json") as partial: partial.write_text(json.dumps(metrics, indent=1, default=str) + "\n")
+        metrics = dict(
+            system=self.system.name, preset=p.preset, options=p.options, settings=asdict(p.chosen.settings),
+            record=self.record,
+            data={f.name: getattr(p.chosen, f.name) for f in fields(p.chosen) if f.name not in ("settings", "options")},
+            best=self.result.best, seconds=self.result.seconds, skipped=self.result.skipped, report=figures)
+        with atomic_write(p.out/"metrics.json") as partial:
+            partial.write_text(json.dumps(metrics, indent=1, default=str) + "\n")
         return p.out/"metrics.json"
 
 # %% ../../nbs/work/60_experiments.ipynb #4d81d2fe
@@ -692,8 +737,8 @@ def _parameters_among(system: str, namespace: Mapping[str, Any]) -> dict[str, An
     return {name: value for name, value in namespace.items() if name in (*known, *older)}
 
 def experiment(
-    system: str,                     # a name, or FILE.py:CLASS
-    parameters: Mapping[str, Any],   # flat, and `options` as a dictionary; of a notebook's `globals()` only names that are parameters are read
+    system: str,   # a name, or FILE.py:CLASS
+    parameters: Mapping[str, Any],   # flat, or the system's in `options`; of `globals()` only parameters are read
 ) -> Experiment:
     """An experiment from flat parameters. Raises `InputError` for unknown names and for values that cannot be.
 
@@ -702,6 +747,6 @@ def experiment(
     system : str
         a name, or FILE.py:CLASS
     parameters : Mapping[str, Any]
-        flat, and `options` as a dictionary; of a notebook's `globals()` only names that are parameters are read
+        flat, or the system's in `options`; of `globals()` only parameters are read
     """
     return Experiment(plan(system, _parameters_among(system, parameters) if "__name__" in parameters else parameters))

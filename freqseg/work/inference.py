@@ -74,7 +74,8 @@ class Predictor(Protocol):
     def predict(self, images: Tensor, keep: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Normalised images (B, 3, H, W) of whole patches to logits (B, C, h, w).
 
-        `keep` changes the frozen tokens first, or gives n versions of them one after the other: the logits are (n B, C, h, w) then."""
+        `keep` changes the frozen tokens first, or gives n versions of them one after the other: the logits are (n B,
+        C, h, w) then."""
 
     def cam(self, images: Tensor, labels: Tensor) -> Tensor:
         "Activation maps (B, K, h, w) in [0, 1] of the classes in labels (B, K) bool."
@@ -243,7 +244,9 @@ def read_truth(
         (H, W) uint8, 255 = ignored
     """
     path = listing.masks[index]
-    if path is None: raise InputError(f"picture {listing.ids[index]} has no mask to score against: choose a split with masks, or complete them.")
+    if path is None:
+        raise InputError(
+            f"picture {listing.ids[index]} has no mask to score against: choose a split with masks, or complete them.")
     mask = read_mask(path, listing.num_classes, listing.mapping)
     require_same_size(path, mask, (size[1], size[0]))
     return mask
@@ -269,8 +272,10 @@ def shown_image(
 
 class _Reader(Dataset):
     "Pictures at every scale, or the error of those that cannot be read; for loader processes."
-    def __init__(self, listing: Listing, indices: Sequence[int], scales: Sequence[float], inference: Inference, masks: bool, corrupt: Corruption | None) -> None:
-        self.listing, self.indices, self.scales, self.inference, self.masks, self.corrupt = listing, indices, scales, inference, masks, corrupt
+    def __init__(self, listing: Listing, indices: Sequence[int], scales: Sequence[float], inference: Inference,
+                 masks: bool, corrupt: Corruption | None) -> None:
+        self.listing, self.indices, self.scales = listing, indices, scales
+        self.inference, self.masks, self.corrupt = inference, masks, corrupt
 
     def __len__(self) -> int: return len(self.indices)
 
@@ -282,7 +287,8 @@ class _Reader(Dataset):
         listing, image = self.listing, shown_image(self.listing, index, self.corrupt)
         labels = None if listing.labels is None else torch.from_numpy(listing.labels[index].copy())
         mask = read_truth(listing, index, image.size[::-1]) if self.masks else None
-        return Picture(index, listing.ids[index], np.array(image), scaled_pixels(image, self.scales, self.inference), labels, mask)
+        return Picture(index, listing.ids[index], np.array(image), scaled_pixels(image, self.scales, self.inference),
+                       labels, mask)
 
 # %% ../../nbs/work/52_inference.ipynb #479b1f0f
 Item = TypeVar("Item")
@@ -311,7 +317,8 @@ def grouped(
         group = waiting.setdefault(key(item), [])
         group.append((position, item))
         if len(group) == size: yield waiting.pop(key(item))
-        # Dictionaries keep their order, and a group begins with its oldest item: the first group holds the oldest of all.
+        # Dictionaries keep their order, and a group begins with its oldest item: the first group holds the oldest of
+        # all.
         if waiting and position - (oldest := next(iter(waiting.values())))[0][0] >= window:
             yield waiting.pop(key(oldest[0][1]))
     yield from waiting.values()
@@ -336,7 +343,9 @@ def in_sequence(
 # %% ../../nbs/work/52_inference.ipynb #b2b9268f
 def _starts(length: int, window: int, stride: int) -> list[int]:
     "Where windows begin along one side; the last one ends at the edge."
-    return [min(start, max(0, length - window)) for start in range(0, max(length - window, 0) + stride, stride)] if length > window else [0]
+    return [min(start, max(0, length - window))
+            for start in range(0,
+                               max(length - window, 0) + stride, stride)] if length > window else [0]
 
 def window_boxes(
     size: tuple[int, int],     # (height, width) in pixels
@@ -447,7 +456,8 @@ class Scoring:
         return self.scores(merged) if self.average == "logits" else merged
 
     def ranked(self, merged: Tensor) -> Tensor:
-        "What the classes are compared by (C, H, W): merged answers, handicapped. Without a handicap scores rank as logits do."
+        """What the classes are compared by (C, H, W): merged answers, handicapped. Without a handicap scores rank as
+        logits do."""
         return merged if self.handicap is None else self.plain(merged) - self.handicap.to(merged)[:, None, None]
 
 def _showing(views: Sequence[AugmentedView], size: tuple[int, int], strip: slice, scoring: Scoring) -> Tensor:
@@ -470,7 +480,8 @@ def merge_views(
     scoring: Scoring = Scoring(),     # how answers are averaged and activated
     strip: slice = slice(None),       # only these rows
 ) -> Tensor:   # (C, H, W) float32; with `strip`, only its rows
-    """The mean over all showings of a picture, at any size. Scales and mirror images count alike, however many boxes they have.
+    """The mean over all showings of a picture, at any size. Scales and mirror images count alike, however many boxes
+    they have.
 
     Parameters
     ----------
@@ -515,10 +526,11 @@ def merged_strips(
         yield strip, merge_views(views, size, scoring, strip)
 
 def merged_labels(
-    views: Sequence[AugmentedView],                        # of one picture
-    size: tuple[int, int],                                 # (H, W) of the result
-    scoring: Scoring = Scoring(),                          # how answers are averaged and activated
-    on_strip: Callable[[slice, Tensor], None] | None = None,   # called with rows and scores (C, strip, W) of every strip
+        views: Sequence[AugmentedView],   # of one picture
+        size: tuple[int, int],   # (H, W) of the result
+        scoring: Scoring = Scoring(),   # how answers are averaged and activated
+        on_strip: Callable[[slice, Tensor], None]
+    | None = None,   # called with rows and scores (C, strip, W) of every strip
 ) -> np.ndarray:
     """Best class of every pixel, (H, W) uint8.
 
@@ -550,11 +562,14 @@ def _out_of_memory_explained(images: Tensor, batch: int) -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error): raise
         (height, width), number = images.shape[-2:], min(batch, len(images))
-        raise InputError(f"out of memory on {images.device} with {number} image{'s'*(number > 1)} of {height} x {width} in a pass: lower "
-                         f"{f'batch (now {batch}), '*(number > 1)}scales or side, or give a sliding window (on the command line "
-                         f"{'--batch, '*(number > 1)}--scales, --side, --window).") from error
+        raise InputError(
+            f"out of memory on {images.device} with {number} image{'s'*(number > 1)} of {height} x {width} in a pass: "
+            "lower "
+            f"{f'batch (now {batch}), '*(number > 1)}scales or side, or give a sliding window (on the command line "
+            f"{'--batch, '*(number > 1)}--scales, --side, --window).") from error
 
-def _maps_of_crops(answer: MapFunction, crops: Tensor, pictures: Tensor, patch: int, batch: int) -> tuple[Tensor, tuple[float, float]]:
+def _maps_of_crops(answer: MapFunction, crops: Tensor, pictures: Tensor, patch: int,
+                   batch: int) -> tuple[Tensor, tuple[float, float]]:
     "Maps (n, C, h, w) of crops of one size, and how many of their tokens the crops fill."
     padded, size = pad_to_patch(crops, patch)
     with _out_of_memory_explained(padded, batch):
@@ -586,7 +601,8 @@ def augmented_views(
         images = tower.normalise(pixels.float() / 255)
         size, showings = tuple(images.shape[-2:]), [False, True][:1 + inference.flip]
         crops_of = list(itertools.product(showings, window_boxes(size, inference.window, inference.step)))
-        crops = torch.cat([(images.flip(-1) if flipped else images)[..., t:b, l:r] for flipped, (t, l, b, r) in crops_of])
+        crops = torch.cat([
+            (images.flip(-1) if flipped else images)[..., t:b, l:r] for flipped, (t, l, b, r) in crops_of])
         rows = torch.arange(len(pictures), device=images.device).repeat(len(crops_of))
         maps, covered = _maps_of_crops(answer, crops, rows, tower.patch_size, inference.batch)
         for (flipped, (t, l, b, r)), part in zip(crops_of, maps.split(len(pictures))):
@@ -611,19 +627,26 @@ def check_system(
     ours, theirs = tuple(system.classes), tuple(dataset.classes)
     if ours != theirs:
         extra = [name for name in ours if name not in theirs] or [name for name in theirs if name not in ours]
-        raise InputError(f"the system knows {len(ours)} classes ({', '.join(ours[:3])}, ...), {dataset.listing.split} of {dataset.listing.root} has "
-                         f"{len(theirs)} ({', '.join(theirs[:3])}, ...)" + (f"; {extra[0]} is in one of them only" if extra else " in another order")
-                         + ". Take the checkpoint and the data that belong together.")
+        raise InputError(
+            f"the system knows {len(ours)} classes ({', '.join(ours[:3])}, ...), {dataset.listing.split} of "
+            f"{dataset.listing.root} has "
+            f"{len(theirs)} ({', '.join(theirs[:3])}, ...)" +
+            (f"; {extra[0]} is in one of them only" if extra else " in another order") +
+            ". Take the checkpoint and the data that belong together.")
     if system.num_classes != dataset.num_classes:
-        raise InputError(f"the system predicts {system.num_classes} classes, masks of the data set hold {dataset.num_classes}: "
-                         "one of them counts a background class and the other does not.")
+        raise InputError(
+            f"the system predicts {system.num_classes} classes, masks of the data set hold {dataset.num_classes}: "
+            "one of them counts a background class and the other does not.")
 
 def _checked(maps: Tensor, number: int, channels: int, what: str) -> Tensor:
     "The maps themselves, if they are (number, channels, h, w) without NaN."
     if maps.ndim != 4 or maps.shape[:2] != (number, channels):
-        raise InputError(f"the system's {what} have shape {tuple(maps.shape)} for {number} images and {channels} classes: "
-                         f"({number}, {channels}, h, w) is wanted.")
-    if not maps.isfinite().all(): raise InputError(f"the system's {what} hold NaN or infinity: its weights are damaged, or its training diverged.")
+        raise InputError(
+            f"the system's {what} have shape {tuple(maps.shape)} for {number} images and {channels} classes: "
+            f"({number}, {channels}, h, w) is wanted.")
+    if not maps.isfinite().all():
+        raise InputError(
+            f"the system's {what} hold NaN or infinity: its weights are damaged, or its training diverged.")
     return maps
 
 # %% ../../nbs/work/52_inference.ipynb #5a7e31a0
@@ -643,7 +666,8 @@ class Bands:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         "Tokens (B, D, h, w) whole, low and high, one after the other: (3 B, D, h, w)."
-        return torch.cat([tokens, *(band.to(tokens.dtype) for band in split_bands(tokens.float(), self.mu, self.shape))])
+        return torch.cat([
+            tokens, *(band.to(tokens.dtype) for band in split_bands(tokens.float(), self.mu, self.shape))])
 
 def require_keep(
     system: Predictor,   # one of a kind that may have no `keep`
@@ -656,7 +680,10 @@ def require_keep(
         one of a kind that may have no `keep`
     """
     if "keep" not in inspect.signature(system.predict).parameters:
-        raise InputError(f"{type(system).__name__}.predict has no `keep`: band faithfulness needs a system that can filter its frozen tokens. Leave the bands out.")
+        raise InputError(
+            f"{type(system).__name__}.predict has no `keep`: band faithfulness needs a system that can filter its "
+            "frozen tokens. Leave the bands out."
+        )
 
 # %% ../../nbs/work/52_inference.ipynb #67340a9c
 @dataclass(frozen=True, eq=False)
@@ -708,7 +735,8 @@ class SeedMaps:
 
     def enlarged(self, size: tuple[int, int], device: torch.device | str = "cpu") -> Tensor:
         "(M, K', H, W) float32 on `device`, bilinear; beyond the outermost patch centres, their value."
-        rows, columns = (interpolation_matrix(*sides, device=device) for sides in zip(size, self.cams.shape[-2:], self.covered))
+        rows, columns = (interpolation_matrix(*sides, device=device)
+                         for sides in zip(size, self.cams.shape[-2:], self.covered))
         return rows @ self.cams.to(device).float() @ columns.T
 
 # %% ../../nbs/work/52_inference.ipynb #5cfceb1f
@@ -733,7 +761,7 @@ class Job:
     background : bool
         is mask value 0 background?
     on_strip : Callable[[Picture, slice, Tensor], None] | None
-        called with rows and scores (C, strip, W) of "seg"
+        gets rows and scores (C, strip, W)
     corrupt : Corruption | None
         makes every picture worse before it is shown
     workers : int
@@ -754,7 +782,7 @@ class Job:
     bands: Bands | None = None                                     # adds "seg_low" and "seg_high"
     crf: CRFSettings | None = None  # of the figures `mask_crf` and `seg_crf`; None = without
     background: bool = True                                        # is mask value 0 background?
-    on_strip: Callable[[Picture, slice, Tensor], None] | None = None   # called with rows and scores (C, strip, W) of "seg"
+    on_strip: Callable[[Picture, slice, Tensor], None] | None = None   # gets rows and scores (C, strip, W)
     corrupt: Corruption | None = None                              # makes every picture worse before it is shown
     workers: int = 0                                               # processes that read pictures
     skip_bad: bool = False  # leave out pictures that cannot be read, with a warning
@@ -767,12 +795,15 @@ class Job:
     @property
     def scoring(self) -> Scoring:
         "What the system's logits mean."
-        return Scoring(self.inference.average, getattr(self.system, "activation", "softmax"), getattr(self.system, "handicap", None))
+        return Scoring(self.inference.average, getattr(self.system, "activation", "softmax"),
+                       getattr(self.system, "handicap", None))
 
     @property
     def scales(self) -> tuple[float, ...]:
         "Every scale that something is shown at."
-        wanted = [*self.inference.scales * ("seg" in self.figures), *self.cams.scales * ("seed" in self.figures), *(1.0,) * ("mask" in self.figures)]
+        wanted = [
+            *self.inference.scales*("seg" in self.figures), *self.cams.scales*("seed" in self.figures),
+            *(1.0,)*("mask" in self.figures)]
         return tuple(dict.fromkeys(wanted))
 
     @property
@@ -826,17 +857,23 @@ def _logits(job: Job, pictures: Sequence[Picture]) -> dict[str, list[list[Augmen
         return maps.unflatten(0, (len(job.answers), -1)).transpose(0, 1).flatten(1, 2)
     views_of = augmented_views(job.system.backbone, pictures, answer, job.inference)
     own = {name: slice(number*channels, (number + 1)*channels) for number, name in enumerate(job.answers)}
-    return {name: [[replace(view, maps=view.maps[part]) for view in views] for views in views_of] for name, part in own.items()}
+    return {
+        name: [[replace(view,
+                        maps=view.maps[part]) for view in views] for views in views_of] for name, part in own.items()}
 
 # %% ../../nbs/work/52_inference.ipynb #3becb8d0
 def _cams(job: Job, pictures: Sequence[Picture], labels: Tensor) -> list[SeedMaps]:
     "Activation maps of every picture on one grid, only those of its classes."
     def answer(images: Tensor, rows: Tensor) -> Tensor:
         return _checked(job.system.cam(images, labels[rows]), len(images), labels.shape[1], "activation maps")
-    return [_seed_maps(picture, views) for picture, views in zip(pictures, augmented_views(job.system.backbone, pictures, answer, job.cams))]
+
+    return [
+        _seed_maps(picture, views)
+        for picture, views in zip(pictures, augmented_views(job.system.backbone, pictures, answer, job.cams))]
 
 def _seed_maps(picture: Picture, views: Sequence[AugmentedView]) -> SeedMaps:
-    "The views of one picture as one map per class: as they are when there is one view, else their mean on the finest grid, maxima 1 again."
+    """The views of one picture as one map per class: as they are when there is one view, else their mean on the finest
+    grid, maxima 1 again."""
     maps, covered = views[0].maps, views[0].covered
     if len(views) > 1:
         covered = tuple(math.ceil(max(view.covered[side] for view in views)) for side in (0, 1))
@@ -851,12 +888,18 @@ def _explanations(job: Job, pictures: Sequence[Picture], labels: Tensor) -> tupl
     pixels = torch.stack([picture.scaled[1.0] for picture in pictures]).to(tower.device)
     images, (height, width) = pad_to_patch(tower.normalise(pixels.float() / 255), tower.patch_size)
     with _out_of_memory_explained(images, batch):
-        maps, pseudo = (torch.cat(parts) for parts in zip(*itertools.starmap(job.system.explain, zip(images.split(batch), labels.split(batch)))))
+        maps, pseudo = (torch.cat(parts) for parts in zip(
+            *itertools.starmap(job.system.explain, zip(images.split(batch), labels.split(batch)))))
     if tuple(pseudo.shape) != (len(images), *images.shape[-2:]):
-        raise InputError(f"the system's pseudo-labels have shape {tuple(pseudo.shape)} for images {tuple(images.shape)}: (B, H, W) is wanted.")
+        raise InputError(
+            f"the system's pseudo-labels have shape {tuple(pseudo.shape)} for images {tuple(images.shape)}: (B, H, W) "
+            "is wanted."
+        )
     maps = _checked(maps.float(), len(images), labels.shape[1], "activation maps")
     covered = tuple(n*side/whole for n, side, whole in zip(maps.shape[-2:], (height, width), images.shape[-2:]))
-    cams = [_seed_maps(picture, [AugmentedView(one, covered, (0, 1), (0, 1), (0, False))]) for picture, one in zip(pictures, maps)]
+    cams = [
+        _seed_maps(picture, [AugmentedView(one, covered, (0, 1), (0, 1), (0, False))])
+        for picture, one in zip(pictures, maps)]
     pseudo = pseudo[:, :height, :width].masked_fill(pseudo[:, :height, :width] == IGNORE, 0)
     sized = F.interpolate(pseudo[:, None].float(), pictures[0].size, mode="nearest-exact")[:, 0]
     return cams, list(sized.to(torch.uint8).cpu().numpy())
@@ -867,7 +910,8 @@ def analyse(
     job: Job,                      # what is asked
     pictures: Sequence[Picture],   # of one size
 ) -> list[Prediction]:
-    """Everything a job asks about pictures of one size. Raises `InputError` for answers that cannot be, and when memory runs out.
+    """Everything a job asks about pictures of one size. Raises `InputError` for answers that cannot be, and when
+    memory runs out.
 
     Parameters
     ----------
@@ -879,14 +923,18 @@ def analyse(
     views, cams, pseudo = {}, [None]*len(pictures), [None]*len(pictures)
     if "seg" in job.figures:
         with job.watch.measure("network"): views = _logits(job, pictures)
-    if {"seed", "mask"} & set(job.figures): labels = torch.stack([picture.labels for picture in pictures]).to(job.system.backbone.device)
+    if {"seed", "mask"} & set(job.figures):
+        labels = torch.stack([picture.labels for picture in pictures]).to(job.system.backbone.device)
     if "mask" in job.figures:
         with job.watch.measure("maps and pseudo-labels"): of_scale_1, pseudo = _explanations(job, pictures, labels)
     if {"seed", "mask"} <= set(job.figures) and job.cams_as_shown: cams = of_scale_1
     elif "seed" in job.figures:
         with job.watch.measure("activation maps"): cams = _cams(job, pictures, labels)
     job.watch.pictures += len(pictures)
-    return [Prediction(picture, {name: of_pictures[row] for name, of_pictures in views.items()}, cams[row], pseudo[row]) for row, picture in enumerate(pictures)]
+    return [
+        Prediction(picture, {name: of_pictures[row]
+                             for name, of_pictures in views.items()}, cams[row], pseudo[row])
+        for row, picture in enumerate(pictures)]
 
 # %% ../../nbs/work/52_inference.ipynb #b8e6bdde
 OVERTAKING = 16   # groups that may overtake a picture of a rare size
@@ -939,9 +987,10 @@ def stream(
     masks : bool
         read the ground truth, too
     """
-    reader = DataLoader(_Reader(dataset.listing, indices, job.scales, job.inference, masks, job.corrupt), batch_size=None, num_workers=job.workers,
-                        worker_init_fn=leave_with_parent)
-    with evaluating(job.system), tqdm(total=len(indices), desc=f"{dataset.listing.split}", unit="picture", delay=2, disable=not job.progress) as bar:
+    reader = DataLoader(_Reader(dataset.listing, indices, job.scales, job.inference, masks, job.corrupt),
+                        batch_size=None, num_workers=job.workers, worker_init_fn=leave_with_parent)
+    with evaluating(job.system), tqdm(total=len(indices), desc=f"{dataset.listing.split}", unit="picture", delay=2,
+                                      disable=not job.progress) as bar:
         def numbered() -> Iterator[tuple[int, Prediction]]:
             pictures = _readable(job, reader, bar)
             for group in grouped(pictures, lambda picture: picture.shapes, job.group, OVERTAKING * job.group):
@@ -965,13 +1014,13 @@ class LabelledPicture:
     scores : dict[str, Tensor]
         figure -> (K,) how sure the network is that a class occurs
     unary : dict[str, tuple[np.ndarray, np.ndarray]]
-        what a CRF shall refine: class of each channel (n,), probabilities (n, H, W)
+        for a CRF: class of each channel, probabilities (n, H, W)
     """
     picture: Picture                                        # as it was read
     labels: dict[str, np.ndarray]                           # figure -> (H, W) uint8
     cams: SeedMaps | None  # activation maps of its classes; None where they were not asked for
     scores: dict[str, Tensor]                               # figure -> (K,) how sure the network is that a class occurs
-    unary: dict[str, tuple[np.ndarray, np.ndarray]]         # what a CRF shall refine: class of each channel (n,), probabilities (n, H, W)
+    unary: dict[str, tuple[np.ndarray, np.ndarray]]   # for a CRF: class of each channel, probabilities (n, H, W)
 
 SURE = 0.7   # how far a CRF trusts a pseudo-label
 
@@ -981,7 +1030,8 @@ def _label_unary(labels: np.ndarray, present: np.ndarray) -> tuple[np.ndarray, n
     hit = labels[None] == classes[:, None, None]
     return classes, np.where(hit, SURE, (1 - SURE) / max(1, len(classes) - 1)).astype(np.float32)
 
-def _seg_unary(views: Sequence[AugmentedView], size: tuple[int, int], scoring: Scoring) -> tuple[np.ndarray, np.ndarray]:
+def _seg_unary(views: Sequence[AugmentedView], size: tuple[int, int],
+               scoring: Scoring) -> tuple[np.ndarray, np.ndarray]:
     "Probabilities of the classes that rise above the CRF's floor of 1e-5 anywhere: the others cannot win a pixel."
     merged = merge_views(views, size, scoring)
     probs = scoring.plain(merged)
@@ -1029,7 +1079,8 @@ def label(
                   for name, views in prediction.views.items()}
         if job.crf and "seg" in prediction.views: unary["seg_crf"] = _seg_unary(prediction.views["seg"], size, scoring)
     if prediction.pseudo is not None: labels["mask"] = prediction.pseudo
-    if job.crf and prediction.pseudo is not None: unary["mask_crf"] = _label_unary(prediction.pseudo, prediction.picture.labels.numpy())
+    if job.crf and prediction.pseudo is not None:
+        unary["mask_crf"] = _label_unary(prediction.pseudo, prediction.picture.labels.numpy())
     scores = {name: class_scores(views, job.background, scoring) for name, views in prediction.views.items()}
     return LabelledPicture(prediction.picture, labels, prediction.cams, scores, unary)
 
@@ -1058,7 +1109,8 @@ def refined(
             # The probabilities are the CRF's from here on: there is no other copy while they wait.
             for name in list(item.unary): yield item.picture.image, item.unary.pop(name)[1]
     ours, theirs = itertools.tee(tasks())
-    results = dense_crf((image for image, _ in ours), (probs for _, probs in theirs), crf, workers, labels=True, progress=False)
+    results = dense_crf((image for image, _ in ours), (probs for _, probs in theirs), crf, workers, labels=True,
+                        progress=False)
     try:
         for first in results:
             item, channels = waiting.popleft()
@@ -1082,7 +1134,9 @@ def picture_indices(
         only the first so many; None = all
     """
     if limit is not None and limit < 1: raise InputError(f"limit={limit}: take at least one picture, or None for all.")
-    if not len(dataset): raise InputError(f"split {dataset.listing.split!r} of {dataset.listing.root} holds no picture: name another split.")
+    if not len(dataset):
+        raise InputError(
+            f"split {dataset.listing.split!r} of {dataset.listing.root} holds no picture: name another split.")
     return range(len(dataset) if limit is None else min(limit, len(dataset)))
 
 def segment(
@@ -1098,7 +1152,8 @@ def segment(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (id, labels (H, W) uint8) of every picture in order: the network's answer, after the CRF if there is one.
 
-    Masks are not opened. Raises `InputError` for a system with other classes, an empty split, a damaged picture, or no memory.
+    Masks are not opened. Raises `InputError` for a system with other classes, an empty split, a damaged picture, or no
+    memory.
 
     Parameters
     ----------
@@ -1122,22 +1177,26 @@ def segment(
         show a bar
     """
     check_system(system, dataset)
-    job = Job(system, named_inference(inference), crf=None if crf is None else crf_settings(crf), workers=workers, progress=progress,
-              background=dataset.listing.background, skip_bad=skipped is not None, skipped=[] if skipped is None else skipped)
+    job = Job(system, named_inference(inference), crf=None if crf is None else crf_settings(crf), workers=workers,
+              progress=progress, background=dataset.listing.background, skip_bad=skipped is not None,
+              skipped=[] if skipped is None else skipped)
     predictions = stream(job, dataset, picture_indices(dataset) if indices is None else indices)
-    for item in refined((label(job, one) for one in predictions), job.crf, crf_workers): yield item.picture.id, item.labels["seg_crf" if job.crf else "seg"]
+    for item in refined((label(job, one) for one in predictions), job.crf, crf_workers):
+        yield item.picture.id, item.labels["seg_crf" if job.crf else "seg"]
 
 def usual_inference(
     system: Predictor,   # a zero-shot one is shown otherwise
 ) -> Inference:
-    """Whole pictures and mirror images, logits averaged; where every class stands by itself, no mirror images and probabilities, as ZegCLIP has it.
+    """Whole pictures and mirror images, logits averaged; where every class stands by itself, no mirror images and
+    probabilities, as ZegCLIP has it.
 
     Parameters
     ----------
     system : Predictor
         a zero-shot one is shown otherwise
     """
-    return Inference(flip=False, average="probabilities") if getattr(system, "activation", "softmax") == "sigmoid" else Inference()
+    return Inference(flip=False, average="probabilities") if getattr(system, "activation",
+                                                                     "softmax") == "sigmoid" else Inference()
 
 def named_inference(
     given: Inference | str,   # an inference, or a name such as "single"
@@ -1166,15 +1225,21 @@ def require_countable(
     names : Sequence[str]
         class names, background left out
     """
-    if len(names) > MOST_NAMES: raise InputError(f"{len(names)} names do not fit into a mask, which tells {MOST_NAMES} apart at most: ask for fewer at a time.")
+    if len(names) > MOST_NAMES:
+        raise InputError(
+            f"{len(names)} names do not fit into a mask, which tells {MOST_NAMES} apart at most: ask for fewer at a "
+            "time."
+        )
 
 def _answer_channels(system: Predictor, names: Sequence[str] | None) -> list[int]:
-    "Where a system's logits have the background, if there is one, and these classes. Raises `InputError` for classes that it lacks, none, one twice, or too many."
+    """Where a system's logits have the background, if there is one, and these classes. Raises `InputError` for classes
+    that it lacks, none, one twice, or too many."""
     if isinstance(names, str): raise InputError(f"classes={names!r}: give a list of names.")
     names = list(system.classes if names is None else names)
     for name in names:
         if name not in system.classes: raise unknown_name(name, system.classes)
-    if not names or len(set(names)) < len(names): raise InputError(f"classes={names}: give at least one name, and each once.")
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"classes={names}: give at least one name, and each once.")
     require_countable(names)
     first = system.num_classes - len(system.classes)
     return [*range(first), *(first + list(system.classes).index(name) for name in names)]
@@ -1186,7 +1251,8 @@ def segment_picture(
     floor: float | None = None,   # least score, 0 to 1, of the best class; the handicap is not taken off it
     classes: Sequence[str] | None = None,   # the classes that may answer, in the order of the labels; None = all
 ) -> np.ndarray:
-    """Best class of every pixel, (H, W) uint8, counted from 1 where the system has a background, which always may answer; 255 where the score is below `floor`.
+    """Best class of every pixel, (H, W) uint8, counted from 1 where the system has a background, which always may
+    answer; 255 where the score is below `floor`.
 
     Raises `InputError` for classes that the system lacks, more than 254, damaged weights, and when memory runs out.
 
@@ -1207,7 +1273,9 @@ def segment_picture(
     inference = usual_inference(system) if inference is None else named_inference(inference)
     job = Job(system, inference, progress=False)
     with evaluating(system):
-        prediction = analyse(job, [Picture(0, "the picture", np.array(image), scaled_pixels(image, job.scales, inference), None, None)])[0]
+        prediction = analyse(
+            job,
+            [Picture(0, "the picture", np.array(image), scaled_pixels(image, job.scales, inference), None, None)])[0]
     labels, scoring = [], job.scoring
     for _, merged in merged_strips(prediction.views["seg"], image.size[::-1], scoring):
         best = best_class(scoring.ranked(merged)[channels], 0)
@@ -1225,7 +1293,8 @@ def write_masks(
     limit: int | None = None,                # only the first so many pictures
     **options: Any,                          # of `segment`
 ) -> int:
-    """Write the labels of every picture to `folder`/ID.png, in VOC's colours, each whole or not at all. Returns how many were written.
+    """Write the labels of every picture to `folder`/ID.png, in VOC's colours, each whole or not at all. Returns how
+    many were written.
 
     Raises `InputError` as `segment` does, and for a folder that cannot be written.
 
@@ -1246,7 +1315,9 @@ def write_masks(
     **options : Any
         of `segment`
     """
-    chosen = [index for index in picture_indices(dataset, limit) if not (skip_existing and mask_path(folder, dataset.ids[index]).exists())]
+    chosen = [
+        index for index in picture_indices(dataset, limit)
+        if not (skip_existing and mask_path(folder, dataset.ids[index]).exists())]
     written = 0
     for name, labels in segment(system, dataset, inference, indices=chosen, **options):
         write_mask(mask_path(folder, name), dataset.listing.file_values(labels))

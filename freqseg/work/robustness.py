@@ -28,7 +28,8 @@ from ..world.scenes import recorded_caveat
 
 # %% ../../nbs/work/66_robustness.ipynb #7c4098d6
 def _dense(triples: Tensor, start: int, stop: int, classes: int) -> Tensor:
-    "Counts (n, C, C) of the pictures `start` to `stop`, from the triples (picture, cell, count) of a meter, which are in order."
+    """Counts (n, C, C) of the pictures `start` to `stop`, from the triples (picture, cell, count) of a meter, which
+    are in order."""
     first, last = torch.searchsorted(triples[0], torch.tensor([start, stop])).tolist()
     image, cell, count = triples[:, first:last]
     dense = torch.zeros(stop - start, classes**2, dtype=torch.int64)
@@ -39,7 +40,8 @@ def side_by_side(
     meters: Sequence[ConfusionMeter],   # M of shape (C, C) each, of the same pictures
     block: int = 64,                    # pictures that are dense at a time
 ) -> ConfusionMeter:                    # of shape (M, C, C)
-    """Counts of several evaluations of the same pictures as one meter. Raises `InputError` when they have seen different numbers of pictures.
+    """Counts of several evaluations of the same pictures as one meter. Raises `InputError` when they have seen
+    different numbers of pictures.
 
     Parameters
     ----------
@@ -54,7 +56,9 @@ def side_by_side(
         of shape (M, C, C)
     """
     images = {len(meter) for meter in meters}
-    if len(images) > 1: raise InputError(f"evaluations of {min(images)} and of {max(images)} pictures cannot be compared: show all the same ones.")
+    if len(images) > 1:
+        raise InputError(
+            f"evaluations of {min(images)} and of {max(images)} pictures cannot be compared: show all the same ones.")
     (number,), classes, triples = images, meters[0].shape[-1], [meter.triples.long() for meter in meters]
     whole = ConfusionMeter(classes, (len(meters),))
     for start in range(0, number, block):
@@ -62,7 +66,8 @@ def side_by_side(
     return whole
 
 # %% ../../nbs/work/66_robustness.ipynb #a4581bd6
-_CONDITIONS = ("system", "dataset", "split", "caveat", "images", "settings", "device", "software", "weights", "command", "level")
+_CONDITIONS = ("system", "dataset", "split", "caveat", "images", "settings", "device", "software", "weights", "command",
+               "level")
 
 @dataclass(frozen=True, eq=False)
 class RobustnessRow:
@@ -178,7 +183,8 @@ class Robustness:
         return {**conditions, **intervals, "rows": [row.as_dict() for row in self.rows]}
 
     def save(self, folder: str|Path) -> tuple[Path, ...]:
-        "Write robustness.md, robustness.json and robustness.png, each whole or not at all. Raises `InputError` for a folder that cannot be written."
+        """Write robustness.md, robustness.json and robustness.png, each whole or not at all. Raises `InputError` for a
+        folder that cannot be written."""
         return _save(self, Path(folder))
 
     def _repr_markdown_(self) -> str: return self.markdown()
@@ -187,27 +193,32 @@ def _name(corruption: Corruption) -> str: return f"{corruption.kind} {corruption
 
 # %% ../../nbs/work/66_robustness.ipynb #10342c03
 def _checked(kinds: Sequence[str], strengths: Sequence[int]) -> list[Corruption]:
-    "The corruptions of a table. Raises `InputError` for none, one that comes twice, an unknown one, or strength 0, which is there anyway."
+    """The corruptions of a table. Raises `InputError` for none, one that comes twice, an unknown one, or strength 0,
+    which is there anyway."""
     for name, values in (("kinds", kinds), ("strengths", strengths)):
-        if isinstance(values, str) or not len(values): raise InputError(f"{name}={values!r}: give a list with at least one entry.")
+        if isinstance(values, str) or not len(values):
+            raise InputError(f"{name}={values!r}: give a list with at least one entry.")
         if len(set(values)) < len(values): raise InputError(f"{name}={tuple(values)}: name each once.")
-    if 0 in strengths: raise InputError(f"strengths={tuple(strengths)}: leave 0 away; pictures as they are are part of every table.")
+    if 0 in strengths:
+        raise InputError(f"strengths={tuple(strengths)}: leave 0 away; pictures as they are are part of every table.")
     return [Corruption(kind, strength) for kind in kinds for strength in sorted(strengths)]
 
 def robustness(
-    system: Predictor,                     # a trained system
-    dataset: SegmentationFolder,           # with masks
-    kinds: Sequence[str] = tuple(CORRUPTIONS),  # of corruption: blur, noise, jpeg, contrast
-    strengths: Sequence[int] = (1, 2, 3),  # 1 is weak, 3 strong
-    *,
-    figures: Sequence[str] = ("seg",),     # what is evaluated; the table is about that which says most
-    clean: SystemReport|None = None,       # of the pictures as they are, evaluated with the same options; None = evaluate them, too
-    samples: int = 1000,                   # of the bootstrap
-    seed: int = 0,                         # of the bootstrap
-    progress: bool = True,                 # show a bar
-    **options: Any,                        # of `evaluate_system`
+        system: Predictor,   # a trained system
+        dataset: SegmentationFolder,   # with masks
+        kinds: Sequence[str] = tuple(CORRUPTIONS),   # of corruption: blur, noise, jpeg, contrast
+        strengths: Sequence[int] = (1, 2, 3),   # 1 is weak, 3 strong
+        *,
+        figures: Sequence[str] = ("seg",),   # what is evaluated; the table is about that which says most
+        clean: SystemReport
+    | None = None,   # of the pictures as they are, evaluated with the same options; None = evaluate them, too
+        samples: int = 1000,   # of the bootstrap
+        seed: int = 0,   # of the bootstrap
+        progress: bool = True,   # show a bar
+        **options: Any,   # of `evaluate_system`
 ) -> Robustness:
-    """A figure of a system under every kind and strength of corruption, and its drop against clean pictures (after Hendrycks and Dietterich, 2019).
+    """A figure of a system under every kind and strength of corruption, and its drop against clean pictures (after
+    Hendrycks and Dietterich, 2019).
 
     Raises `InputError` for an unknown kind or strength before anything is evaluated, and as `evaluate_system` does.
 
@@ -223,7 +234,7 @@ def robustness(
         1 is weak, 3 strong
     figures : Sequence[str]
         what is evaluated; the table is about that which says most
-    clean : SystemReport|None
+    clean : SystemReport | None
         of the pictures as they are, evaluated with the same options; None = evaluate them, too
     samples : int
         of the bootstrap
@@ -234,9 +245,11 @@ def robustness(
     **options : Any
         of `evaluate_system`
     """
-    evaluate = lambda corrupt: evaluate_system(system, dataset, figures=figures, corrupt=corrupt, samples=samples, seed=seed, progress=False, **options)
+    evaluate = lambda corrupt: evaluate_system(system, dataset, figures=figures, corrupt=corrupt, samples=samples, seed=
+                                               seed, progress=False, **options)
     corruptions, worse = _checked(kinds, strengths), []
-    with tqdm(total=len(corruptions) + (clean is None), desc="corruptions", unit="evaluation", delay=2, disable=not progress) as bar:
+    with tqdm(total=len(corruptions) + (clean is None), desc="corruptions", unit="evaluation", delay=2,
+              disable=not progress) as bar:
         if clean is None:
             clean = evaluate(None)
             bar.update()
@@ -254,7 +267,8 @@ def _drops(total: Tensor) -> Tensor:
 
 def _hiou(report: SystemReport) -> Interval|None: return None if report.zero_shot is None else report.zero_shot.hiou
 
-def _table(clean: SystemReport, corruptions: Sequence[Corruption], worse: Sequence[SystemReport], samples: int, seed: int) -> Robustness:
+def _table(clean: SystemReport, corruptions: Sequence[Corruption], worse: Sequence[SystemReport], samples: int,
+           seed: int) -> Robustness:
     "Rows with paired drops."
     scores = [report[main_figure(clean.figures)] for report in worse]
     whole = side_by_side([clean.main.counts, *(one.counts for one in scores)])
@@ -263,7 +277,8 @@ def _table(clean: SystemReport, corruptions: Sequence[Corruption], worse: Sequen
     rows = tuple(RobustnessRow(corruption, one.miou, one.boundary, drop, _hiou(report))
                  for corruption, one, drop, report in zip(corruptions, scores, drops, worse, strict=True))
     conditions = {name: getattr(clean, name) for name in _CONDITIONS}
-    return Robustness(rows, clean.main.miou, clean.main.boundary, mean, mean_drop, clean.main.name, **conditions, clean_hiou=_hiou(clean))
+    return Robustness(rows, clean.main.miou, clean.main.boundary, mean, mean_drop, clean.main.name, **conditions,
+                      clean_hiou=_hiou(clean))
 
 # %% ../../nbs/work/66_robustness.ipynb #f324b510
 def _percent(value: Interval) -> str:
@@ -276,9 +291,13 @@ def _points(share: float, sign: str = "") -> str:
 
 def _caption(table: Robustness) -> str:
     "What was measured, in sentences."
-    lines = [f"{table.system} on {table.dataset}, split {table.split}, {table.images:,} pictures: {FIGURES[table.figure]} ({table.figure}).",
-             "Strengths 1, 2 and 3 are severities 1, 3 and 5 of ImageNet-C (Hendrycks and Dietterich, 2019), with the blur's width relative to the picture.",
-             f"Brackets: {table.level:.0%} bootstrap interval over pictures; drop: clean above corrupted, paired by picture."]
+    lines = [
+        f"{table.system} on {table.dataset}, split {table.split}, {table.images:,} pictures: {FIGURES[table.figure]} "
+        f"({table.figure}).",
+        "Strengths 1, 2 and 3 are severities 1, 3 and 5 of ImageNet-C (Hendrycks and Dietterich, 2019), with the "
+        "blur's width relative to the picture.",
+        f"Brackets: {table.level:.0%} bootstrap interval over pictures; drop: clean above corrupted, paired by picture."
+    ]
     if table.caveat: lines.append(f"The pictures are {table.caveat}.")
     if table.weights: lines.append(f"Weights: {table.weights}.")
     return " ".join(lines + [f"Made by `{table.command}`."]*bool(table.command))
@@ -286,22 +305,34 @@ def _caption(table: Robustness) -> str:
 def _markdown(table: Robustness) -> str:
     "A table that renders on a code host, its caption above it."
     harmonic = lambda value: [] if table.clean_hiou is None else ["" if value is None else _percent(value)]
-    rows = [["clean", "", _percent(table.clean), "", _percent(table.clean_boundary), *harmonic(table.clean_hiou)],
-            *([_name(row.corruption), row.corruption.words, _percent(row.miou), _percent(row.drop), _percent(row.boundary), *harmonic(row.hiou)] for row in table.rows),
-            [f"mean of {len(table.rows)}", "", _percent(table.mean), _percent(table.mean_drop), "", *harmonic(None)]]
+    rows = [["clean", "",
+             _percent(table.clean), "",
+             _percent(table.clean_boundary), *harmonic(table.clean_hiou)], *([
+                 _name(row.corruption), row.corruption.words,
+                 _percent(row.miou),
+                 _percent(row.drop),
+                 _percent(row.boundary), *harmonic(row.hiou)] for row in table.rows),
+            [f"mean of {len(table.rows)}", "",
+             _percent(table.mean),
+             _percent(table.mean_drop), "", *harmonic(None)]]
     head = ["corruption", "setting", "mIoU %", "drop", "boundary IoU %"] + ["hIoU %"]*(table.clean_hiou is not None)
     return f"{_caption(table)}\n\n{markdown_table(head, rows)}\n"
 
 # %% ../../nbs/work/66_robustness.ipynb #0fcc17e9
-_COLOURS = dict(zip(CORRUPTIONS, ("#0072B2", "#E69F00", "#009E73", "#CC79A7")))   # Okabe and Ito's, for the colour-blind
+# Okabe and Ito's, for the colour-blind
+_COLOURS = dict(zip(CORRUPTIONS, ("#0072B2", "#E69F00", "#009E73", "#CC79A7")))
 
 def _require_comparable(systems: Mapping[str, Robustness]) -> None:
     "Raise `InputError` for no system at all, and for systems that have seen different things."
     if not systems: raise InputError("no robustness to show: give at least one system.")
-    seen = {name: (one.dataset, one.split, one.images, one.figure, [row.corruption for row in one.rows]) for name, one in systems.items()}
+    seen = {
+        name: (one.dataset, one.split, one.images, one.figure, [row.corruption
+                                                                for row in one.rows])
+        for name, one in systems.items()}
     first, *others = seen
     for name in others:
-        if seen[name] != seen[first]: raise InputError(f"{first} and {name} differ in pictures, figure or corruptions: evaluate them alike.")
+        if seen[name] != seen[first]:
+            raise InputError(f"{first} and {name} differ in pictures, figure or corruptions: evaluate them alike.")
 
 def _draw_curves(axes: Any, table: Robustness) -> None:
     "Lines with bands of one system."
@@ -318,7 +349,8 @@ def _draw_curves(axes: Any, table: Robustness) -> None:
 def robustness_plot(
     systems: Mapping[str, Robustness],   # name -> its figures
 ) -> Any:
-    """mIoU over strength, a line per kind and a panel per system, as a matplotlib `Figure`. Raises `InputError` for systems that cannot be compared.
+    """mIoU over strength, a line per kind and a panel per system, as a matplotlib `Figure`. Raises `InputError` for
+    systems that cannot be compared.
 
     Parameters
     ----------
@@ -343,7 +375,8 @@ def robustness_markdown(
     systems: Mapping[str, Robustness],   # name -> its figures
     figure: str = "miou",                # or "hiou", of zero-shot systems
 ) -> str:
-    """A figure of several systems under the same corruptions, a column each, the change against clean pictures in brackets.
+    """A figure of several systems under the same corruptions, a column each, the change against clean pictures in
+    brackets.
 
     Raises `InputError` for systems that cannot be compared, or have no such figure.
 
@@ -357,40 +390,54 @@ def robustness_markdown(
     _require_comparable(systems)
     tables = list(systems.values())
     if figure not in ("miou", "hiou"): raise InputError(f"figure={figure!r}: use 'miou' or 'hiou'.")
-    if figure == "hiou" and any(one.clean_hiou is None for one in tables): raise InputError("no hIoU: it takes zero-shot systems on data with unseen classes.")
+    if figure == "hiou" and any(one.clean_hiou is None for one in tables):
+        raise InputError("no hIoU: it takes zero-shot systems on data with unseen classes.")
     clean = [(one.clean if figure == "miou" else one.clean_hiou).value for one in tables]
     columns = [[getattr(row, figure).value for row in one.rows] for one in tables]
     cell = lambda value, before: f"{_points(value)} ({_points(value - before, '+')})"
     rows = [["clean", *map(_points, clean)],
-            *([_name(row.corruption), *(cell(column[place], before) for column, before in zip(columns, clean))] for place, row in enumerate(tables[0].rows)),
-            [f"mean of {len(tables[0].rows)}", *(cell(sum(column)/len(column), before) for column, before in zip(columns, clean))]]
-    where = (f"{dict(miou='mIoU', hiou='hIoU')[figure]} in percent on {tables[0].dataset}, split {tables[0].split}, {tables[0].images:,} pictures; "
-             "in brackets the change against clean pictures.")
+            *([_name(row.corruption), *(cell(column[place], before)
+                                        for column, before in zip(columns, clean))]
+              for place, row in enumerate(tables[0].rows)),
+            [
+                f"mean of {len(tables[0].rows)}",
+                *(cell(sum(column)/len(column), before) for column, before in zip(columns, clean))]]
+    where = (
+        f"{dict(miou='mIoU', hiou='hIoU')[figure]} in percent on {tables[0].dataset}, split {tables[0].split}, "
+        f"{tables[0].images:,} pictures; "
+        "in brackets the change against clean pictures.")
     return f"{where}\n\n{markdown_table(['corruption', *systems], rows)}\n"
 
 # %% ../../nbs/work/66_robustness.ipynb #ae1c882f
 def _save(table: Robustness, folder: Path) -> tuple[Path, ...]:
     "The three files."
     paths = folder/"robustness.md", folder/"robustness.json", folder/"robustness.png"
-    for path, text in zip(paths, (table.markdown(), json.dumps(table.as_dict(), indent=1, ensure_ascii=False, default=str) + "\n")):
+    for path, text in zip(
+            paths, (table.markdown(), json.dumps(table.as_dict(), indent=1, ensure_ascii=False, default=str) + "\n")):
         with atomic_write(path) as partial: partial.write_text(text, encoding="utf-8")
-    with atomic_write(paths[2]) as partial: table.plot().savefig(partial, format="png", dpi=150, metadata={"Software": None})
+    with atomic_write(paths[2]) as partial:
+        table.plot().savefig(partial, format="png", dpi=150, metadata={"Software": None})
     return paths
 
 def _interval(record: Any) -> Interval|None:
     "An interval as JSON has it."
-    return None if record is None else Interval(*(math.nan if record[name] is None else record[name] for name in Interval._fields))
+    return None if record is None else Interval(*(math.nan if record[name] is None else record[name]
+                                                  for name in Interval._fields))
 
 def _parsed(record: Mapping[str, Any]) -> Robustness:
     "What `Robustness.as_dict` tells. Raises `KeyError`, `TypeError` or `InputError` for anything else."
-    row = lambda one: RobustnessRow(Corruption(one["kind"], one["strength"]), *(_interval(one[name]) for name in ("miou", "boundary", "drop")), _interval(one.get("hiou")))
+    row = lambda one: RobustnessRow(Corruption(one["kind"], one[
+        "strength"]), *(_interval(one[name]) for name in ("miou", "boundary", "drop")), _interval(one.get("hiou")))
     intervals = (_interval(record[name]) for name in ("clean", "clean_boundary", "mean", "mean_drop"))
-    return Robustness(tuple(map(row, record["rows"])), *intervals, record["figure"], **{name: record[name] for name in _CONDITIONS if name != "caveat"}, caveat=recorded_caveat(record), clean_hiou=_interval(record.get("clean_hiou")))
+    return Robustness(tuple(map(row, record["rows"])), *intervals, record["figure"],
+                      **{name: record[name] for name in _CONDITIONS if name != "caveat"},
+                      caveat=recorded_caveat(record), clean_hiou=_interval(record.get("clean_hiou")))
 
 def read_robustness(
     path: str|Path,   # robustness.json, or its folder
 ) -> Robustness:
-    """What `Robustness.save`, or `freqseg evaluate --corrupt`, has written. Raises `InputError` for a file that is missing or something else.
+    """What `Robustness.save`, or `freqseg evaluate --corrupt`, has written. Raises `InputError` for a file that is
+    missing or something else.
 
     Parameters
     ----------
@@ -400,5 +447,10 @@ def read_robustness(
     path = Path(path)
     if path.suffix != ".json": path = path/"robustness.json"
     try: return _parsed(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error: raise InputError(f"cannot read {path} ({error.strerror or error}): `freqseg evaluate SYSTEM --corrupt blur,noise,jpeg,contrast` writes one.") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error: raise InputError(f"{path} is no record of a robustness ({error!r}).") from error
+    except OSError as error:
+        raise InputError(
+            f"cannot read {path} ({error.strerror or error}): `freqseg evaluate SYSTEM --corrupt "
+            "blur,noise,jpeg,contrast` writes one."
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is no record of a robustness ({error!r}).") from error

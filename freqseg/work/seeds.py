@@ -23,10 +23,11 @@ from ..clip import Backbone, pad_to_patch
 from ..conditions import Stopwatch, device_name
 from ..data import Sample, SegmentationFolder
 from ..files import InputError, Spool, atomic_write, finite
-from ..maps import METHODS, PARTS, CamParts, CamSettings, affinity_source, cam_of, cam_parts, chosen_methods, needed_parts
+from ..maps import (METHODS, PARTS, CamParts, CamSettings, affinity_source, cam_of, cam_parts, chosen_methods,
+                          needed_parts)
 from ..memory import keep_memory, leave_with_parent
-from ..metrics import (ConfusionMeter, Interval, best_threshold, bootstrap_interval, boundary_confusion, class_iou,
-                             confusion_matrix, mean_iou)
+from ..metrics import (ConfusionMeter, Interval, best_threshold, bootstrap_interval, boundary_confusion,
+                             class_iou, confusion_matrix, mean_iou)
 from ..pictures import fitted_size
 from ..prompts import Wording, embed_wording, usual_wording
 from ..tables import markdown_table
@@ -119,7 +120,8 @@ def batch_cams(
     with torch.no_grad(), job.shortened(), watch.measure("forward"):
         parts = cam_parts(job.backbone, images, job.text, present, job.background, job.methods, job.settings)
     for part in needed_parts(job.methods, job.settings):
-        with torch.no_grad(), job.shortened() if PARTS[part].weighs else nullcontext(), watch.measure(part): getattr(parts, part)
+        with torch.no_grad(), job.shortened() if PARTS[part].weighs else nullcontext(), watch.measure(part):
+            getattr(parts, part)
     watch.pictures += len(images)
     return torch.stack([_timed_cam(job, parts, method) for method in job.methods])
 
@@ -127,7 +129,8 @@ def batch_cams(
 def _timed_cam(job: SeedJob, parts: CamParts, method: str) -> Tensor:
     "The last step of one method, which has a name of its own on the stopwatch."
     reads = METHODS[method].tower   # off the tower itself, hence through its weights
-    with job.shortened() if reads else nullcontext(), job.watch.measure(f"{method} itself"): return cam_of(parts, method)
+    with job.shortened() if reads else nullcontext(), job.watch.measure(f"{method} itself"):
+        return cam_of(parts, method)
 
 def method_seconds(
     job: SeedJob,   # whose `watch` has measured
@@ -156,7 +159,9 @@ class _Prepared:
 
 def _prepare(job: SeedJob, index: int, sample: Sample, present: Tensor) -> _Prepared:
     "Resize, normalise and pad one picture. Raises `InputError` for a picture without a mask."
-    if sample.mask is None: raise InputError(f"picture {sample.id} has no mask to score against: choose a split with masks, or complete them.")
+    if sample.mask is None:
+        raise InputError(
+            f"picture {sample.id} has no mask to score against: choose a split with masks, or complete them.")
     size, patch = fitted_size(sample.image.size[::-1], job.size), job.backbone.patch_size
     image, _ = pad_to_patch(job.backbone.preprocess(sample.image, size), patch)
     return _Prepared(index, image, (size[0] / patch, size[1] / patch), present, np.asarray(sample.mask))
@@ -165,7 +170,8 @@ def _prepare(job: SeedJob, index: int, sample: Sample, present: Tensor) -> _Prep
 def _batches(job: SeedJob, dataset: SegmentationFolder, count: int) -> Iterator[list[tuple[int, _Prepared]]]:
     "Batches (position, picture) of pictures with the same padded size."
     labels = dataset.labels
-    reader = DataLoader(Subset(dataset, range(count)), batch_size=None, num_workers=job.workers, worker_init_fn=leave_with_parent)
+    reader = DataLoader(Subset(dataset, range(count)), batch_size=None, num_workers=job.workers,
+                        worker_init_fn=leave_with_parent)
     prepared = (_prepare(job, index, sample, labels[index]) for index, sample in enumerate(reader))
     with tqdm(total=count, desc=f"maps of {dataset.listing.split}", unit="picture", disable=not job.progress) as bar:
         for batch in grouped(prepared, lambda item: item.image.shape, job.batch, OVERTAKING * job.batch):
@@ -190,7 +196,8 @@ def seed_maps(
         for batch in _batches(job, dataset, count):
             present = torch.stack([item.present for _, item in batch]).to(job.backbone.device)
             cams = batch_cams(job, torch.cat([item.image for _, item in batch]), present)
-            for row, (position, item) in enumerate(batch): yield position, (SeedMaps.of(item.index, cams[:, row], item.present, item.covered), item.mask)
+            for row, (position, item) in enumerate(batch):
+                yield position, (SeedMaps.of(item.index, cams[:, row], item.present, item.covered), item.mask)
     yield from in_sequence(numbered())
 
 # %% ../../nbs/work/55_seeds.ipynb #6862dbbc
@@ -225,7 +232,8 @@ def paired_gain(
     level: float = 0.95,                    # coverage of the interval, in 0..1
     seed: int = 0,                          # of the bootstrap
 ) -> Interval:
-    """Difference of two mean IoUs on the same pictures, with its paired bootstrap interval (Efron). Errors as in `bootstrap_interval`.
+    """Difference of two mean IoUs on the same pictures, with its paired bootstrap interval (Efron). Errors as in
+    `bootstrap_interval`.
 
     Parameters
     ----------
@@ -361,7 +369,8 @@ class SeedTable:
     def figure(self) -> Any: return _figure(self)
 
     def save(self, folder: str | Path) -> tuple[Path, ...]:
-        "Write seeds.md, seeds.json and seeds.png, each whole or not at all. Raises `InputError` for a folder that cannot be written."
+        """Write seeds.md, seeds.json and seeds.png, each whole or not at all. Raises `InputError` for a folder that
+        cannot be written."""
         return _save(self, Path(folder))
 
     def _repr_markdown_(self) -> str: return self.markdown()
@@ -371,30 +380,43 @@ def _caption(table: SeedTable) -> str:
     "Where the figures come from, in sentences."
     own = table.threshold_split == table.split
     what = "background threshold" if table.variant == "threshold" else "background power"
-    lines = [f"Seeds on {table.dataset}, split {table.split}, {table.rows[0].images} pictures; model {table.model}.",
-             f"The {what} of each method is the best {'on this same split, as is usual for seeds' if own else f'on split {table.threshold_split}'}.",
-             f"Long side {table.size or 'as in the files'}{' px' * bool(table.size)}; {len(table.background)} background prompts; affinities from "
-             f"{table.settings.source}; mu {table.settings.mu:g}. Brackets: {table.level:.0%} bootstrap interval over pictures. "
-             f"Times on {table.device}, forward pass included."]
+    lines = [
+        f"Seeds on {table.dataset}, split {table.split}, {table.rows[0].images} pictures; model {table.model}.",
+        f"The {what} of each method is the best "
+        f"{'on this same split, as is usual for seeds' if own else f'on split {table.threshold_split}'}.",
+        f"Long side {table.size or 'as in the files'}{' px' * bool(table.size)}; {len(table.background)} background "
+        "prompts; affinities from "
+        f"{table.settings.source}; mu {table.settings.mu:g}. Brackets: {table.level:.0%} bootstrap interval over "
+        "pictures. "
+        f"Times on {table.device}, forward pass included."]
     if table.caveat: lines.append(f"The pictures are {table.caveat}.")
     if table.command: lines.append(f"Made by `{table.command}`.")
     return " ".join(lines)
 
 def _spread(value: Interval | None, sign: str = "") -> str:
     "An interval in percent."
-    return "" if value is None else f"{100 * value.value:{sign}.1f} [{100 * value.low:{sign}.1f}, {100 * value.high:{sign}.1f}]"
+    return "" if value is None else (f"{100 * value.value:{sign}.1f} [{100 * value.low:{sign}.1f}, "
+                                     f"{100 * value.high:{sign}.1f}]")
 
 def _markdown(table: SeedTable) -> str:
     "A table that renders on a code host, its caption above it."
-    head = ["method", "mIoU %", "above gradcam", "threshold" if table.variant == "threshold" else "power", "boundary IoU %", "s / picture", "pictures"]
-    rows = [[row.method, _spread(row.miou), _spread(row.gain, "+"), f"{row.threshold:.3g}", _spread(row.boundary), f"{row.seconds:.3g}",
-             str(row.images)] for row in table.rows]
+    head = [
+        "method", "mIoU %", "above gradcam", "threshold" if table.variant == "threshold" else "power", "boundary IoU %",
+        "s / picture", "pictures"]
+    rows = [[
+        row.method,
+        _spread(row.miou),
+        _spread(row.gain, "+"), f"{row.threshold:.3g}",
+        _spread(row.boundary), f"{row.seconds:.3g}",
+        str(row.images)] for row in table.rows]
     return f"{table.caption}\n\n{markdown_table(head, rows)}\n"
 
 # %% ../../nbs/work/55_seeds.ipynb #c8615a3e
 def _as_dict(table: SeedTable) -> dict[str, Any]:
     "Plain values, figures as fractions."
-    values = {name: getattr(table, name) for name in ("caption", "dataset", "split", "threshold_split", "model", "variant", "size", "caveat", "command", "device", "level")}
+    values = {
+        name: getattr(table, name) for name in ("caption", "dataset", "split", "threshold_split", "model", "variant",
+                                                "size", "caveat", "command", "device", "level")}
     rows = [{name: finite(getattr(row, name)) for name in SeedRow.__dataclass_fields__} for row in table.rows]
     return {**values, "background": list(table.background), "settings": table.settings.named(), "rows": rows}
 
@@ -408,14 +430,17 @@ def _figure(table: SeedTable) -> Any:
                                       (0.2, "#E69F00", "boundary IoU", [row.boundary for row in table.rows])):
         value, low, high = 100 * np.array(ends, float).T
         axis.barh(places + shift, value, 0.36, color=colour, label=name)
-        axis.errorbar(value, places + shift, xerr=np.maximum(0, [value - low, high - value]), fmt="none", ecolor="0.2", elinewidth=1, capsize=2)
-        for place, number, end in zip(places + shift, value, high): axis.annotate(f"{number:.1f}", (end, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
+        axis.errorbar(value, places + shift, xerr=np.maximum(0, [value - low, high - value]), fmt="none", ecolor="0.2",
+                      elinewidth=1, capsize=2)
+        for place, number, end in zip(places + shift, value, high):
+            axis.annotate(f"{number:.1f}", (end, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
     axis.set_yticks(places, [row.method for row in table.rows], fontsize=9)
     axis.invert_yaxis()
     axis.set_xlabel(f"% on {table.dataset}, {table.split}, {table.rows[0].images} pictures", fontsize=9)
     axis.margins(x=0.12)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 1.0 + 0.35 / len(table.rows)), ncols=2)
+    axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 1.0 + 0.35/len(table.rows)),
+                ncols=2)
     return figure
 
 def _save(table: SeedTable, folder: Path) -> tuple[Path, ...]:
@@ -428,29 +453,36 @@ def _save(table: SeedTable, folder: Path) -> tuple[Path, ...]:
 
 # %% ../../nbs/work/55_seeds.ipynb #ee1dedff
 def _check_dataset(dataset: SegmentationFolder, limit: int | None, batch: int) -> int:
-    "How many pictures to score. Raises `InputError` for a data set without background, an empty one, and numbers below 1."
+    """How many pictures to score. Raises `InputError` for a data set without background, an empty one, and numbers
+    below 1."""
     if not dataset.listing.background:
-        raise InputError(f"{dataset.listing.dataset} has no background class, and seeds are cut from the background: score another data set.")
+        raise InputError(
+            f"{dataset.listing.dataset} has no background class, and seeds are cut from the background: score another "
+            "data set."
+        )
     if batch < 1: raise InputError(f"batch={batch}: give at least one picture at a time.")
     return len(picture_indices(dataset, limit))
 
 # %% ../../nbs/work/55_seeds.ipynb #859bf8ed
 def _model_name(backbone: Backbone, pretrained: str | Path | None) -> str:
-    "The model for a caption. A file of `save_clip` speaks for itself; of named architectures only the caller knows the weights."
+    """The model for a caption. A file of `save_clip` speaks for itself; of named architectures only the caller knows
+    the weights."""
     if backbone.metadata.get("config"): return backbone.name
     return f"{backbone.name} with {'random weights' if pretrained is None else f'weights {Path(str(pretrained)).name}'}"
 
-def _rows(job: SeedJob, dataset: SegmentationFolder, best: Sequence[Any], region: ConfusionMeter, border: ConfusionMeter,
-          samples: int, seed: int) -> Iterator[SeedRow]:
+def _rows(job: SeedJob, dataset: SegmentationFolder, best: Sequence[Any], region: ConfusionMeter,
+          border: ConfusionMeter, samples: int, seed: int) -> Iterator[SeedRow]:
     "One row per method."
     miou = bootstrap_interval(region, samples=samples, seed=seed)
-    edge = bootstrap_interval(border, lambda counts: mean_iou(counts, average=range(dataset.num_classes)), samples, seed=seed)
+    edge = bootstrap_interval(border, lambda counts: mean_iou(counts, average=range(dataset.num_classes)), samples,
+                              seed=seed)
     base = job.methods.index("gradcam") if "gradcam" in job.methods else None
     pick = lambda interval, m: Interval(*(float(end[m]) for end in interval))
     for m, method in enumerate(job.methods):
         gain = None if base in (None, m) else paired_gain(region, m, base, samples=samples, seed=seed)
         iou = dict(zip(dataset.listing.value_names, class_iou(region.total[m]).tolist()))
-        yield SeedRow(method, pick(miou, m), best[m].threshold, best[m].miou, pick(edge, m), gain, method_seconds(job, method), len(region), iou)
+        yield SeedRow(method, pick(miou, m), best[m].threshold, best[m].miou, pick(edge, m), gain,
+                      method_seconds(job, method), len(region), iou)
 
 # %% ../../nbs/work/55_seeds.ipynb #c4b40582
 def evaluate_seeds(
@@ -473,11 +505,12 @@ def evaluate_seeds(
     pretrained: str | Path | None = "not stated",   # what `load_clip` was given, for the caption; None = random weights
     command: str = "",                                         # how to make the table again, for the caption
 ) -> SeedTable:
-    """Score the seeds of every method: mIoU and boundary IoU with intervals, best background threshold, seconds per picture.
+    """Score the seeds of every method: mIoU and boundary IoU with intervals, best background threshold, seconds per
+    picture.
 
-    One forward pass per picture serves all methods. Memory does not grow with the data set, but for some hundred bytes of
-    counts per picture and method. Raises `InputError` for a data set without masks, image labels or background, and for
-    options that cannot be.
+    One forward pass per picture serves all methods. Memory does not grow with the data set, but for some hundred bytes
+    of counts per picture and method. Raises `InputError` for a data set without masks, image labels or background, and
+    for options that cannot be.
 
     Parameters
     ----------
@@ -521,15 +554,18 @@ def evaluate_seeds(
     keep_memory()
     count, levels = _check_dataset(dataset, limit, batch), sweep_levels(thresholds, variant)
     wording, tuning = wording or usual_wording(backbone, dataset.classes), tuning_split(dataset, threshold_split)
-    job = _seed_job(dataset, backbone, methods, settings, wording, precision, size=size, batch=batch, workers=workers, progress=progress)
+    job = _seed_job(dataset, backbone, methods, settings, wording, precision, size=size, batch=batch, workers=workers,
+                    progress=progress)
     kept = Spool() if tuning is None else None
     tuned_on, pictures = (dataset, count) if tuning is None else (tuning, _check_dataset(tuning, limit, batch))
     best = [best_threshold(total, levels) for total in _sweep(job, tuned_on, pictures, levels, variant, kept)]
     maps = seed_maps(job, dataset, count) if kept is None else ((maps, dataset[maps.index].mask) for maps in kept)
     region, border = _score(job, maps, [point.threshold for point in best], variant, dataset.num_classes)
-    rows, listing = tuple(_rows(job, dataset, best, region, border, samples, seed)), dataset.listing.with_domain(backbone.domain)
-    return SeedTable(rows, listing.title, listing.split, tuned_on.listing.split, _model_name(backbone, pretrained), wording.background,
-                     variant, size, _resolved(backbone, settings), listing.domain.caveat, command, device_name(backbone.device), region)
+    rows, listing = tuple(_rows(job, dataset, best, region, border, samples,
+                                seed)), dataset.listing.with_domain(backbone.domain)
+    return SeedTable(rows, listing.title, listing.split, tuned_on.listing.split, _model_name(backbone, pretrained),
+                     wording.background, variant, size, _resolved(backbone, settings), listing.domain.caveat, command,
+                     device_name(backbone.device), region)
 
 def _resolved(backbone: Backbone, settings: CamSettings) -> CamSettings:
     "The settings with the affinity source that was really used."

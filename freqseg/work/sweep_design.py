@@ -49,7 +49,8 @@ def _plain(name: str, value: Any) -> Any:
     "The value as JSON holds it. Raises `InputError` for what it cannot hold."
     try: return json.loads(json.dumps(value, default=_unpacked, allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise InputError(f"{name}={value!r}: give finite numbers, words, truth values, None, or lists of them.") from error
+        raise InputError(
+            f"{name}={value!r}: give finite numbers, words, truth values, None, or lists of them.") from error
 
 def value_key(
     value: Any,   # of a parameter: a number, text, truth value, None or list
@@ -68,7 +69,8 @@ def _distinct(name: str, values: Iterable[Any]) -> list[Any]:
     listed = [_plain(name, value) for value in values]
     if not listed: raise InputError(f"{name} has no value: give at least one.")
     for place, value in enumerate(listed):
-        if value_key(value) in map(value_key, listed[:place]): raise InputError(f"{name} has the value {value!r} twice: name each once.")
+        if value_key(value) in map(value_key, listed[:place]):
+            raise InputError(f"{name} has the value {value!r} twice: name each once.")
     return listed
 
 # %% ../../nbs/work/62_sweep_design.ipynb #3fc9cfb9
@@ -85,13 +87,16 @@ def parameters_of(
     return [name.strip() for name in axis.split(",")]
 
 def checked_grid(
-    grid: Mapping[str, Iterable[Any]],   # parameter -> values, or "a,b" -> pairs of values; an empty grid compares nothing but seeds
+    grid: Mapping[
+        str,
+        Iterable[Any]],   # parameter -> values, or "a,b" -> pairs of values; an empty grid compares nothing but seeds
 ) -> dict[str, list[Any]]:
-    """The grid in plain values. Raises `InputError` for a parameter that cannot be swept, no list, an empty one, or a repeated value.
+    """The grid in plain values. Raises `InputError` for a parameter that cannot be swept, no list, an empty one, or a
+    repeated value.
 
     Parameters
     ----------
-    grid : Mapping[str, Iterable[Any]]
+    grid : Mapping[ str, Iterable[Any]]
         parameter -> values, or "a,b" -> pairs of values; an empty grid compares nothing but seeds
     """
     for axis, values in grid.items():
@@ -101,11 +106,13 @@ def checked_grid(
             raise InputError(f"grid {axis}: give a list of values, not {values!r}.")
     axes = {axis: _distinct(f"grid {axis}", values) for axis, values in grid.items()}
     names = [name for axis in axes for name in parameters_of(axis)]
-    if twice := [name for name in names if names.count(name) > 1]: raise InputError(f"the grid names {twice[0]} twice: give all its values at once.")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"the grid names {twice[0]} twice: give all its values at once.")
     for axis, values in axes.items():
         if (many := len(parameters_of(axis))) == 1: continue
         for value in values:
-            if not isinstance(value, list) or len(value) != many: raise InputError(f"grid {axis}: give {many} values for these {many} parameters, not {value!r}.")
+            if not isinstance(value, list) or len(value) != many:
+                raise InputError(f"grid {axis}: give {many} values for these {many} parameters, not {value!r}.")
     return axes
 
 def checked_seeds(
@@ -119,10 +126,12 @@ def checked_seeds(
         how many, counted from 0, or which
     """
     if isinstance(seeds, Integral) and not isinstance(seeds, bool): seeds = range(int(seeds))
-    if isinstance(seeds, (bool, str, bytes)) or not isinstance(seeds, Iterable): raise InputError(f"seeds={seeds!r}: say how many, or give a list.")
+    if isinstance(seeds, (bool, str, bytes)) or not isinstance(seeds, Iterable):
+        raise InputError(f"seeds={seeds!r}: say how many, or give a list.")
     listed = _distinct("seeds", seeds)
     for seed in listed:
-        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0: raise InputError(f"seed {seed!r}: give whole numbers of at least 0.")
+        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+            raise InputError(f"seed {seed!r}: give whole numbers of at least 0.")
     return listed
 
 # %% ../../nbs/work/62_sweep_design.ipynb #00b7f588
@@ -146,7 +155,8 @@ def _part(name: str, value: Any) -> str:
 def run_name(
     values: Mapping[str, Any],   # plain values by parameter
 ) -> str:
-    """The name of a run's folder, such as mu=0.2,seed=1: letters, digits and _.+-=, on every file system; other values, another name.
+    """The name of a run's folder, such as mu=0.2,seed=1: letters, digits and _.+-=, on every file system; other
+    values, another name.
 
     Parameters
     ----------
@@ -220,7 +230,8 @@ def trained_system(
     notebook: str | Path,                          # an .ipynb
     parameters: Mapping[str, Any] | None = None,   # of the notebook, where they differ from its own
 ) -> str | None:
-    """The system that a notebook trains: in its call of `experiment` the name, or the parameter that holds it; else None.
+    """The system that a notebook trains: in its call of `experiment` the name, or the parameter that holds it; else
+    None.
 
     Parameters
     ----------
@@ -233,10 +244,12 @@ def trained_system(
     for cell in nbformat.read(notebook, as_version=4).cells:
         with suppress(SyntaxError):   # a cell with magics
             for node in ast.walk(ast.parse(cell.source if cell.cell_type == "code" else "")):
-                if not (isinstance(node, ast.Call) and getattr(node.func, "id", "") == "experiment" and node.args): continue
+                if not (isinstance(node, ast.Call) and getattr(node.func, "id", "") == "experiment" and node.args):
+                    continue
                 if isinstance(node.args[0], ast.Constant): return node.args[0].value
                 name = getattr(node.args[0], "id", "")
-                if name in (known := notebook_parameters(notebook)): return (parameters or {}).get(name, known[name].default)
+                if name in (known := notebook_parameters(notebook)):
+                    return (parameters or {}).get(name, known[name].default)
     return None
 
 def new_design(
@@ -263,12 +276,17 @@ def new_design(
     """
     known = notebook_parameters(notebook)
     for name in ("seed", "out"):
-        if name not in known: raise InputError(f"{notebook} has no parameter {name!r}: a sweep gives every run a seed and a folder.")
+        if name not in known:
+            raise InputError(f"{notebook} has no parameter {name!r}: a sweep gives every run a seed and a folder.")
         if name in (parameters or {}): raise InputError(f"{name} cannot be fixed: {NOT_SWEPT[name]}.")
-    usual = {"preset": known["preset"].default} if "preset" in known else {}   # written down, since a notebook may come to choose another
+    # written down, since a notebook may come to choose another
+    usual = {"preset": known["preset"].default} if "preset" in known else {}
     fixed = {name: _plain(name, value) for name, value in {**usual, **(parameters or {})}.items() if value is not None}
-    design = Design(trained_system(notebook, fixed) or Path(notebook).stem, checked_grid(grid), checked_seeds(seeds), fixed, (command,) if command else ())
-    if clash := design.points[0].keys() & fixed.keys(): raise InputError(f"{min(clash)} is in the grid, so it cannot be fixed, too: leave one of them out.")
+    design = Design(
+        trained_system(notebook, fixed) or Path(notebook).stem, checked_grid(grid), checked_seeds(seeds), fixed,
+        (command,) if command else ())
+    if clash := design.points[0].keys() & fixed.keys():
+        raise InputError(f"{min(clash)} is in the grid, so it cannot be fixed, too: leave one of them out.")
     for run in design.runs: check_parameters(known, design.parameters(run))
     return design
 
@@ -276,7 +294,8 @@ def new_design(
 def run_plans(
     design: Design,   # of `new_design`
 ) -> list["Plan"]:
-    """The plans of all runs where the notebook trains a system, else none. Raises `InputError` for values that cannot be.
+    """The plans of all runs where the notebook trains a system, else none. Raises `InputError` for values that cannot
+    be.
 
     Parameters
     ----------
@@ -305,15 +324,21 @@ def read_design(
     if not path.exists(): raise InputError(f"{out} holds no sweep: there is no {path.name}.")
     try: return Design(**{**(record := read_json(path)["design"]), "commands": tuple(record["commands"])})
     except (TypeError, KeyError) as error:
-        raise InputError(f"{path} is damaged. Remove it and make the call of the sweep again: runs that are done stay done.") from error
+        raise InputError(
+            f"{path} is damaged. Remove it and make the call of the sweep again: runs that are done stay done."
+        ) from error
 
 def _differences(there: Design, now: Design) -> list[str]:
     "What keeps two designs from being the same sweep."
     differences = [f"system: {there.system} there, {now.system} now"] if there.system != now.system else []
-    if set(there.grid) != set(now.grid): differences.append(f"grid: {', '.join(there.grid) or 'no parameter'} there, {', '.join(now.grid) or 'no parameter'} now")
+    if set(there.grid) != set(now.grid):
+        differences.append(
+            f"grid: {', '.join(there.grid) or 'no parameter'} there, {', '.join(now.grid) or 'no parameter'} now")
     shown = lambda fixed, name: repr(fixed[name]) if name in fixed else "not given"
-    return differences + [f"{name}: {shown(there.fixed, name)} there, {shown(now.fixed, name)} now" for name in {**there.fixed, **now.fixed}
-                    if value_key(there.fixed.get(name)) != value_key(now.fixed.get(name))]
+    return differences + [
+        f"{name}: {shown(there.fixed, name)} there, {shown(now.fixed, name)} now"
+        for name in {**there.fixed, **now.fixed}
+        if value_key(there.fixed.get(name)) != value_key(now.fixed.get(name))]
 
 def _joined(old: Sequence[Any], new: Sequence[Any]) -> list[Any]:
     "The old values, then those that are new."
@@ -336,9 +361,11 @@ def extended(
         the folder, for the message
     """
     if unlike := _differences(there, now):
-        raise InputError("\n  ".join([f"{out} holds another sweep:", *unlike]) + "\nChoose another out folder, or give what this sweep was begun with.")
+        raise InputError("\n  ".join([f"{out} holds another sweep:", *unlike]) +
+                         "\nChoose another out folder, or give what this sweep was begun with.")
     grid = {name: _joined(values, now.grid[name]) for name, values in there.grid.items()}
-    return replace(there, grid=grid, seeds=_joined(there.seeds, now.seeds), commands=tuple(_joined(there.commands, now.commands)))
+    return replace(there, grid=grid, seeds=_joined(there.seeds, now.seeds),
+                   commands=tuple(_joined(there.commands, now.commands)))
 
 # %% ../../nbs/work/62_sweep_design.ipynb #3ff85b95
 def run_figures(
@@ -351,7 +378,9 @@ def run_figures(
     metrics : Any
         what a metrics.json holds, read as JSON
     """
-    figures = metrics.get("report", {}).get("figures") if isinstance(metrics, dict) and isinstance(metrics.get("report", {}), dict) else None
+    figures = metrics.get(
+        "report",
+        {}).get("figures") if isinstance(metrics, dict) and isinstance(metrics.get("report", {}), dict) else None
     return figures if isinstance(figures, dict) and figures else None
 
 def finished(
@@ -387,7 +416,8 @@ def settle(
         why it failed; empty: it did not
     """
     if not complaint and run_figures(read_json(folder/"metrics.json")) is None:
-        complaint = f"the notebook ran to its end, but left no figures: {folder/'metrics.json'} is missing, torn, or holds none."
+        complaint = (f"the notebook ran to its end, but left no figures: {folder/'metrics.json'} is missing, torn, or "
+                     "holds none.")
     if not complaint: write_json(folder/"parameters.json", parameters)
     else:
         with atomic_write(folder/"error.txt") as partial: partial.write_text(complaint + "\n", encoding="utf-8")

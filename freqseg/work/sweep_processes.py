@@ -27,7 +27,8 @@ def _leave_with_parent() -> None:
     os._exit(1)
 
 def serve() -> None:
-    "The life of a run's process: the task comes as a line on standard input, a complaint, if any, goes out on standard output."
+    """The life of a run's process: the task comes as a line on standard input, a complaint, if any, goes out on
+    standard output."""
     task, answer = json.loads(sys.stdin.readline()), os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)   # nothing that a library prints is an answer
     threading.Thread(target=_leave_with_parent, daemon=True).start()
@@ -57,9 +58,11 @@ class RunProcess:
         environment: Mapping[str, str],   # variables of the process
     ):
         self.run, self.words = run, tempfile.TemporaryFile()
-        program = f"import sys; sys.path[:] = {[*map(str, sys.path), *_package_folder()]!r}; from freqseg.work.sweep_processes import serve; serve()"
-        self.process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.words,
-                                        text=True, encoding="utf-8", start_new_session=True, env={**os.environ, **environment})
+        program = (f"import sys; sys.path[:] = {[*map(str, sys.path), *_package_folder()]!r}; from "
+                   "freqseg.work.sweep_processes import serve; serve()")
+        self.process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=self.words, text=True, encoding="utf-8", start_new_session=True,
+                                        env={**os.environ, **environment})
         with suppress(OSError):   # it died at once; its verdict will tell
             self.process.stdin.write(json.dumps(task) + "\n")
             self.process.stdin.flush()
@@ -112,7 +115,8 @@ def _cuda_devices() -> list[str]:
 def environments(
     jobs: int,   # processes side by side
 ) -> list[dict[str, str]]:
-    """What each of so many processes side by side finds in its environment: its share of the cores, and of the GPUs if there are several.
+    """What each of so many processes side by side finds in its environment: its share of the cores, and of the GPUs if
+    there are several.
 
     Parameters
     ----------
@@ -123,7 +127,8 @@ def environments(
     given, share, devices = os.environ.get("OMP_NUM_THREADS", ""), max(1, cores // jobs), _cuda_devices()
     threads = min(share, int(given)) if given.isdecimal() and int(given) else share   # who asked for less has a reason
     shared = {"OMP_NUM_THREADS": str(threads)}
-    return [{**shared, **({"CUDA_VISIBLE_DEVICES": devices[place % len(devices)]} if len(devices) > 1 else {})} for place in range(jobs)]
+    return [{**shared, **({"CUDA_VISIBLE_DEVICES": devices[place % len(devices)]} if len(devices) > 1 else {})}
+            for place in range(jobs)]
 
 # %% ../../nbs/work/63_sweep_processes.ipynb #a39aa1d2
 def run_side_by_side(

@@ -84,10 +84,14 @@ def paired_difference(
     return estimate({seed: value - first[seed] for seed, value in values.items() if seed in first}, level)
 
 # %% ../../nbs/work/64_sweep_statistics.ipynb #4743fd03
-MEASURES = {"hiou": ("zero_shot", "hiou"), "seen": ("zero_shot", "miou_seen"), "unseen": ("zero_shot", "miou_unseen"), "seg": ("seg", "miou"), "seg_crf": ("seg_crf", "miou"), "mask": ("mask", "miou"), "mask_crf": ("mask_crf", "miou"), "seed": ("seed", "miou"),
-            "boundary": ("seg", "boundary"), "low": ("seg_low", "miou"), "high": ("seg_high", "miou")}
-TITLES = {"hiou": "hIoU", "seen": "mIoU(S)", "unseen": "mIoU(U)", "seg": "seg mIoU", "seg_crf": "seg mIoU after CRF", "mask": "mask mIoU", "mask_crf": "mask mIoU after CRF", "seed": "seed mIoU",
-          "boundary": "seg boundary IoU", "low": "seg mIoU, low band", "high": "seg mIoU, high band"}
+MEASURES = {
+    "hiou": ("zero_shot", "hiou"), "seen": ("zero_shot", "miou_seen"), "unseen": ("zero_shot", "miou_unseen"),
+    "seg": ("seg", "miou"), "seg_crf": ("seg_crf", "miou"), "mask": ("mask", "miou"), "mask_crf": ("mask_crf", "miou"),
+    "seed": ("seed", "miou"), "boundary": ("seg", "boundary"), "low": ("seg_low", "miou"), "high": ("seg_high", "miou")}
+TITLES = {
+    "hiou": "hIoU", "seen": "mIoU(S)", "unseen": "mIoU(U)", "seg": "seg mIoU", "seg_crf": "seg mIoU after CRF",
+    "mask": "mask mIoU", "mask_crf": "mask mIoU after CRF", "seed": "seed mIoU", "boundary": "seg boundary IoU",
+    "low": "seg mIoU, low band", "high": "seg mIoU, high band"}
 NOT_IN_TABLES = ("low", "high")   # in sweep.json alone: how faithful a system is to bands is a question of its own
 
 def main_measure(
@@ -105,7 +109,8 @@ def main_measure(
 def _measured(metrics: Mapping[str, Any]) -> dict[str, float]:
     "The measures that a run has, as fractions."
     measures, homes = {}, {}
-    with suppress(KeyError, TypeError): homes = {**run_figures(metrics), "zero_shot": metrics["report"].get("zero_shot")}
+    with suppress(KeyError, TypeError):
+        homes = {**run_figures(metrics), "zero_shot": metrics["report"].get("zero_shot")}
     for name, (figure, kind) in MEASURES.items():
         with suppress(KeyError, TypeError): measures[name] = homes[figure][kind]["value"]
     return {name: float(value) for name, value in measures.items() if is_number(value) and math.isfinite(value)}
@@ -141,8 +146,8 @@ def _origin(metrics: Mapping[str, Any]) -> tuple[str, str]:
     report = metrics["report"]
     if "dataset" not in report: return "", recorded_caveat(report)
     count = report.get("images")
-    return (f"{report['dataset']}, split {report.get('split', '?')}" + (f", {count:,} picture{'s' * (count != 1)}" if is_number(count) else ""),
-            recorded_caveat(report))
+    return (f"{report['dataset']}, split {report.get('split', '?')}" +
+            (f", {count:,} picture{'s' * (count != 1)}" if is_number(count) else ""), recorded_caveat(report))
 
 @dataclass(frozen=True)
 class Sweep:
@@ -185,9 +190,13 @@ class Sweep:
 
     def as_dict(self) -> dict[str, Any]:
         "Plain values: figures are fractions, NaN is None."
-        rows = [dict(point=row.point, seeds=list(row.seeds), measures={name: _as_json(one) for name, one in row.measures.items()},
-                     gain=row.gain and _as_json(row.gain)) for row in self.rows]
-        return dict(design=asdict(self.design), data=list(self.data), caveat=self.caveat, level=LEVEL, rows=rows, missing=self.missing)
+        rows = [
+            dict(point=row.point, seeds=list(row.seeds),
+                 measures={name: _as_json(one)
+                           for name, one in row.measures.items()}, gain=row.gain and _as_json(row.gain))
+            for row in self.rows]
+        return dict(design=asdict(self.design), data=list(self.data), caveat=self.caveat, level=LEVEL, rows=rows,
+                    missing=self.missing)
 
     def markdown(self) -> str:
         "The table with everything that a reader needs to judge it."
@@ -214,9 +223,11 @@ def _why(folder: Path) -> str:
     with suppress(OSError): return (folder/"error.txt").read_text(encoding="utf-8").strip()
     return _UNFINISHED if folder.exists() else _NOT_RUN
 
-def _row(design: Design, point: dict[str, Any], measured: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> Row:
+def _row(design: Design, point: dict[str, Any], measured: Mapping[str, Mapping[str, float]],
+         names: Sequence[str]) -> Row:
     "One row, from the measures of all finished runs by name."
-    own = lambda where, name: {seed: measures[name] for seed in design.seeds if name in (measures := measured.get(Run(where, seed).name, {}))}
+    own = lambda where, name: {
+        seed: measures[name] for seed in design.seeds if name in (measures := measured.get(Run(where, seed).name, {}))}
     seeds = tuple(seed for seed in design.seeds if Run(point, seed).name in measured)
     main = main_measure(names)
     gain = paired_difference(own(point, main), own(design.points[0], main)) if point != design.points[0] else None
@@ -233,14 +244,19 @@ def _recorded(path: Path) -> Sweep:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         design = Design(**{**record["design"], "commands": tuple(record["design"]["commands"])})
-        rows = tuple(Row(row["point"], tuple(row["seeds"]), {name: _estimate(one) for name, one in row["measures"].items()}, _estimate(row["gain"])) for row in record["rows"])
+        rows = tuple(
+            Row(row["point"], tuple(row["seeds"]), {name: _estimate(one)
+                                                    for name, one in row["measures"].items()}, _estimate(row["gain"]))
+            for row in record["rows"])
         return Sweep(path.parent, design, rows, record["missing"], tuple(record["data"]), recorded_caveat(record))
-    except (OSError, ValueError, KeyError, TypeError) as error: raise InputError(f"{path} is no record of a sweep: {type(error).__name__}: {error}.") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is no record of a sweep: {type(error).__name__}: {error}.") from error
 
 def read_sweep(
     out: str | Path,   # folder of a sweep, or a sweep.json
 ) -> Sweep:
-    """What the sweep in a folder has measured so far, or what a sweep.json tells of one; nothing is run. Raises `InputError` where there is none.
+    """What the sweep in a folder has measured so far, or what a sweep.json tells of one; nothing is run. Raises
+    `InputError` where there is none.
 
     Parameters
     ----------
@@ -253,16 +269,19 @@ def read_sweep(
     metrics_of = {run.name: finished(out/run.name, design.parameters(run)) for run in design.runs}
     done = {name: metrics for name, metrics in metrics_of.items() if metrics}
     measured = {name: _measured(metrics) for name, metrics in done.items()}
-    names, origins = [name for name in MEASURES if any(name in its for its in measured.values())], dict.fromkeys(map(_origin, done.values()))
+    names, origins = [name for name in MEASURES
+                      if any(name in its for its in measured.values())], dict.fromkeys(map(_origin, done.values()))
     return Sweep(out, design, tuple(_row(design, point, measured, names) for point in design.points),
-                 {name: _why(out/name) for name in metrics_of if name not in done}, tuple(dict.fromkeys(text for text, _ in origins if text)),
+                 {name: _why(out/name) for name in metrics_of if name not in done},
+                 tuple(dict.fromkeys(text for text, _ in origins if text)),
                  next((caveat for _, caveat in origins if caveat), ""))
 
 # %% ../../nbs/work/64_sweep_statistics.ipynb #1380a291
 def _percent(one: Estimate, done: int, sign: str = "") -> str:
     "A mean with its interval, in percent; the number of seeds where it is not that of the row."
     if not one.n: return "–"
-    text = f"{100 * one.value:{sign}.1f}" + ("" if math.isnan(one.low) else f" [{100 * one.low:{sign}.1f}, {100 * one.high:{sign}.1f}]")
+    text = f"{100 * one.value:{sign}.1f}" + ("" if math.isnan(one.low) else
+                                             f" [{100 * one.low:{sign}.1f}, {100 * one.high:{sign}.1f}]")
     return text if one.n == done else f"{text} ({one.n} seed{'s' * (one.n > 1)})"
 
 def _table(sweep: Sweep) -> str:
@@ -283,12 +302,15 @@ def _table(sweep: Sweep) -> str:
 def _caption(sweep: Sweep) -> str:
     "What the numbers mean."
     several = any(len(row.seeds) > 1 for row in sweep.rows)
-    sentences = [f"Means over seeds; brackets: {LEVEL:.0%} intervals (Student's t) over seeds. All runs see the same test pictures, so the "
-            "intervals say how much training varies, not how much pictures do."]
+    sentences = [
+        f"Means over seeds; brackets: {LEVEL:.0%} intervals (Student's t) over seeds. All runs see the same test "
+        "pictures, so the "
+        "intervals say how much training varies, not how much pictures do."]
     if not several: sentences = ["One seed each: there are no intervals, and another seed may order them otherwise."]
     if len(sweep.rows) > 1 and main_measure(sweep.measures) in sweep.measures:
         sentences.append("Last column: differences to the first row, seed by seed, over the seeds that both have." +
-                    " Each interval stands for itself: of many rows a few leave out 0 by chance." * (several and len(sweep.rows) > 2))
+                         " Each interval stands for itself: of many rows a few leave out 0 by chance."*
+                         (several and len(sweep.rows) > 2))
     return " ".join(sentences)
 
 def provenance(
@@ -303,7 +325,8 @@ def provenance(
     """
     if not any(row.seeds for row in sweep.rows): return "No run has finished yet."
     where = "; and ".join(map(plain, sweep.data)) or "data that the runs do not name"
-    text = f"Measured on {where}." + " **The runs do not agree on the data: these rows are no comparison.**" * (len(sweep.data) > 1)
+    text = f"Measured on {where}." + " **The runs do not agree on the data: these rows are no comparison.**"*(len(
+        sweep.data) > 1)
     return text + (f" **The pictures are {plain(sweep.caveat)}.**" if sweep.caveat else "")
 
 def sweep_markdown(
@@ -319,8 +342,10 @@ def sweep_markdown(
     design = sweep.design
     fixed = ", ".join(f"{name}={value}" for name, value in design.fixed.items()) or "the notebook's defaults"
     grid = "; ".join(f"{name} = {', '.join(map(str, values))}" for name, values in design.grid.items()) or "seeds only"
-    conditions = [f"- system: {plain(design.system)}; fixed: {plain(fixed)}", f"- compared: {plain(grid)}", f"- seeds: {', '.join(map(str, design.seeds))}",
-            *(f"- command: `{plain(command)}`" for command in design.commands)]
+    conditions = [
+        f"- system: {plain(design.system)}; fixed: {plain(fixed)}", f"- compared: {plain(grid)}",
+        f"- seeds: {', '.join(map(str, design.seeds))}",
+        *(f"- command: `{plain(command)}`" for command in design.commands)]
     title = f"# Sweep of {plain(design.system)} over {plain(', '.join(design.points[0]) or 'seeds')}"
     parts = [title, provenance(sweep), _table(sweep), _caption(sweep), "## Conditions", "\n".join(conditions)]
     if sweep.missing:
@@ -350,7 +375,8 @@ def comparison_markdown(
     *sweeps: Sweep,                  # where the figures come from
     commands: Sequence[str] = (),    # of figures that no sweep has made
 ) -> str:
-    """A table of figures of several sweeps; below it, of each, what was measured, with which seeds, and the command that makes it.
+    """A table of figures of several sweeps; below it, of each, what was measured, with which seeds, and the command
+    that makes it.
 
     Parameters
     ----------
@@ -365,6 +391,9 @@ def comparison_markdown(
     """
     origins = [f"- {plain('; '.join(one.data))}; seeds {', '.join(map(str, one.design.seeds))}; "
                f"`{plain(one.design.commands[-1])}`" for one in sweeps]
-    means = f"Brackets: {LEVEL:.0%} intervals (Student's t) over seeds, none where seeds agree; all runs are judged on the same pictures."
-    pictures = "".join(f"The pictures are {plain(caveat)}. " for caveat in dict.fromkeys(one.caveat for one in sweeps) if caveat)
-    return "\n".join([markdown_table(head, rows), "", pictures + means, "", *origins, *(f"- `{plain(one)}`" for one in commands)])
+    means = (f"Brackets: {LEVEL:.0%} intervals (Student's t) over seeds, none where seeds agree; all runs are judged "
+             "on the same pictures.")
+    pictures = "".join(f"The pictures are {plain(caveat)}. " for caveat in dict.fromkeys(one.caveat for one in sweeps)
+                       if caveat)
+    return "\n".join([
+        markdown_table(head, rows), "", pictures + means, "", *origins, *(f"- `{plain(one)}`" for one in commands)])

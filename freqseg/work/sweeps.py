@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import InputError, locked, read_json, write_json
-from .sweep_design import Design, Run, extended, finished, forget, new_design, read_design, run_plans, settle, value_key
+from .sweep_design import (Design, Run, extended, finished, forget, new_design, read_design, run_plans,
+                                       settle, value_key)
 from .sweep_processes import RunProcess, environments, run_side_by_side
 from .sweep_statistics import Sweep, read_sweep
 
@@ -38,7 +39,11 @@ def _require_own_folders(design: Design) -> None:
     owners: dict[str, Run] = {}
     for run in design.runs:
         other = owners.setdefault(run.name.casefold(), run)
-        if other != run: raise InputError(f"the folders {other.name} and {run.name} would be one on some file systems: make a sweep of each value.")
+        if other != run:
+            raise InputError(
+                f"the folders {other.name} and {run.name} would be one on some file systems: make a sweep of each "
+                "value."
+            )
 
 def _begun(out: Path, now: Design) -> Design:
     "The design of the folder with that of the call, written down."
@@ -49,21 +54,25 @@ def _begun(out: Path, now: Design) -> Design:
 
 # %% ../../nbs/work/65_sweeps.ipynb #8f11a019
 def sweep(
-    notebook: str | Path,                            # with parameters seed and out, that writes OUT/metrics.json: one of nbs/train
-    out: str | Path,                                 # folder of the sweep; each run has a folder in it
-    grid: Mapping[str, Iterable[Any]],               # parameter -> values, "a,b" -> pairs of them; the first is what others are compared to
-    seeds: int | Iterable[int] = 1,                  # how many, counted from 0, or which
-    parameters: Mapping[str, Any] | None = None,     # that all runs share
-    jobs: int = 1,                                   # runs at a time
-    *,
-    command: str = "",                               # how to make the sweep again, for the table
-    progress: bool = True,                           # a bar over runs, on stderr
+        notebook: str | Path,   # with parameters seed and out, that writes OUT/metrics.json: one of nbs/train
+        out: str | Path,   # folder of the sweep; each run has a folder in it
+        grid: Mapping[
+            str,
+            Iterable[Any]],   # parameter -> values, "a,b" -> pairs of them; the first is what others are compared to
+        seeds: int | Iterable[int] = 1,   # how many, counted from 0, or which
+        parameters: Mapping[str, Any] | None = None,   # that all runs share
+        jobs: int = 1,   # runs at a time
+        *,
+        command: str = "",   # how to make the sweep again, for the table
+        progress: bool = True,   # a bar over runs, on stderr
 ) -> Sweep:
-    """Run a notebook for every combination of values with every seed, each run in a process of its own, and compare them.
+    """Run a notebook for every combination of values with every seed, each run in a process of its own, and compare
+    them.
 
-    What is done already is not done again, what was interrupted goes on from its checkpoint, what failed is tried again. Runs that fail
-    do not stop the others; `Sweep.failed` says why. sweep.md and sweep.json are written to `out`. Raises `InputError`, before
-    anything runs, for values that do not fit, a folder that holds another sweep, and one that is in use.
+    What is done already is not done again, what was interrupted goes on from its checkpoint, what failed is tried
+    again. Runs that fail do not stop the others; `Sweep.failed` says why. sweep.md and sweep.json are written to
+    `out`. Raises `InputError`, before anything runs, for values that do not fit, a folder that holds another sweep,
+    and one that is in use.
 
     Parameters
     ----------
@@ -71,7 +80,7 @@ def sweep(
         with parameters seed and out, that writes OUT/metrics.json: one of nbs/train
     out : str | Path
         folder of the sweep; each run has a folder in it
-    grid : Mapping[str, Iterable[Any]]
+    grid : Mapping[ str, Iterable[Any]]
         parameter -> values, "a,b" -> pairs of them; the first is what others are compared to
     seeds : int | Iterable[int]
         how many, counted from 0, or which
@@ -84,7 +93,8 @@ def sweep(
     progress : bool
         a bar over runs, on stderr
     """
-    if not isinstance(jobs, int) or isinstance(jobs, bool) or jobs < 1: raise InputError(f"jobs={jobs!r}: give a whole number of 1 or more.")
+    if not isinstance(jobs, int) or isinstance(jobs, bool) or jobs < 1:
+        raise InputError(f"jobs={jobs!r}: give a whole number of 1 or more.")
     out, now = Path(out), new_design(notebook, grid, seeds, parameters, command)
     plans = run_plans(now)
     with locked(out):
@@ -96,12 +106,14 @@ def sweep(
     return result
 
 # %% ../../nbs/work/65_sweeps.ipynb #4822b1c8
-def _carry_out(design: Design, asked: Sequence[Run], notebook: str | Path, out: Path, shared: Mapping[str, str], jobs: int, progress: bool) -> list[str]:
+def _carry_out(design: Design, asked: Sequence[Run], notebook: str | Path, out: Path, shared: Mapping[str, str],
+               jobs: int, progress: bool) -> list[str]:
     "Run what is not finished yet, with a bar; the names of what was run."
     from tqdm import tqdm
     waiting = [run for run in asked if finished(out/run.name, design.parameters(run)) is None]
     places = environments(max(1, min(jobs, len(waiting))))
-    with tqdm(total=len(asked), initial=len(asked) - len(waiting), desc=f"sweep of {design.system}", unit="run", smoothing=0, disable=not progress) as bar:
+    with tqdm(total=len(asked), initial=len(asked) - len(waiting), desc=f"sweep of {design.system}", unit="run",
+              smoothing=0, disable=not progress) as bar:
         def start(run: Run, place: int) -> RunProcess:
             folder = (out/run.name).resolve()
             folder.mkdir(exist_ok=True)

@@ -51,7 +51,8 @@ def add_sweep(
     compact = torch.full((256,), 255, dtype=torch.uint8, device=mask.device)
     compact[channels], compact[0] = torch.arange(1, len(channels) + 1, dtype=torch.uint8, device=mask.device), 0
     cams = F.pad(maps.enlarged(tuple(mask.shape), mask.device), (0, 0, 0, 0, 0, missing))
-    present, target, ids = F.pad(maps.present, (0, missing)), compact[mask.long()], F.pad(channels, (1, 0)).to(totals.device)
+    present, target, ids = F.pad(maps.present, (0, missing)), compact[mask.long()], F.pad(channels,
+                                                                                          (1, 0)).to(totals.device)
     for total, cam in zip(totals, cams):
         total[:, ids[:, None], ids] += sweep_background(cam, present, target, thresholds, variant).to(totals.device)
 
@@ -63,7 +64,8 @@ def seed_labels(
     variant: str = "threshold",           # "threshold" or "power"
     device: torch.device | str = "cpu",   # where the maps are enlarged
 ) -> Tensor:   # (M, H, W) uint8: 0 background, k + 1 for class k
-    """Labels of every method at its own threshold: the strongest class, or background where its score is below the background's.
+    """Labels of every method at its own threshold: the strongest class, or background where its score is below the
+    background's.
 
     Parameters
     ----------
@@ -95,7 +97,8 @@ def tuning_split(
     dataset: SegmentationFolder,               # that is reported
     chosen: SegmentationFolder | str | None,   # a data set, or a split of the same one; None = the reported one
 ) -> SegmentationFolder | None:
-    """The data set to choose thresholds on; None when it is the reported one. Raises `InputError` when its classes differ.
+    """The data set to choose thresholds on; None when it is the reported one. Raises `InputError` when its classes
+    differ.
 
     Parameters
     ----------
@@ -106,8 +109,10 @@ def tuning_split(
     """
     listing = dataset.listing
     if chosen is None or chosen == listing.split: return None
-    if isinstance(chosen, str): chosen = SegmentationFolder(list_dataset(listing.root, chosen, listing.dataset), masks=True)
-    if tuple(chosen.classes) != tuple(dataset.classes): raise InputError(f"{chosen!r} has other classes than {dataset!r}: choose thresholds on the same classes.")
+    if isinstance(chosen, str):
+        chosen = SegmentationFolder(list_dataset(listing.root, chosen, listing.dataset), masks=True)
+    if tuple(chosen.classes) != tuple(dataset.classes):
+        raise InputError(f"{chosen!r} has other classes than {dataset!r}: choose thresholds on the same classes.")
     return chosen
 
 def sweep_levels(
@@ -126,5 +131,6 @@ def sweep_levels(
     if variant not in ("threshold", "power"): raise InputError(f"variant={variant!r}: use 'threshold' or 'power'.")
     levels = tuple(thresholds) if thresholds is not None else (THRESHOLDS if variant == "threshold" else POWERS)
     if not levels or any(not 0 < level < (1 if variant == "threshold" else math.inf) for level in levels):
-        raise InputError(f"thresholds={levels}: give at least one {'in (0, 1)' if variant == 'threshold' else 'above 0'}.")
+        raise InputError(
+            f"thresholds={levels}: give at least one {'in (0, 1)' if variant == 'threshold' else 'above 0'}.")
     return levels

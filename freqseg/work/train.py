@@ -36,7 +36,8 @@ if TYPE_CHECKING: from lightning_fabric import Fabric  # takes seconds to import
 
 # %% ../../nbs/work/56_train.ipynb #56b49bf7
 class Trainable(Protocol):
-    """What a system offers to the loop; it is an `nn.Module` besides. A `backbone` (`freqseg.clip.Backbone`) is made use of if there.
+    """What a system offers to the loop; it is an `nn.Module` besides. A `backbone` (`freqseg.clip.Backbone`) is made
+    use of if there.
 
     Attributes
     ----------
@@ -52,7 +53,8 @@ class Trainable(Protocol):
     num_classes: int                 # C, background included
 
     def training_step(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        "Weighted scalar losses by name, the same names on every process; their sum is minimised. `progress` is step/steps."
+        """Weighted scalar losses by name, the same names on every process; their sum is minimised. `progress` is
+        step/steps."""
 
     def predict(self, images: Tensor) -> Tensor:
         "Logits (B, C, h, w) of normalised pictures (B, 3, H, W)."
@@ -67,7 +69,8 @@ class Trainable(Protocol):
         "Take back what `trainable_state` gave."
 
 class Pictures(Protocol):
-    "What the loop asks of a data set: `freqseg.data.SegmentationFolder`, or your own. `labels` and `listing` are used if there."
+    """What the loop asks of a data set: `freqseg.data.SegmentationFolder`, or your own. `labels` and `listing` are
+    used if there."""
     ids: Sequence[str]
     classes: tuple[str, ...]
 
@@ -80,8 +83,8 @@ class Pictures(Protocol):
 class TrainSettings(Options):
     """How to train. Defaults: WeCLIP on VOC. Raises `InputError` for a value that cannot be meant.
 
-    A run is continued with the same settings; those from `validate_every` on may change in between, and `batch`, `accumulate`
-    and the number of devices as long as their product stays.
+    A run is continued with the same settings; those from `validate_every` on may change in between, and `batch`,
+    `accumulate` and the number of devices as long as their product stays.
 
     Attributes
     ----------
@@ -176,7 +179,8 @@ def learning_rate(
     step: int,                 # 0 .. iterations - 1
     settings: TrainSettings,   # the schedule
 ) -> float:
-    """Linear warm-up from `warmup_start` of the rate, then lr (1 - t/T)^power (WeCLIP: power 1, FFR: 0.9 after 2,000 steps).
+    """Linear warm-up from `warmup_start` of the rate, then lr (1 - t/T)^power (WeCLIP: power 1, FFR: 0.9 after 2,000
+    steps).
 
     Parameters
     ----------
@@ -204,9 +208,11 @@ def mixed_seed(
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    "Within the block torch (also on `device`), numpy and random start from `seed`; afterwards they go on where they were."
+    """Within the block torch (also on `device`), numpy and random start from `seed`; afterwards they go on where they
+    were."""
     cuda = device is not None and device.type == "cuda"
-    before = torch.get_rng_state(), np.random.get_state(), random.getstate(), torch.cuda.get_rng_state(device) if cuda else None
+    before = torch.get_rng_state(), np.random.get_state(), random.getstate(), torch.cuda.get_rng_state(
+        device) if cuda else None
     torch.default_generator.manual_seed(seed); np.random.seed(seed % 2**32); random.seed(seed)
     if cuda:
         with torch.cuda.device(device): torch.cuda.manual_seed(seed)
@@ -273,7 +279,8 @@ class _Drawn:
 
 @dataclass(frozen=True, eq=False)
 class _Loaded:
-    "A batch as it comes from a worker, or the reason why there is none. Errors travel as text: raised in a worker they lose their kind."
+    """A batch as it comes from a worker, or the reason why there is none. Errors travel as text: raised in a worker
+    they lose their kind."""
     batch: Batch | None
     bad: dict[str, str] = field(default_factory=dict)
     fault: str = ""
@@ -332,15 +339,17 @@ def describe_run(
         what else makes it this run: preset, crop, ...
     """
     listing = getattr(train, "listing", None)
-    data = dict(dataset=getattr(listing, "dataset", type(train).__name__), split=getattr(listing, "split", ""), pictures=len(train),
+    data = dict(dataset=getattr(listing, "dataset",
+                                type(train).__name__), split=getattr(listing, "split", ""), pictures=len(train),
                 ids=_digest("\n".join(train.ids).encode()), labels=_labels_digest(train), classes=train.classes)
     kept = {name: value for name, value in asdict(settings).items() if name not in _FREE}
     described = dict(system=dict(kind=type(system).__name__, config=system.config), classes=system.classes, data=data,
                      settings=dict(kept, pictures_per_step=per_step), identity=dict(identity or {}))
     return json.loads(json.dumps(described))
 
-_FREE = frozenset("batch accumulate validate_every save_every log_every snapshot_every workers skip_bad compile tensorboard "
-                  "accelerator devices nodes strategy".split())
+_FREE = frozenset(
+    "batch accumulate validate_every save_every log_every snapshot_every workers skip_bad compile tensorboard "
+    "accelerator devices nodes strategy".split())
 
 def _digest(content: bytes) -> str: return hashlib.sha256(content).hexdigest()[:16]
 
@@ -353,7 +362,10 @@ def _labels_digest(pictures: Pictures) -> str:
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
     "Nested dictionaries as one, names joined by dots."
     if not isinstance(value, dict): return {name: value}
-    return {key: leaf for part, inner in value.items() for key, leaf in _flat(inner, f"{name}.{part}" if name else part).items()}
+    return {
+        key: leaf
+        for part, inner in value.items()
+        for key, leaf in _flat(inner, f"{name}.{part}" if name else part).items()}
 
 def _short(value: Any) -> str:
     text = json.dumps(value) if value is not None else "not given"
@@ -363,7 +375,9 @@ def _unlike(name: str, there: Any, now: Any, places: tuple[str, str] = ("there",
     "One line on a difference; of two class lists the first names that differ."
     if isinstance(there, list) and isinstance(now, list) and name.endswith("classes"):
         first = next((i for i, pair in enumerate(zip(there, now)) if pair[0] != pair[1]), min(len(there), len(now)))
-        words = [f"{len(its)} names, no. {first + 1} {json.dumps(its[first]) if first < len(its) else 'missing'}" for its in (there, now)]
+        words = [
+            f"{len(its)} names, no. {first + 1} {json.dumps(its[first]) if first < len(its) else 'missing'}"
+            for its in (there, now)]
     elif name.endswith("sha256"): words = [str(value)[:12] for value in (there, now)]
     else: words = [_short(there), _short(now)]
     return f"{name}: " + ", ".join(f"{word} {place}" for word, place in zip(words, places))
@@ -386,7 +400,8 @@ def require_same_run(
     """
     old, new = (_flat({part: its.get(part) for part in now}) for its in (there, now))
     names = [name for name in {**new, **old} if old.get(name) != new.get(name)]
-    if "system.kind" in names: names = [name for name in names if not name.startswith("system.config.options.")]   # those of another system are others
+    # those of another system are others
+    if "system.kind" in names: names = [name for name in names if not name.startswith("system.config.options.")]
     unlike = [_unlike(name, old.get(name), new.get(name)) for name in names]
     if not unlike: return
     more = [f"and {len(unlike) - 12} more"] if len(unlike) > 12 else []
@@ -413,7 +428,8 @@ def read_log(
 def _cut_log(path: Path, step: int) -> None:
     "Drop what is later than `step`."
     kept = [row for row in read_log(path) if row["step"] <= step]
-    with atomic_write(path) as partial: partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    with atomic_write(path) as partial:
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 
 def _sync(path: Path) -> None:
     "Have the lines on the disk before a checkpoint relies on them."
@@ -426,7 +442,10 @@ def _append(path: Path, row: Mapping[str, Any]) -> None:
 
 def _finite(values: Mapping[str, Any]) -> dict[str, float | None]:
     "Numbers as JSON knows them: NaN becomes null."
-    numbers = {name: float(value) for name, value in values.items() if isinstance(value, (int, float, np.number)) or _scalar(value)}
+    numbers = {
+        name: float(value)
+        for name, value in values.items()
+        if isinstance(value, (int, float, np.number)) or _scalar(value)}
     return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
 def _scalar(value: Any) -> bool: return isinstance(value, Tensor) and value.ndim == 0
@@ -458,19 +477,29 @@ class TrainingDiverged(RuntimeError):
     ):
         self.step, self.losses, self.ids, self.checkpoint = step, losses, tuple(ids), checkpoint
         listed = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
-        super().__init__(f"training diverged at step {step}: {listed}; gradient norm {norm:.4g}. The pictures: {', '.join(ids)}. The last good "
-                         f"checkpoint is {checkpoint}. Look at these pictures; in a new folder try a lower lr, a longer warmup, or grad_clip=1.")
+        super().__init__(
+            f"training diverged at step {step}: {listed}; gradient norm {norm:.4g}. The pictures: {', '.join(ids)}. "
+            "The last good "
+            f"checkpoint is {checkpoint}. Look at these pictures; in a new folder try a lower lr, a longer warmup, or "
+            "grad_clip=1."
+        )
 
 class OutOfMemory(RuntimeError):
     "Memory did not suffice; the message says which settings to change."
 
 def _memory_advice(settings: TrainSettings, step: int, size: tuple[int, ...], device: torch.device) -> str:
     pixels = f" of {' x '.join(map(str, size))} pixels" if size else ""
-    advice = [f"batch={settings.batch // 2}, accumulate={settings.accumulate * 2} (the run in this folder goes on with that, as "
-              "the pictures per step stay the same)"] if settings.batch % 2 == 0 else []
+    advice = [
+        f"batch={settings.batch // 2}, accumulate={settings.accumulate * 2} (the run in this folder goes on with that, "
+        "as "
+        "the pictures per step stay the same)"] if settings.batch % 2 == 0 else []
     advice += ["a smaller crop"] + ['precision="bf16-mixed"'] * (settings.precision != "bf16-mixed")
-    return (f"out of memory on {device} at step {step}, with batch {settings.batch}{pixels} in {settings.precision}. Try "
-            f"{'; or, in a new folder, '.join([*advice[:1], ' and '.join(advice[1:])]) if settings.batch % 2 == 0 else ' and '.join(advice)}.")
+    apart = settings.batch % 2 == 0   # the first one goes on in the same folder
+    remedies = [*advice[:1], " and ".join(advice[1:])] if apart else [" and ".join(advice)]
+    return (
+        f"out of memory on {device} at step {step}, with batch {settings.batch}{pixels} in {settings.precision}. Try "
+        f"{'; or, in a new folder, '.join(remedies)}."
+    )
 
 # %% ../../nbs/work/56_train.ipynb #28097935
 def _processes(settings: TrainSettings) -> tuple[int, int]:
@@ -478,13 +507,16 @@ def _processes(settings: TrainSettings) -> tuple[int, int]:
     started = tuple(int(os.environ.get(name, 1)) for name in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"))
     wanted = settings.devices or started[0], settings.nodes or started[1]
     if wanted == started: return wanted
-    raise InputError(f"devices={wanted[0]} and nodes={wanted[1]}, but {started[0]} processes run here on {started[1]} nodes. Start them with: "
-                     f"torchrun --nnodes {wanted[1]} --nproc-per-node {wanted[0]} ...")
+    raise InputError(
+        f"devices={wanted[0]} and nodes={wanted[1]}, but {started[0]} processes run here on {started[1]} nodes. Start "
+        "them with: "
+        f"torchrun --nnodes {wanted[1]} --nproc-per-node {wanted[0]} ...")
 
 def open_fabric(
     settings: TrainSettings,   # accelerator, devices, nodes, strategy and precision
 ) -> "Fabric":
-    """Fabric for the settings, launched. Raises `InputError` when the accelerator is not there or the processes do not match.
+    """Fabric for the settings, launched. Raises `InputError` when the accelerator is not there or the processes do not
+    match.
 
     Parameters
     ----------
@@ -495,23 +527,29 @@ def open_fabric(
     from datetime import timedelta
     devices, nodes = _processes(settings)
     environments = lf.plugins.environments  # named too, or a batch system's idea of the job would come in between
-    launched = environments.TorchElasticEnvironment if environments.TorchElasticEnvironment.detect() else environments.LightningEnvironment
+    launched = environments.TorchElasticEnvironment if environments.TorchElasticEnvironment.detect(
+    ) else environments.LightningEnvironment
     accelerator = settings.accelerator
     if accelerator == "auto": accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     if accelerator == "cuda" and torch.cuda.device_count() < devices:
-        raise InputError(f"{devices} processes want a CUDA device each, and there are {torch.cuda.device_count()}. Use accelerator=\"cpu\", or fewer.")
+        raise InputError(
+            f"{devices} processes want a CUDA device each, and there are {torch.cuda.device_count()}. Use "
+            "accelerator=\"cpu\", or fewer."
+        )
     strategy: Any = "auto"
     if devices * nodes > 1:  # two hours: the other processes wait while the first one validates
-        strategy = lf.strategies.DDPStrategy(find_unused_parameters=settings.strategy != "ddp", timeout=timedelta(hours=2))
+        strategy = lf.strategies.DDPStrategy(find_unused_parameters=settings.strategy != "ddp",
+                                             timeout=timedelta(hours=2))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(GPU|MPS) available but not used.*")
-        fabric = lf.Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, strategy=strategy, precision=settings.precision,
-                           plugins=[launched()])
+        fabric = lf.Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, strategy=strategy,
+                           precision=settings.precision, plugins=[launched()])
         fabric.launch()
     return fabric
 
 def _first(fabric: "Fabric", work: Callable[[], Any]) -> Any:
-    "What `work` gives on the first process, on all of them. Its error is raised on all of them too, so that none waits for ever."
+    """What `work` gives on the first process, on all of them. Its error is raised on all of them too, so that none
+    waits for ever."""
     done = (None, None)
     if fabric.global_rank == 0:
         try: done = work(), None
@@ -527,8 +565,8 @@ def _everyones(fabric: "Fabric", value: Any) -> list[Any]:
     return values
 
 class _Objective(nn.Module):
-    """What Fabric and DDP wrap. A closure goes in instead of the batch: Fabric would turn the pictures into bfloat16, which
-    holds 8 bits, and refuses frozen dataclasses."""
+    """What Fabric and DDP wrap. A closure goes in instead of the batch: Fabric would turn the pictures into bfloat16,
+    which holds 8 bits, and refuses frozen dataclasses."""
     def __init__(self, system: Trainable):
         super().__init__()
         self.system = system
@@ -546,8 +584,8 @@ def segmentation_scores(
 ) -> dict[str, float]:
     """`miou` and `pixel_accuracy` of `system.predict` on whole pictures, logits enlarged bilinearly to the mask.
 
-    Sides are rounded to whole patches, and colours normalised, as the system's backbone wants them. Raises `InputError` for a
-    picture that cannot be read, or has no mask.
+    Sides are rounded to whole patches, and colours normalised, as the system's backbone wants them. Raises
+    `InputError` for a picture that cannot be read, or has no mask.
 
     Parameters
     ----------
@@ -561,9 +599,11 @@ def segmentation_scores(
         leave out pictures that cannot be read, with a warning
     """
     counts = torch.zeros(system.num_classes, system.num_classes, dtype=torch.int64)
-    reader = DataLoader(_Whole(pictures), batch_size=None, num_workers=workers, worker_init_fn=leave_with_parent, generator=torch.Generator())
+    reader = DataLoader(_Whole(pictures), batch_size=None, num_workers=workers, worker_init_fn=leave_with_parent,
+                        generator=torch.Generator())
     read = (_with_mask(sample) for sample in _readable(reader, skip_bad))
-    with tqdm(total=len(pictures), desc="validation", unit="picture", delay=2, leave=False, disable=not _watched()) as bar:
+    with tqdm(total=len(pictures), desc="validation", unit="picture", delay=2, leave=False,
+              disable=not _watched()) as bar:
         for group in grouped(read, lambda sample: tuple(sample.image.shape), batch, OVERTAKING*batch):
             samples = [sample for _, sample in group]
             masks = torch.stack([sample.mask for sample in samples])
@@ -596,7 +636,8 @@ def _readable(reader: Iterable[_Drawn], skip_bad: bool) -> Iterator[Sample]:
 
 def _with_mask(sample: Sample) -> Sample:
     "The sample as tensors. Raises `InputError` for one without a mask."
-    if sample.mask is None: raise InputError(f"picture {sample.id} has no mask to validate against: complete them, or pass val=None.")
+    if sample.mask is None:
+        raise InputError(f"picture {sample.id} has no mask to validate against: complete them, or pass val=None.")
     return to_tensors(sample)
 
 def _pixels(system: Trainable, images: Tensor) -> Tensor:
@@ -605,7 +646,8 @@ def _pixels(system: Trainable, images: Tensor) -> Tensor:
     backbone = getattr(system, "backbone", None)
     if backbone is None: return images
     sides = [nearest_multiple(side, backbone.patch_size) for side in images.shape[2:]]
-    if sides != list(images.shape[2:]): images = F.interpolate(images, sides, mode="bilinear", align_corners=False, antialias=True)
+    if sides != list(images.shape[2:]):
+        images = F.interpolate(images, sides, mode="bilinear", align_corners=False, antialias=True)
     return backbone.normalise(images)
 
 # %% ../../nbs/work/56_train.ipynb #27839be2
@@ -653,7 +695,8 @@ class _Run:
 _TOTAL = ""  # name of the summed loss among the others, which no system can have given
 
 def _usable(run: _Run, loaded: _Loaded) -> Batch:
-    "The batch on the device; new bad pictures are noted and named in a warning. Raises `InputError` when there is no batch."
+    """The batch on the device; new bad pictures are noted and named in a warning. Raises `InputError` when there is no
+    batch."""
     if loaded.batch is None: raise InputError(loaded.fault)
     for name, fault in loaded.bad.items():
         if name not in run.skipped: warnings.warn(f"skipped picture {name}: {fault}")
@@ -677,7 +720,8 @@ def _gradient_norm(run: _Run) -> Tensor:
     return nn.utils.get_total_norm([p.grad for p in parameters])
 
 def _means(run: _Run, passes: list[dict[str, Tensor]]) -> tuple[dict[str, float], float]:
-    "Every loss, averaged over passes and processes, and the gradient's norm: the one moment at which the host waits for the device."
+    """Every loss, averaged over passes and processes, and the gradient's norm: the one moment at which the host waits
+    for the device."""
     names = list(passes[0])
     values = torch.stack([torch.stack([losses[name] for name in names]) for losses in passes]).mean(0)
     row = torch.cat([values, _gradient_norm(run).float().reshape(1).to(values)])
@@ -725,7 +769,9 @@ def _chart(run: _Run, values: Mapping[str, float | None]) -> None:
 def _validate(run: _Run) -> bool:
     "Scores into the log. Is this the best so far? Raises `InputError` when the scores hold no `miou`."
     with evaluating(run.system), run.fabric.autocast(): scores = _finite(_first(run.fabric, run.evaluate))
-    if "miou" not in scores: raise InputError(f"evaluate gave {sorted(scores)}: a score named miou is needed, by which the best checkpoint is chosen.")
+    if "miou" not in scores:
+        raise InputError(
+            f"evaluate gave {sorted(scores)}: a score named miou is needed, by which the best checkpoint is chosen.")
     _first(run.fabric, lambda: _append(run.log, dict(step=run.step, scores=scores, seconds=round(run.elapsed, 3))))
     _chart(run, {f"scores/{name}": value for name, value in scores.items()})
     if scores["miou"] is None or run.best and scores["miou"] <= run.best["miou"]: return False
@@ -736,8 +782,11 @@ def _keep_snapshot(run: _Run) -> None:
     "out/snapshots/step-000250.npz with what the caller wants to look at later."
     def write() -> None:
         with evaluating(run.system): arrays = run.snapshot(run.system, run.step)
-        arrays = {name: value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value) for name, value in arrays.items()}
-        with atomic_write(run.out/"snapshots"/f"step-{run.step:06d}.npz") as partial: np.savez_compressed(partial, **arrays)
+        arrays = {
+            name: value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+            for name, value in arrays.items()}
+        with atomic_write(run.out/"snapshots"/f"step-{run.step:06d}.npz") as partial:
+            np.savez_compressed(partial, **arrays)
     _first(run.fabric, write)
 
 # %% ../../nbs/work/56_train.ipynb #d5c80258
@@ -745,7 +794,8 @@ def _checkpoint(run: _Run, moments: bool = True) -> Checkpoint:
     "The run as it stands."
     state = dict(step=run.step, seconds=run.elapsed, best=run.best, window=run.window, skipped=run.skipped)
     system = run.system
-    return Checkpoint(system.trainable_state(), state, system.config, system.classes, run.optimiser.optimizer.state_dict()["state"] if moments else {})
+    return Checkpoint(system.trainable_state(), state, system.config, system.classes,
+                      run.optimiser.optimizer.state_dict()["state"] if moments else {})
 
 def _save(run: _Run, best: bool) -> None:
     "Write last.safetensors, and best.safetensors if this is the best."
@@ -759,8 +809,12 @@ def _after_step(run: _Run, bar: tqdm) -> None:
     settings = run.settings
     if run.due(settings.log_every):
         row = _log(run)
-        bar.set_postfix({"loss": f"{row['loss']:.3f}", **{name: f"{value:.3f}" for name, value in row["losses"].items()},
-                         "images/s": f"{row['images_per_second']:.1f}"}, refresh=False)
+        bar.set_postfix(
+            {
+                "loss": f"{row['loss']:.3f}",
+                **{name: f"{value:.3f}" for name, value in row["losses"].items()},
+                "images/s": f"{row['images_per_second']:.1f}"
+            }, refresh=False)
     bar.update()
     validating = run.evaluate is not None and run.due(settings.validate_every)
     best = validating and _validate(run)
@@ -771,13 +825,15 @@ def _loop(run: _Run) -> None:
     "All the steps that are left."
     settings, rank = run.settings, run.fabric.global_rank
     if run.step == settings.iterations: return
-    loader = iter(DataLoader(_Draws(run.train, run.plan, settings.skip_bad), collate_fn=_stacked, num_workers=settings.workers, worker_init_fn=leave_with_parent,
-                             batch_sampler=run.plan.batches(rank, run.step, settings.iterations),
-                             pin_memory=run.fabric.device.type == "cuda", generator=torch.Generator()))
+    loader = iter(
+        DataLoader(_Draws(run.train, run.plan, settings.skip_bad), collate_fn=_stacked, num_workers=settings.workers,
+                   worker_init_fn=leave_with_parent, batch_sampler=run.plan.batches(rank, run.step,
+                                                                                    settings.iterations),
+                   pin_memory=run.fabric.device.type == "cuda", generator=torch.Generator()))
     run.system.train()
     terminal = sys.stderr.isatty()   # elsewhere, in a notebook, short runs need no bar
-    with tqdm(total=settings.iterations, initial=run.step, desc=run.out.name, unit="step", disable=bool(rank) or not _watched(),
-              delay=0 if terminal else 2, mininterval=.1 if terminal else 1) as bar:
+    with tqdm(total=settings.iterations, initial=run.step, desc=run.out.name, unit="step", disable=bool(rank)
+              or not _watched(), delay=0 if terminal else 2, mininterval=.1 if terminal else 1) as bar:
         while run.step < settings.iterations:
             _train_step(run, loader)
             _after_step(run, bar)
@@ -787,12 +843,16 @@ def _check_data(system: Trainable, train: Pictures, val: Pictures | None, scored
     "Raises `InputError` for pictures that cannot be trained on or validated with."
     for name, pictures in (("training", train), ("validation", val)):
         if pictures is None: continue
-        if not len(pictures): raise InputError(f"the {name} split is empty: nothing to work on. Choose another split, or complete its list.")
+        if not len(pictures):
+            raise InputError(
+                f"the {name} split is empty: nothing to work on. Choose another split, or complete its list.")
         if tuple(pictures.classes) != tuple(system.classes):
-            raise InputError("the system was built for other classes: " + _unlike("classes", list(system.classes), list(pictures.classes),
-                                                                                  ("in the system", f"in the {name} data")))
+            raise InputError("the system was built for other classes: " +
+                             _unlike("classes", list(system.classes), list(pictures.classes), ("in the system",
+                                                                                               f"in the {name} data")))
     if val is not None and scored_here and _lacks_masks(val):
-        raise InputError(f"picture {val.ids[0]} has no mask to validate against: choose a split with masks, or pass val=None.")
+        raise InputError(
+            f"picture {val.ids[0]} has no mask to validate against: choose a split with masks, or pass val=None.")
     if not any(p.requires_grad for group in system.parameter_groups() for p in group["params"]):
         raise InputError("the system has no parameters to train.")
 
@@ -806,7 +866,9 @@ def _warn_of_absent_classes(train: Pictures) -> None:
     try: present = torch.as_tensor(train.labels).any(0)
     except (InputError, AttributeError): return
     absent = [name for name, there in zip(train.classes, present.tolist()) if not there]
-    if absent: warnings.warn(f"no training picture shows {', '.join(absent)}: {'it' if len(absent) == 1 else 'they'} cannot be learnt.")
+    if absent:
+        warnings.warn(
+            f"no training picture shows {', '.join(absent)}: {'it' if len(absent) == 1 else 'they'} cannot be learnt.")
 
 def _require_space(out: Path, system: Trainable) -> None:
     "Two checkpoints of each kind fit on the disk, as the old one stays until the new one is complete."
@@ -814,8 +876,10 @@ def _require_space(out: Path, system: Trainable) -> None:
     moments = 2 * sum(p.nbytes for group in system.parameter_groups() for p in group["params"])
     taken = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     needed, free = 4 * weights + 2 * moments, shutil.disk_usage(out).free + taken
-    if free < needed: raise InputError(f"{out} has {free >> 20} MiB free, and checkpoints need up to {needed >> 20} MiB. Free some space, or "
-                                       "choose another out folder.")
+    if free < needed:
+        raise InputError(
+            f"{out} has {free >> 20} MiB free, and checkpoints need up to {needed >> 20} MiB. Free some space, or "
+            "choose another out folder.")
 
 # %% ../../nbs/work/56_train.ipynb #b70fa282
 def _open_folder(out: Path, described: dict[str, Any], system: Trainable, command: str) -> Checkpoint | None:
@@ -824,7 +888,8 @@ def _open_folder(out: Path, described: dict[str, Any], system: Trainable, comman
         for left_over in out.glob(f".{name}-*"): left_over.unlink(missing_ok=True)
     _require_space(out, system)
     if not (out/"run.json").exists():
-        if (out/"last.safetensors").exists(): raise InputError(f"{out} holds a checkpoint but no run.json that says of what. Choose another out folder.")
+        if (out/"last.safetensors").exists():
+            raise InputError(f"{out} holds a checkpoint but no run.json that says of what. Choose another out folder.")
         _claim(out, described, command)
     else: require_same_run(out, _read_run(out, system), described)
     saved = _last_checkpoint(out)
@@ -839,7 +904,8 @@ def require_own_folder(
     settings: TrainSettings,                     # of the training
     identity: Mapping[str, Any] | None = None,   # what else makes it this run, as in `fit`
 ) -> None:
-    """Raises `InputError` when `out` holds a run that `fit`, given the same, would not continue; it says what differs. A folder without a run will do.
+    """Raises `InputError` when `out` holds a run that `fit`, given the same, would not continue; it says what differs.
+    A folder without a run will do.
 
     Parameters
     ----------
@@ -859,16 +925,18 @@ def require_own_folder(
 def _claim(out: Path, described: dict[str, Any], command: str) -> None:
     "Write run.json: what the run is, and where it came from."
     from freqseg import __version__
-    origin = dict(command=command or " ".join(sys.argv), started=time.strftime("%Y-%m-%d %H:%M:%S %z"), host=socket.gethostname(),
-                  freqseg=__version__, torch=torch.__version__)
-    with atomic_write(out/"run.json") as partial: partial.write_text(json.dumps({**described, "origin": origin}, indent=1), encoding="utf-8")
+    origin = dict(command=command or " ".join(sys.argv), started=time.strftime("%Y-%m-%d %H:%M:%S %z"),
+                  host=socket.gethostname(), freqseg=__version__, torch=torch.__version__)
+    with atomic_write(out/"run.json") as partial:
+        partial.write_text(json.dumps({**described, "origin": origin}, indent=1), encoding="utf-8")
 
 # %% ../../nbs/work/56_train.ipynb #b8b6b502
 def _last_checkpoint(out: Path) -> Checkpoint | None:
     "Where the run stands; None before its first step. Raises `InputError` for a damaged file."
     if not (out/"last.safetensors").exists(): return None
     try: return read_checkpoint(out/"last.safetensors")
-    except InputError as error: raise InputError(f"{error} To begin anew, remove it or choose another out folder.") from error
+    except InputError as error:
+        raise InputError(f"{error} To begin anew, remove it or choose another out folder.") from error
 
 def _as_today(stored: Any, kind: type) -> Any:
     "Options that a run.json holds, under today's names, without those that are gone, younger ones at their defaults."
@@ -882,7 +950,8 @@ def _read_run(out: Path, system: Trainable) -> dict[str, Any]:
     "What run.json says, in the words of today. Raises `InputError` when it cannot be read."
     try: there = dict(json.loads((out/"run.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{out/'run.json'} cannot be read ({error}). Restore it, or choose another out folder.") from error
+        raise InputError(
+            f"{out/'run.json'} cannot be read ({error}). Restore it, or choose another out folder.") from error
     if isinstance(settings := there.get("settings"), dict):
         today = _as_today(settings, TrainSettings)
         there["settings"] = {name: value for name, value in today.items() if name not in _FREE}
@@ -902,7 +971,8 @@ def _complete_best(out: Path, saved: Checkpoint) -> None:
 
 # %% ../../nbs/work/56_train.ipynb #78ca7838
 def _compile_parts(system: nn.Module) -> None:
-    "torch.compile what is trained, part by part and in place; the frozen backbone, full of hooks and choices, stays as it is."
+    """torch.compile what is trained, part by part and in place; the frozen backbone, full of hooks and choices, stays
+    as it is."""
     for part in system.children():
         if any(p.requires_grad for p in part.parameters()): part.compile()
 
@@ -920,9 +990,11 @@ def _restore_moments(optimiser: torch.optim.Optimizer, saved: Checkpoint) -> Non
     optimiser.load_state_dict({**optimiser.state_dict(), "state": saved.moments})
 
 def _board(out: Path, step: int) -> Any:
-    "A TensorBoard writer that forgets what is later than `step`. Raises `InputError` when TensorBoard is not installed."
+    """A TensorBoard writer that forgets what is later than `step`. Raises `InputError` when TensorBoard is not
+    installed."""
     try: from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error: raise InputError("tensorboard=True needs TensorBoard. Install it: pip install tensorboard") from error
+    except ImportError as error:
+        raise InputError("tensorboard=True needs TensorBoard. Install it: pip install tensorboard") from error
     return SummaryWriter(out/"tensorboard", purge_step=step + 1)
 
 @contextlib.contextmanager
@@ -933,12 +1005,16 @@ def _explained(run: _Run) -> Iterator[None]:
         raise OutOfMemory(_memory_advice(run.settings, run.step, run.size, run.fabric.device)) from error
     except RuntimeError as error:
         text = str(error)
-        if "can't allocate memory" in text: raise OutOfMemory(_memory_advice(run.settings, run.step, run.size, run.fabric.device)) from error
+        if "can't allocate memory" in text:
+            raise OutOfMemory(_memory_advice(run.settings, run.step, run.size, run.fabric.device)) from error
         if "DataLoader worker" in text and "exited unexpectedly" in text or "killed by signal" in text:
-            raise OutOfMemory(f"a process that reads pictures died at step {run.step}, usually for lack of (shared) memory: try a smaller "
-                              f"workers than {run.settings.workers}; 0 reads in the main process.") from error
+            raise OutOfMemory(
+                f"a process that reads pictures died at step {run.step}, usually for lack of (shared) memory: try a "
+                "smaller "
+                f"workers than {run.settings.workers}; 0 reads in the main process.") from error
         if "Expected to have finished reduction" in text:
-            raise InputError('a parameter takes no part in some step: pass strategy="ddp_find_unused_parameters_true".') from error
+            raise InputError(
+                'a parameter takes no part in some step: pass strategy="ddp_find_unused_parameters_true".') from error
         raise
 
 # %% ../../nbs/work/56_train.ipynb #cb5b59f4
@@ -973,8 +1049,8 @@ class TrainResult:
 
 def _result(run: _Run, resumed: int) -> TrainResult:
     rows = read_log(run.log)
-    return TrainResult(run.out, [row for row in rows if "losses" in row], [row for row in rows if "scores" in row], run.best,
-                       run.elapsed, resumed, run.skipped)
+    return TrainResult(run.out, [row for row in rows if "losses" in row], [row for row in rows if "scores" in row],
+                       run.best, run.elapsed, resumed, run.skipped)
 
 def _set_up(fabric: "Fabric", system: Any, settings: TrainSettings, saved: Checkpoint | None, **parts: Any) -> _Run:
     "A run with everything on its device, as `saved` left it."
@@ -986,7 +1062,8 @@ def _set_up(fabric: "Fabric", system: Any, settings: TrainSettings, saved: Check
         _restore_moments(optimiser.optimizer, saved)
         state = saved.state
         run.step = run.saved = saved.step
-        run.seconds, run.best, run.window, run.skipped = (state[name] for name in ("seconds", "best", "window", "skipped"))
+        run.seconds, run.best, run.window, run.skipped = (state[name]
+                                                          for name in ("seconds", "best", "window", "skipped"))
     if settings.tensorboard and fabric.global_rank == 0: run.board = _board(run.out, run.step)
     return run
 
@@ -1002,11 +1079,12 @@ def fit(
     identity: Mapping[str, Any] | None = None,   # what else makes it this run (preset, crop); JSON can hold it
     command: str = "",   # recorded in run.json; empty: this process's
 ) -> TrainResult:
-    """Train `system` on `train`, or continue where the run in `out` was interrupted; on a CPU with the very same result.
+    """Train `system` on `train`, or continue where the run in `out` was interrupted; on a CPU with the very same
+    result.
 
-    Afterwards the system has the weights of the last step, in eval mode; those of the best validation are in best.safetensors.
-    Raises `InputError` for pictures or a folder that cannot be used, `TrainingDiverged` for a loss that is NaN or infinite, and
-    `OutOfMemory`. The last good checkpoint stays whatever happens.
+    Afterwards the system has the weights of the last step, in eval mode; those of the best validation are in
+    best.safetensors. Raises `InputError` for pictures or a folder that cannot be used, `TrainingDiverged` for a loss
+    that is NaN or infinite, and `OutOfMemory`. The last good checkpoint stays whatever happens.
 
     Parameters
     ----------
@@ -1035,7 +1113,8 @@ def fit(
     fabric = open_fabric(settings)
     plan = DataPlan(len(train), settings.seed, settings.batch, settings.accumulate, fabric.world_size)
     described = describe_run(system, train, settings, plan.per_step, identity)
-    scoring = evaluate or functools.partial(segmentation_scores, batch=settings.batch, workers=settings.workers, skip_bad=settings.skip_bad)
+    scoring = evaluate or functools.partial(segmentation_scores, batch=settings.batch, workers=settings.workers,
+                                            skip_bad=settings.skip_bad)
     with contextlib.ExitStack() as stack:
         _first(fabric, lambda: stack.enter_context(locked(out)))
         saved = _first(fabric, lambda: _open_folder(out, described, system, command))

@@ -91,7 +91,8 @@ def segment_with_map(
     scale: float | None = None,                # on cosines before the softmax; None = CLIP's own
     compare: str | None = None,                # "cosines" or "maps"; None = cosines, where the method has them
 ) -> MapSegmentation:
-    """A mask for any class names, without training, from one kind of map (as in SCLIP, ClearCLIP, NACLIP, CLIP Surgery).
+    """A mask for any class names, without training, from one kind of map (as in SCLIP, ClearCLIP, NACLIP, CLIP
+    Surgery).
 
     Raises `InputError` for an unknown method, no names or too many, one name with nothing to compete with, and a
     threshold outside [0, 1].
