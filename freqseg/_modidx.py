@@ -798,6 +798,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'freqseg.faces.terminal.map_names': ('faces/terminal.html#map_names', 'freqseg/faces/terminal.py'),
                                         'freqseg.faces.terminal.model_title': ( 'faces/terminal.html#model_title',
                                                                                 'freqseg/faces/terminal.py'),
+                                        'freqseg.faces.terminal.named_classes': ( 'faces/terminal.html#named_classes',
+                                                                                  'freqseg/faces/terminal.py'),
                                         'freqseg.faces.terminal.notice': ('faces/terminal.html#notice', 'freqseg/faces/terminal.py'),
                                         'freqseg.faces.terminal.numbers': ('faces/terminal.html#numbers', 'freqseg/faces/terminal.py'),
                                         'freqseg.faces.terminal.open_backbone': ( 'faces/terminal.html#open_backbone',

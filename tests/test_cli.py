@@ -20,12 +20,13 @@ from PIL import Image
 
 import freqseg
 from freqseg.faces.cli import build_parser, cam_prompts, fitted_size, main
-from freqseg.faces.terminal import class_list, interruptible, output_names, picture_files
+from freqseg.faces.terminal import class_list, interruptible, named_classes, output_names, picture_files
 from freqseg.clip import Backbone, load_clip
 from freqseg.pictures import read_mask
 from freqseg.affinity import SOURCES
 from freqseg.maps import METHODS, CamSettings
 from freqseg.work.training_free import segment_with_map, usual_showing
+from freqseg.lists import VOC_CLASSES
 from freqseg.world.scenes import WORLD_CLASSES, World
 
 FEW = "gradcam,high,dual,transport"
@@ -154,6 +155,13 @@ def test_letters_that_the_terminal_lacks_stop_nothing(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", "from freqseg.faces.cli import main; raise SystemExit(main())", "world", "--out", str(tmp_path / "猫"), "--train", "0", "--val", "0", "--test", "1",
                            "--size", "64"], capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, timeout=120)
     assert done.returncode == 0 and b"\\u732b" in done.stdout
+
+
+@pytest.mark.parametrize(("text", "names", "said"), [
+    ("VOC", list(VOC_CLASSES), ""), ("world", list(WORLD_CLASSES), ""), ("voc,", ["voc"], ""), ("voc, dog", ["voc", "dog"], ""), ("dog", ["dog"], ""),
+    ("vocc", ["vocc"], "freqseg: vocc is taken as the name of one class; the list is called voc.\n")])
+def test_a_list_of_classes_has_a_name_on_every_command(text: str, names: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert named_classes(text) == names and capsys.readouterr().err == said
 
 
 # ---- names and sizes ------------------------------------------------------------------------------------------------

@@ -24,9 +24,9 @@ from ..plugins import loaded_plugins
 from .segment_cli import add_segment, cam_settings, with_names
 from .terminal import (MODEL, SYSTEM, Once, Parser, add_names, add_old_spelling, add_option, aligned,
                                     background_list, class_list, count, interruptible, is_system, map_names,
-                                    model_title, notice, open_backbone, open_system, output_names, picture_files,
-                                    positive, require_apart, require_file, require_own_result, some_of, system_names,
-                                    trained_names)
+                                    model_title, named_classes, notice, open_backbone, open_system, output_names,
+                                    picture_files, positive, require_apart, require_file, require_own_result, some_of,
+                                    system_names, trained_names)
 from .training_cli import add_evaluate, add_sweep, add_train, figures_table
 
 if TYPE_CHECKING:
@@ -309,7 +309,7 @@ def cam_job(
     args : argparse.Namespace
         the command's options, parsed
     """
-    trained, classes = is_system(args.model), class_list(args.classes)
+    trained, classes = is_system(args.model), named_classes(args.classes)
     methods = method_list(args.methods, trained)
     system = with_names(open_system(args.model, args.device), classes) if trained else None
     backbone = system.backbone if trained else open_backbone(args.model, args.pretrained, args.device)
@@ -423,7 +423,8 @@ def add_cam(
     parser = commands.add_parser("cam", help="where CLIP sees your classes: full map, bands, refinements",
                                  description=cam_command.__doc__)
     parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="files, folders or patterns")
-    add_option(parser, "--classes", required=True, help='what they may show, for example "dog, traffic light"')
+    add_option(parser, "--classes", required=True,
+               help='what they may show, such as "dog, traffic light", or a list such as voc')
     add_option(parser, "--background")
     add_option(parser, "--out", default="runs/cam", help="where pictures and arrays go (default: runs/cam)")
     add_model(parser, "twice the model's own, 448 for ViT-B-16")
@@ -781,7 +782,7 @@ def costs_of(
     from freqseg.work.cost import measure_cost, measure_costs
     options = dict(size=args.size, batch=args.batch, repeats=args.repeats, training=args.training,
                    precision=args.precision)
-    classes = None if args.classes is None else class_list(args.classes)
+    classes = None if args.classes is None else named_classes(args.classes)
     if not is_system(args.model): return measure_costs(args.systems, args.model, classes, args.device, **options)
     if args.systems:
         raise InputError(
@@ -816,6 +817,7 @@ def cost_command(
     print(f"\n  {path}")
     return 0
 
+# %% ../../nbs/faces/84_cli.ipynb #257d47fa
 def add_cost(
     commands: Any,   # the parsers of all commands
 ) -> None:
@@ -934,11 +936,11 @@ def _demo_steps(out: Path, scenes: int) -> dict[str, Callable[[], list[str]]]:
     folder, steps, drawn = out/"world", DEMO["iterations"], DEMO["scenes"][0]
     test = lambda: open_dataset(folder, "test", masks=True)
     draw = lambda: [f"  {scenes_on_disk(folder, ('val', 'test'), scenes)}  the scenes, in VOC layout"]
-    train = lambda: _demo_training(out/DEMO_SYSTEM)
+    score, train = lambda: _demo_scores(out, test()), lambda: _demo_training(out/DEMO_SYSTEM)
     return {
         f"drawing {2 * scenes} scenes": draw,
-        f"scoring every kind of map on {scenes} scenes (thresholds from {scenes} others)": lambda: _demo_scores(
-            out, test()), "drawing the maps of six of them": lambda: _demo_gallery(out, test()),
+        f"scoring every kind of map on {scenes} scenes (thresholds from {scenes} others)": score,
+        "drawing the maps of six of them": lambda: _demo_gallery(out, test()),
         "running the notebook that follows one picture through the tower": lambda: _demo_notebook(out),
         f"training {DEMO_SYSTEM}, {steps} steps on {drawn} scenes with image labels alone": train}
 

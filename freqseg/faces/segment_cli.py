@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..files import InputError
 from .terminal import (MODEL, SHOWN, SYSTEM, add_names, add_old_spelling, add_option, background_list,
-                                    class_list, interruptible, map_names, notice, open_backbone, open_system,
-                                    output_names, picture_files, protocol_names, require_apart, score, some_of,
-                                    trained_names)
+                                    class_list, interruptible, map_names, named_classes, notice, open_backbone,
+                                    open_system, output_names, picture_files, protocol_names, require_apart, score,
+                                    some_of, trained_names)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -154,7 +154,7 @@ def trained_job(
         the command's options, parsed
     """
     from freqseg.work.inference import segment_picture, usual_inference
-    wanted = None if args.classes is None else class_list(args.classes)
+    wanted = None if args.classes is None else named_classes(args.classes)
     system = with_names(open_system(args.model, args.device), wanted)
     classes, background = wanted or system.classes, system.num_classes > len(system.classes)
     shown, floor = shown_as(args, usual_inference(system)), _floor(args.floor, system)
@@ -163,10 +163,9 @@ def trained_job(
 
 # %% ../../nbs/faces/80_segment_cli.ipynb #fcef1990
 def cam_settings(
-        backbone: "Backbone",   # a frozen CLIP
-        mu: float
-    | None = None,   # cut-off between the bands, cycles per token; None = that of the model's pictures, else 0.4 (FFR)
-        parameters: Sequence[str] = (),   # NAME=VALUE of other options
+    backbone: "Backbone",             # a frozen CLIP
+    mu: float | None = None,          # cut-off between the bands, cycles per token; None = the model's, else 0.4 (FFR)
+    parameters: Sequence[str] = (),   # NAME=VALUE of other options
 ) -> "CamSettings":
     """The options of maps. Raises `InputError` for an unknown one, naming the nearest, and for values that cannot be.
 
@@ -175,7 +174,7 @@ def cam_settings(
     backbone : Backbone
         a frozen CLIP
     mu : float | None
-        cut-off between the bands, cycles per token; None = that of the model's pictures, else 0.4 (FFR)
+        cut-off between the bands, cycles per token; None = the model's, else 0.4 (FFR)
     parameters : Sequence[str]
         NAME=VALUE of other options
     """
@@ -207,7 +206,7 @@ def map_job(
     method, = chosen_methods(args.method)
     if args.classes is None:
         raise InputError(f"--method {method.name} segments for any names: give them with --classes.")
-    classes, background = class_list(args.classes), background_list(args.background)
+    classes, background = named_classes(args.classes), background_list(args.background)
     backbone = open_backbone(args.model or "ViT-B-16", args.pretrained, args.device)
     shown, settings = shown_as(args, usual_showing(backbone)), cam_settings(backbone, args.mu, args.parameter)
     answer = lambda image: segment_with_map(backbone, image, classes, method.name, background, args.floor, settings,
@@ -305,7 +304,8 @@ def add_segment(
                help="segment without training, by this kind of map, for example naclip (--names lists them)")
     add_option(
         parser, "--classes", help=
-        'what to look for, such as "zebra, grass, sky"; of a weakly supervised system some of its own classes, '
+        'what to look for, such as "zebra, grass, sky", or a list such as voc; of a weakly supervised system some of '
+        'its own classes, '
         'background '
         "always among them (default: what the system was trained for)")
     add_option(parser, "--background",
