@@ -1544,6 +1544,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'freqseg.systems.wtclip.edge_map': ('systems/wtclip.html#edge_map', 'freqseg/systems/wtclip.py')},
             'freqseg.systems.zegclip': { 'freqseg.systems.zegclip.PromptedOptions': ( 'systems/zegclip.html#promptedoptions',
                                                                                       'freqseg/systems/zegclip.py'),
+                                         'freqseg.systems.zegclip.PromptedOptions.check': ( 'systems/zegclip.html#promptedoptions.check',
+                                                                                            'freqseg/systems/zegclip.py'),
                                          'freqseg.systems.zegclip.ZegCLIP': ('systems/zegclip.html#zegclip', 'freqseg/systems/zegclip.py'),
                                          'freqseg.systems.zegclip.ZegCLIP.load_trainable': ( 'systems/zegclip.html#zegclip.load_trainable',
                                                                                              'freqseg/systems/zegclip.py'),

@@ -166,10 +166,6 @@ def spectral_prompt(
             f"gain {tuple(gain.shape)} does not fit {tokens.shape[1]} channels on a {h} x {w} grid: expected "
             f"{(h, w // 2 + 1, tokens.shape[1])}. SpectralFilter.response(({h}, {w})) carries a filter over."
         )
-    if cls.shape != tokens.shape[:2]:
-        raise InputError(
-            f"cls {tuple(cls.shape)}: one CLS token for each picture, {tuple(tokens.shape[:2])}, is expected."
-        )
     product = _precise(tokens) * _precise(cls).reshape(count, width, 1, 1)
     return _Filter.apply(product, gain.permute(2, 0, 1).contiguous()).to(tokens.dtype)
 

@@ -232,7 +232,7 @@ def test_carried_to_another_grid_frequency_by_frequency():
     same = SpectralPrompts(3, (4, 6), init="identity")
     torch.testing.assert_close(same(1, in_a_row(tokens), cls, (7, 10)), in_a_row(tokens) * (1 + cls[:, None]))
     with pytest.raises(InputError, match=r"\(2, 71, 3\) are no \(B, 7 x 10, D\)"): filters(0, torch.zeros(2, 71, 3), cls, (7, 10))
-    with pytest.raises(InputError, match=r"cls \(2, 1, 3\): one CLS token"): filters(0, in_a_row(tokens), cls[:, None], (7, 10))
+    with pytest.raises(InputError, match=r"cls \(1, 3\) does not fit tokens"): filters(0, in_a_row(tokens), cls[:1], (7, 10))
 
 
 # ---- looking at a filter ----------------------------------------------------------------------------------------------

@@ -125,6 +125,17 @@ class PromptedOptions(Options):
     similarity: str = option("shifted", "how the spectral decoder weighs its heads' answers",
         choices={"shifted": "(1 + cos)/2", "clamp": "cosine cut off at 0, as in SPT-SEG's code, which can die"})
 
+    def check(self) -> None:
+        "Raise `InputError` for more high heads than heads, and for blocks that no tower has."
+        if self.high_heads > self.heads:
+            raise InputError(f"high_heads={self.high_heads}: give at most heads={self.heads}.")
+        try: () if self.spectral is None else prompt_blocks(self.spectral, DEEPEST)
+        except InputError as error:
+            raise InputError(f"spectral={self.spectral!r}: name blocks by a range such as 1-2, by one number such as "
+                             "3, or all of them by all.") from error
+
+DEEPEST = 64   # blocks of the deepest tower; what a shorter one lacks, building the system says
+
 # %% ../../nbs/systems/45_zegclip.ipynb #cd53270a
 @dataclass(frozen=True)
 class ZegCLIPOptions(PromptedOptions):
@@ -164,19 +175,11 @@ class ZegCLIPOptions(PromptedOptions):
         high=1)
 
     def check(self) -> None:
-        "Raise `InputError` for options that contradict each other, and for blocks that no tower has."
+        "Raise `InputError` for options that contradict each other."
+        super().check()
         if not self.focal + self.dice + self.ssim:
             raise InputError(f"focal={self.focal}, dice={self.dice}, ssim={self.ssim}: one loss must have a weight "
                              "above 0.")
-        if self.high_heads > self.heads:
-            raise InputError(f"high_heads={self.high_heads}: give at most heads={self.heads}.")
-        try: () if self.spectral is None else prompt_blocks(self.spectral, DEEPEST)
-        except InputError as error:
-            raise InputError(f"spectral={self.spectral!r}: name blocks by a range such as 1-2, by one number such as "
-                             "3, or all of them by all.") from error
-
-# blocks of the deepest tower that options are checked for; what a shorter one lacks, building the system says
-DEEPEST = 64
 
 # %% ../../nbs/systems/45_zegclip.ipynb #daeb89ca
 _Zero = TypeVar("_Zero", bound="ZeroShotSystem")
