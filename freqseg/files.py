@@ -8,7 +8,7 @@ __all__ = ['InputError', 'unknown_name', 'shipped', 'sha256', 'atomic_write', 'S
 
 # %% ../nbs/08_files.ipynb #2cf56998
 import contextlib, difflib, functools, hashlib, json, math, os, pickle, socket, tempfile, warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 

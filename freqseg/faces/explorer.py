@@ -24,7 +24,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-import matplotlib
 import numpy as np
 import open_clip
 import torch
@@ -40,7 +39,7 @@ from ..clip import Backbone, load_clip, merge_requests, nearest_multiple
 from ..data import list_dataset, SegmentationFolder
 from ..files import InputError, atomic_write, unknown_name
 from ..lists import IGNORE
-from ..pictures import palette, read_image, read_mask
+from ..pictures import palette, read_image
 from ..maps import METHODS, CamParts, CamSettings, affinity_source, cam_parts, raw_map
 from ..metrics import class_iou, confusion_matrix
 from ..options import Options, option

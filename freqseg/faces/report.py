@@ -9,7 +9,6 @@ __all__ = ['ZERO_SHOT', 'STYLE', 'percent', 'measured_on', 'caption', 'bias_note
 
 # %% ../../nbs/faces/74_report.ipynb #ee475626
 import base64, io, json, math
-from dataclasses import replace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from html import escape

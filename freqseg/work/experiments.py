@@ -18,7 +18,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from .checkpoints import left_out, load_system, read_checkpoint, training_title, weights_title
 from ..clip import Backbone, load_clip, usable_device
